@@ -1,0 +1,135 @@
+"""Everything fedlora raises on purpose.
+
+    FedloraError
+    ├── UsageError                 the caller asked for something that cannot be; exit code 2
+    │   ├── ConfigError            a config key or value makes no sense, alone or beside another
+    │   ├── UnknownNameError       no such method, base or data set; names the nearest
+    │   └── MissingExtraError      an optional dependency is not installed (also an ImportError)
+    ├── AdapterError               an adapter is not valid, or two do not fit together
+    │   ├── ShapeMismatchError     shapes or dtypes differ from what was expected
+    │   ├── LayerMismatchError     layers are missing or too many
+    │   ├── NonFiniteError         NaN or infinity
+    │   ├── BaseMismatchError      made for another base
+    │   └── UnsupportedError       mathematics that this operation does not cover
+    ├── FormatError                a file is not what it should be
+    │   └── DigestMismatchError    its bytes differ from their recorded digest
+    ├── DataError                  a data set or one client's part of it cannot be used
+    ├── FederationError            a round, a client's reply or a message is wrong
+    └── RunError                   a run folder cannot be written, or cannot be resumed
+
+A message is one line: where, what was expected, what was found, what to do. The command line prints
+it and nothing else; `exit_code` says which code it ends with.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AdapterError",
+    "BaseMismatchError",
+    "ConfigError",
+    "DataError",
+    "DigestMismatchError",
+    "FederationError",
+    "FedloraError",
+    "FormatError",
+    "LayerMismatchError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "RunError",
+    "ShapeMismatchError",
+    "UnknownNameError",
+    "UnsupportedError",
+    "UsageError",
+    "nearest",
+    "unknown_name",
+]
+
+
+class FedloraError(Exception):
+    """The root of the tree; `exit_code` is 1 (failed) or 2 (wrong usage)."""
+
+    exit_code = 1
+
+
+class UsageError(FedloraError):
+    """The caller asked for something that cannot be."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A config key or value makes no sense, alone or beside another."""
+
+
+class UnknownNameError(UsageError):
+    """No such method, base, data set or layer."""
+
+
+class MissingExtraError(UsageError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(
+            f"{what} needs packages that are not installed: run pip install 'fedlora[{extra}]'"
+        )
+
+
+class AdapterError(FedloraError):
+    """An adapter is not valid, or two do not fit together."""
+
+
+class ShapeMismatchError(AdapterError):
+    """Shapes or dtypes differ from what was expected."""
+
+
+class LayerMismatchError(AdapterError):
+    """Layers are missing or too many."""
+
+
+class NonFiniteError(AdapterError):
+    """A factor holds NaN or infinity."""
+
+
+class BaseMismatchError(AdapterError):
+    """An adapter was made for another base."""
+
+
+class UnsupportedError(AdapterError):
+    """An operation does not cover this kind of adapter."""
+
+
+class FormatError(FedloraError):
+    """A file is not what it should be."""
+
+
+class DigestMismatchError(FormatError):
+    """The bytes of a file differ from their recorded digest."""
+
+
+class DataError(FedloraError):
+    """A data set or one client's part of it cannot be used."""
+
+
+class FederationError(FedloraError):
+    """A round, a client's reply or a message is wrong."""
+
+
+class RunError(FedloraError):
+    """A run folder cannot be written, or cannot be resumed."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest known name, else the list of all."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else ""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """Build the error for a name that no registry holds."""
+    return UnknownNameError(f"unknown {kind} {name!r}{nearest(name, known)}")

@@ -1,0 +1,96 @@
+"""What a trainer is told and what it returns, the same for torch, the cohort engine and ONNX."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from fedlora.adapter import Adapter
+from fedlora.errors import ConfigError
+
+__all__ = ["Factor", "LocalRule", "Optimizer", "TrainConfig", "TrainResult"]
+
+Factor = Literal["A", "B", "magnitude"]
+Optimizer = Literal["adamw", "sgd"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How one client trains in one round; exactly one of local_steps and local_epochs is set."""
+
+    local_steps: int | None = None  # optimizer steps
+    local_epochs: int | None = None  # passes over the client's examples
+    batch_size: int = 8  # examples
+    learning_rate: float = 1e-3
+    optimizer: Optimizer = "adamw"
+    weight_decay: float = 0.0  # decoupled for adamw, added to the gradient for sgd
+    momentum: float = 0.0  # sgd only
+    max_grad_norm: float | None = None  # L2 norm of one step's whole gradient; None: not clipped
+
+    def __post_init__(self) -> None:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ConfigError(
+                "expected exactly one of local_steps and local_epochs, found "
+                f"local_steps={self.local_steps!r} and local_epochs={self.local_epochs!r}"
+            )
+        for name in ("local_steps", "local_epochs"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not _is_int(value, at_least=0)):
+                raise ConfigError(f"{name}: expected a whole number >= 0, found {value!r}")
+        if not _is_int(self.batch_size, at_least=1):
+            raise ConfigError(
+                f"batch_size: expected a whole number >= 1, found {self.batch_size!r}"
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(
+                f"learning_rate: expected a finite number > 0, found {self.learning_rate!r}"
+            )
+        if self.optimizer not in get_args(Optimizer):
+            raise ConfigError(f"optimizer: expected 'adamw' or 'sgd', found {self.optimizer!r}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"weight_decay: expected a number >= 0, found {self.weight_decay!r}")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum: expected a number in [0, 1), found {self.momentum!r}")
+        if self.momentum and self.optimizer != "sgd":
+            raise ConfigError("momentum is sgd's: set optimizer = 'sgd', or remove momentum")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+            raise ConfigError(
+                f"max_grad_norm: expected a finite number > 0, found {self.max_grad_norm!r}"
+            )
+
+    def steps_for(self, num_examples: int) -> int:
+        """Return the optimizer steps for a client that has `num_examples`; 0 without examples."""
+        if num_examples == 0:
+            return 0
+        if self.local_steps is not None:
+            return self.local_steps
+        return (self.local_epochs or 0) * math.ceil(num_examples / self.batch_size)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRule:
+    """What a method changes in local training. Data, so that every trainer runs it alike."""
+
+    trained: frozenset[Factor] = frozenset({"A", "B"})  # the other factors stay as they came
+
+    def __post_init__(self) -> None:
+        unknown = self.trained - set(get_args(Factor))
+        if unknown or not self.trained:
+            raise ConfigError(f"trained: expected some of A, B, magnitude, found {self.trained!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What one local training gives."""
+
+    adapter: Adapter  # all factors, trained or not
+    num_examples: int  # examples that the client has
+    loss: float  # mean over the steps, each before its update; NaN when there was no step
+    steps: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def _is_int(value: object, *, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
