@@ -36,8 +36,10 @@ class Gain:
     high: float
     clients: int
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+    def as_dict(self) -> dict[str, float | None]:
+        """Return plain values; JSON has no infinity, so an infinite bound is None."""
+        items = asdict(self).items()
+        return {name: value if math.isfinite(value) else None for name, value in items}
 
 
 def summarize(

@@ -75,10 +75,10 @@ def table(summary: Mapping[str, Any]) -> str:
     lines.append("")
     for words, key in _GAINS:
         found = summary["extra"][key]
-        lines.append(
-            f"{words}: {found['mean']:+.4f} {summary['metric']} "
-            f"(95 % interval {found['low']:+.4f} to {found['high']:+.4f}, paired over clients)"
-        )
+        interval = "one client: no interval"
+        if found["low"] is not None:
+            interval = f"95 % interval {found['low']:+.4f} to {found['high']:+.4f}, paired"
+        lines.append(f"{words}: {found['mean']:+.4f} {summary['metric']} ({interval})")
     lines.append(f"personal better than global for {summary['share_improved']:.1%} of the clients")
     if cross := summary["extra"].get("cross"):
         lines.append(
