@@ -100,16 +100,17 @@ def _run(config: ExperimentConfig, folder: Path, cross: int, report: Progress) -
     if (folder / SUMMARY).is_file():
         return _finished(folder)
     clock = _Clock(folder)
-    world = open_world(config)
+    world = open_world(config.base, config.data, config.lora, config.seed)
     state, population = run_rounds(config, folder, report)
     provenance = {"run": config.name, "round": state.round, "method": config.federation.method}
     save_adapter(state.adapter, folder / "adapter", provenance=provenance)
     save_adapter(state.adapter, folder / "adapter.safetensors", provenance=provenance)
     rows = _evaluate_clients(world, state.adapter, population, folder, cross, clock, report)
+    task = world.task
     summary = {
         "name": config.name,
         "rounds": state.round,
-        **results(rows, metric=world.task.metric, higher_is_better=world.task.higher_is_better),
+        **results(rows, metric=task.metric, higher_is_better=task.higher_is_better),
         "bytes_up": population.bytes_up,
         "bytes_down": population.bytes_down,
         "seconds": round(clock.seconds(), 3),
