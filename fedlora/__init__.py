@@ -1,3 +1,24 @@
 """Federated on-device personalization: share low-rank adapters, never data or full models."""
 
+from fedlora.adapter import Adapter, LoraConfig, LoraLayer, stack
+from fedlora.aggregation import Method, ServerState, Update, method, methods
+from fedlora.errors import FedloraError
+from fedlora.training import LocalRule, TrainConfig, TrainResult
+
+__all__ = [
+    "Adapter",
+    "FedloraError",
+    "LocalRule",
+    "LoraConfig",
+    "LoraLayer",
+    "Method",
+    "ServerState",
+    "TrainConfig",
+    "TrainResult",
+    "Update",
+    "method",
+    "methods",
+    "stack",
+]
+
 __version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Simulated federations: virtual clients on this machine."""
