@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from fedlora.errors import (
     ShapeMismatchError,
     UnsupportedError,
 )
+from fedlora.patterns import compile_regex, pattern_table
 
 __all__ = ["Adapter", "Array", "Kind", "LoraConfig", "LoraLayer", "Variant", "common_base", "stack"]
 
@@ -83,22 +84,15 @@ class LoraConfig:
             _check_rank(f"rank_pattern[{name!r}]", rank)
         for name, alpha in self.alpha_pattern.items():
             _check_positive(f"alpha_pattern[{name!r}]", alpha)
-        for pattern in (*self.rank_pattern, *self.alpha_pattern, *self._regex()):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"{pattern!r} is not a valid regular expression: {error}"
-                ) from None
+        for patterns in (self.rank_pattern, self.alpha_pattern):
+            pattern_table(tuple(patterns))
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            compile_regex(self.target_modules)
         for name in ("rank_pattern", "alpha_pattern", "extra"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def __hash__(self) -> int:
         return hash((self.rank, self.lora_alpha, self.target_modules, self.variant, self.layers))
-
-    def _regex(self) -> tuple[str, ...]:
-        is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        return (cast(str, self.target_modules),) if is_regex else ()
 
     @property
     def uses_rslora(self) -> bool:
@@ -445,10 +439,11 @@ def _refuse_dora(what: str, layers: Sequence[LoraLayer]) -> None:
 
 
 def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            return value
-    return default
+    if not patterns:
+        return default
+    keys = tuple(patterns)
+    index = pattern_table(keys).find(path)
+    return default if index is None else patterns[keys[index]]
 
 
 def _check_rank(name: str, value: object) -> None:

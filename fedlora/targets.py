@@ -140,8 +140,12 @@ def _blocks(specs: Mapping[str, LayerSpec], config: LoraConfig) -> frozenset[int
 
 
 def _block_index(path: str, patterns: tuple[str, ...]) -> int | None:
-    """Return the index of the block that `path` lies in, found as PEFT finds it."""
+    """Return the index of the outermost block that `path` lies in.
+
+    As PEFT does, which however finds none in ``h.0.fc`` unless `patterns` names ``h``.
+    """
     for pattern in patterns or (r"[^.]*",):
-        if match := re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", path):
+        # Lazy: the first number is the block's, a later one may be an expert's.
+        if match := re.match(rf"(?:.*?\.)??{pattern}\.(\d+)\.", path):
             return int(match.group(1))
     return None

@@ -1,4 +1,4 @@
-"""Simulated federations: in this process, or in Flower's own simulation."""
+"""Simulated federations: virtual clients on this machine."""
 
 from fedlora.simulation.grid import InProcessGrid
 

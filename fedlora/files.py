@@ -1,0 +1,148 @@
+"""Write files and folders so that a crash leaves the old or the new one, never half of one.
+
+A file is written beside its target, flushed to the disk, and renamed over it, which POSIX makes
+atomic. A folder cannot be renamed over a full one, so `replace_folder` takes two steps: the old one
+is renamed to ``.NAME.old``, then the new one takes its place. A crash between the two leaves no
+NAME, but the whole old one as ``.NAME.old``. The next `replace_folder` puts it back first; by hand:
+``mv .NAME.old NAME``. There is one writer at a time for a target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from fedlora.errors import RunError
+
+__all__ = ["interrupted_folder", "replace_folder", "write_atomic"]
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path`, whose folder is made if need be; an old file stays until it is done.
+
+    Raises `RunError` when the file system refuses.
+    """
+    target = Path(path)
+    with _named_errors(target):
+        if target.is_dir():
+            raise RunError(f"{target}: expected a file to write, found a folder; name a file in it")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, _file_mode(target))
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_folder(target.parent)
+
+
+def replace_folder(
+    target: str | os.PathLike[str],
+    build: Callable[[Path], None],
+    *,
+    owned: Collection[str] = (),
+) -> None:
+    """Let ``build(folder)`` fill a new folder, and put it in the place of `target`.
+
+    A target that exists is only replaced when nothing is lost that was not ours: each of its
+    entries must be a plain file that the new folder has too, or match a pattern of `owned`.
+    Raises `RunError` otherwise, and when the file system refuses.
+    """
+    target = Path(os.path.abspath(target))
+    with _named_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _recover(target)
+        if target.exists() and not target.is_dir():
+            raise RunError(f"{target}: expected a folder to write, found a file; name another path")
+        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
+        try:
+            build(fresh)
+            _check_owned(target, {entry.name for entry in fresh.iterdir()}, owned)
+            _sync_tree(fresh)
+            fresh.chmod(0o777 & ~_umask())
+            old = interrupted_folder(target)
+            if target.exists():
+                os.rename(target, old)
+            os.rename(fresh, target)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            _recover(target)
+            raise
+        _sync_folder(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def interrupted_folder(target: str | os.PathLike[str]) -> Path:
+    """Return where an interrupted `replace_folder` keeps the old folder."""
+    target = Path(target)
+    return target.with_name(f".{target.name}.old")
+
+
+def _recover(target: Path) -> None:
+    old = interrupted_folder(target)
+    if old.exists():
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            os.rename(old, target)
+
+
+def _check_owned(target: Path, names: set[str], owned: Collection[str]) -> None:
+    if not target.exists():
+        return
+    for entry in sorted(target.iterdir()):
+        known = entry.name in names and entry.is_file() and not entry.is_symlink()
+        if not known and not any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in owned):
+            raise RunError(
+                f"{target}: expected a new or empty folder, or one with only "
+                f"{', '.join(sorted(names))}, found {entry.name!r}, which would be lost; "
+                "write to another folder or move it away"
+            )
+
+
+@contextlib.contextmanager
+def _named_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with open(os.path.join(parent, name), "r+b") as file:
+                os.fsync(file.fileno())
+        _sync_folder(Path(parent))
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # a folder cannot be opened there, and renames are flushed by the system
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _file_mode(target: Path) -> int:
+    return target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    # There is no call that only reads it.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

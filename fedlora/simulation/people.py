@@ -1,0 +1,147 @@
+"""The last stage of a run: every client's four adapters, several clients at a time.
+
+Each thread has its own factors on the shared base and one torch thread, so that a client's result
+does not depend on how many run beside it, and a run resumed elsewhere goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+
+from fedlora.adapter import Adapter
+from fedlora.evaluation import evaluate
+from fedlora.experiment import ExperimentConfig
+from fedlora.formats import load_adapter, save_adapter
+from fedlora.personalization import compare_adapters
+from fedlora.simulation.folder import append_row, read_rows
+from fedlora.simulation.results import cross_matrix
+from fedlora.world import World
+
+__all__ = ["cross_evaluate", "evaluate_clients"]
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+Report = Callable[[int, int, str], None]  # done, of how many, a few words
+
+
+def evaluate_clients(
+    world: World,
+    config: ExperimentConfig,
+    shared: Adapter,
+    *,
+    rounds: Mapping[str, int],
+    steps: Mapping[str, int],
+    held_out: frozenset[str],
+    file: Path,
+    keep_own: Mapping[str, Path],
+    report: Report,
+    seconds: Callable[[], float],
+) -> list[dict[str, Any]]:
+    """Return a row per client in the order of ids; each is in `file` as soon as it is known.
+
+    rounds, steps: those that each client took part in. keep_own: where to save whose own adapter.
+    Rows that `file` already has are not computed again.
+    """
+    rows = {row["client"]: row for row in read_rows(file)}
+    clients = world.data.client_ids
+    kept = {name for name, path in keep_own.items() if path.is_file()}
+    todo = [c for c in clients if c not in rows or (c in keep_own and c not in kept)]
+
+    def one(local: World, client: str) -> dict[str, Any]:
+        person = compare_adapters(
+            local.model,
+            local.data.client(client),
+            local.task,
+            config,
+            initial=local.initial,
+            shared=shared,
+            federated_steps=steps.get(client, 0),
+        )
+        if client in keep_own:
+            save_adapter(person.own, keep_own[client])
+        return {
+            "client": client,
+            "held_out": client in held_out,
+            "rounds": rounds.get(client, 0),
+            "scores": person.scores,
+        }
+
+    done = len(clients) - len(todo)
+    report(done, len(clients), "")
+    for row in _in_threads(world, one, todo, config):
+        if row["client"] not in rows:
+            rows[row["client"]] = row
+            append_row(file, row | {"seconds": round(seconds(), 3)})
+        done += 1
+        report(done, len(clients), row["client"])
+    return [rows[client] for client in clients]
+
+
+def cross_evaluate(
+    world: World, config: ExperimentConfig, own: Mapping[str, Path], report: Report
+) -> dict[str, Any]:
+    """Evaluate everyone's own adapter on everyone's held-out examples; see `cross_matrix`."""
+    clients = list(own)
+    adapters = {client: load_adapter(path) for client, path in own.items()}
+
+    def column(local: World, client: str) -> list[float]:
+        examples = local.data.client(client).test
+        return [
+            evaluate(
+                local.model, adapters[i], examples, local.task, f"adapter {i!r} on {client!r}"
+            )[local.task.metric]
+            for i in clients
+        ]
+
+    columns = []
+    report(0, len(clients), "")
+    for values in _in_threads(world, column, clients, config):
+        columns.append(values)
+        report(len(columns), len(clients), "")
+    better = world.task.higher_is_better
+    return cross_matrix(clients, list(zip(*columns, strict=True)), higher_is_better=better)
+
+
+def _in_threads(
+    world: World, work: Callable[[World, S], T], items: Sequence[S], config: ExperimentConfig
+) -> Iterator[T]:
+    """Yield ``work(world, item)`` in the order of `items`, computed on all cores."""
+    # torch's generator, which drives dropout, is one for the whole process.
+    workers = 1 if config.lora.lora_dropout else min(len(items), os.cpu_count() or 1)
+    worlds: SimpleQueue[World] = SimpleQueue()
+    for number in range(workers):
+        worlds.put(world if number == 0 else world.copy())
+
+    def run(item: S) -> T:
+        torch.set_num_threads(1)  # of this thread: OpenMP counts them per thread
+        local = worlds.get()
+        try:
+            return work(local, item)
+        finally:
+            worlds.put(local)
+
+    with _one_torch_thread(), ThreadPoolExecutor(max(workers, 1)) as pool:
+        try:
+            yield from pool.map(run, items)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
