@@ -15,12 +15,13 @@ The recipe is chosen on validation senders, who are neither in training nor amon
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -53,13 +54,13 @@ class Recipe:
     heads: int = 4
     key_value_heads: int = 4
     intermediate_size: int = 704
-    dropout: float = 0.1
-    epochs: float = 10.0
+    dropout: float = 0.07
+    steps: int = 2592  # six epochs
     join_probability: float = 0.3  # that a message goes on in the row of the sender's last one
     window: int = 96  # positions of a training row; a longer message is cut and goes on in another
     windows: int = 20  # rows of a step: one fixed shape, since oneDNN compiles for each new one
     learning_rate: float = 6e-3
-    final_share: float = 0.02  # of the learning rate, at the end of the cosine
+    falling_share: float = 0.4  # of the steps, the last ones: the learning rate falls to zero
     warmup_steps: int = 100
     weight_decay: float = 0.1
     average_decay: float = 0.995  # of the running mean of the weights, which is what is kept
@@ -67,8 +68,11 @@ class Recipe:
     compiled: bool = True  # by torch.compile: a fifth faster after a minute, needs a C++ compiler
 
     def __post_init__(self) -> None:
-        if self.epochs <= 0:
-            raise ValueError(f"epochs is {self.epochs}, expected a positive number.")
+        if self.steps < 1 or not 0.0 < self.falling_share <= 1.0:
+            raise ValueError(
+                f"steps is {self.steps} and falling_share {self.falling_share}: expected at least"
+                " one step, and a share in (0, 1]."
+            )
 
     def llama(self) -> LlamaConfig:
         """The network's shape."""
@@ -90,12 +94,17 @@ class Packed:
     inputs: Tensor
     targets: Tensor  # UNUSED where nothing is predicted
     segments: Tensor  # number of the row within its window; 0 is padding
+    epoch: int  # of its last row, 0-based
 
 
-def train(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer, minutes: float) -> Llama:
-    """The averaged model after all steps; prints a JSON line an epoch, stops after `minutes`.
+def train(
+    recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer, minutes: float | None = None
+) -> tuple[Llama, Recipe]:
+    """The averaged model after all steps, and the recipe that gives it again.
 
-    The time limit is a guard: a run that meets it has not decayed its learning rate and says so.
+    Prints a JSON line about each epoch. The learning rate is constant before it falls, so that the
+    number of steps need not be known until then: with `minutes`, time decides it in place of
+    `recipe.steps`, and the returned recipe says how many they became.
     """
     torch.manual_seed(recipe.seed)
     model = initialized(recipe.llama())
@@ -107,38 +116,44 @@ def train(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer, minutes: float) 
     senders = [
         encode(tokenizer, [m.text for m in messages]) for messages in corpus.training.values()
     ]
-    tokens = sum(len(s) - 1 for messages in senders for s in messages)
-    filled = 0.97 * recipe.window * recipe.windows  # predicted tokens a step, measured
-    steps = math.ceil(recipe.epochs * tokens / filled)
-    report_every = max(1, round(tokens / filled))
     generator = torch.Generator().manual_seed(recipe.seed)
-    start, seen, running = time.monotonic(), 0, 0.0
+    steps = recipe.steps if minutes is None else sys.maxsize
+    level = 60 * (minutes or 0.0) * (1.0 - recipe.falling_share)  # seconds at the full rate
+    start, losses, epoch = time.monotonic(), list[float](), 0
     for step, packed in enumerate(packed_steps(senders, recipe, generator), start=1):
-        share = learning_rate_share(step, steps, recipe)
+        if steps == sys.maxsize and time.monotonic() - start > level:
+            steps = math.ceil(step / (1.0 - recipe.falling_share))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * share
-        running += training_step(model, packed, recipe)
+                group["lr"] = recipe.learning_rate * learning_rate_share(step, steps, recipe)
+        losses.append(training_step(model, packed, recipe))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         update_average(average, model, min(recipe.average_decay, step / (step + 10)))
-        seen += 1
-        late = time.monotonic() - start > 60 * minutes
-        if step % report_every == 0 or step == steps or late:
-            line = {"step": step, "steps": steps, "training_nats_per_token": running / seen}
-            if corpus.validation:
-                result = score(average, tokenizer, corpus.validation)
-                line["validation_bits"] = result.bits_mean_over_users
-                line["validation_bits_pooled"] = result.bits_pooled
-            line["minutes"] = (time.monotonic() - start) / 60
-            print(json.dumps(line), flush=True)
-            seen, running = 0, 0.0
-        if step == steps or late:
-            if late and step < steps:
-                print(f"stopped by --minutes after {step} of {steps} steps", file=sys.stderr)
+        if packed.epoch > epoch or step == steps:
+            line = {"step": step, "steps": steps, "epochs_begun": packed.epoch}
+            means = _progress(losses, average, tokenizer, corpus)
+            print(json.dumps(line | means | {"minutes": (time.monotonic() - start) / 60}))
+            sys.stdout.flush()
+            losses, epoch = [], packed.epoch
+        if step == steps:
             break
-    return average.eval()
+    return average.eval(), replace(recipe, steps=steps)
+
+
+def _progress(
+    losses: Sequence[float], average: Llama, tokenizer: Tokenizer, corpus: Corpus
+) -> dict[str, float]:
+    progress = {"training_nats_per_token": sum(losses) / len(losses)}
+    if corpus.validation:
+        found = score(average, tokenizer, corpus.validation)
+        progress |= {
+            "validation_nats_per_token": found.nats_per_token_pooled,
+            "validation_bits": found.bits_mean_over_users,
+            "validation_bits_pooled": found.bits_pooled,
+        }
+    return progress
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -187,12 +202,10 @@ def make_optimizers(model: Llama, recipe: Recipe) -> list[torch.optim.Optimizer]
 
 
 def learning_rate_share(step: int, steps: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine to `final_share`."""
-    if step <= recipe.warmup_steps:
-        return step / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
-    falling = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return recipe.final_share + (1.0 - recipe.final_share) * falling
+    """Linear warm-up, a level, then a line to almost zero at the last step."""
+    rising = step / recipe.warmup_steps
+    falling = (steps - step + 1) / (recipe.falling_share * steps)
+    return min(1.0, rising, falling)
 
 
 def training_step(model: Llama, packed: Packed, recipe: Recipe) -> float:
@@ -266,20 +279,20 @@ def packed_steps(
                 return True
         return False
 
-    while True:
+    for epoch in itertools.count():
         rows = joined_rows(senders, recipe, generator)
         for index in torch.randperm(len(rows), generator=generator).tolist():
             if place(rows[index]):
                 continue
             waiting.append(rows[index])
             if len(waiting) == 16:
-                yield _packed(windows, recipe.window)
+                yield _packed(windows, recipe.window, epoch)
                 windows = [[] for _ in range(recipe.windows)]
                 room = [recipe.window] * recipe.windows
                 waiting = [row for row in waiting if not place(row)]
 
 
-def _packed(windows: Sequence[Sequence[Sequence[int]]], window: int) -> Packed:
+def _packed(windows: Sequence[Sequence[Sequence[int]]], window: int, epoch: int) -> Packed:
     inputs = torch.zeros(len(windows), window, dtype=torch.int64)
     targets = torch.full((len(windows), window), UNUSED)
     segments = torch.zeros(len(windows), window, dtype=torch.int64)
@@ -291,7 +304,7 @@ def _packed(windows: Sequence[Sequence[Sequence[int]]], window: int) -> Packed:
             targets[line, start:stop] = torch.tensor(row[1:])
             segments[line, start:stop] = number
             start = stop
-    return Packed(inputs, targets, segments)
+    return Packed(inputs, targets, segments, epoch)
 
 
 def _cut(row: list[int], longest: int) -> list[list[int]]:
@@ -305,7 +318,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="downloads")
     parser.add_argument("--clients", type=Path, default=CLIENTS_FILE)
-    parser.add_argument("--minutes", type=float, default=120.0, help="stop training after")
+    parser.add_argument("--minutes", type=float, help="decides the steps")
     for field in fields(Recipe):
         kind = type(field.default) if not isinstance(field.default, bool) else _boolean
         flag = "--" + field.name.replace("_", "-")
@@ -329,7 +342,8 @@ def main() -> None:
         "same_text_as_a_held_out_message": shared_held_out,
     }
     print(json.dumps({"recipe": asdict(recipe), **facts}), flush=True)
-    model = train(recipe, corpus, tokenizer, arguments.minutes)
+    model, done = train(recipe, corpus, tokenizer, arguments.minutes)
+    print(json.dumps({"recipe": asdict(done)}))
     save_folder(arguments.out, model, tokenizer)
 
 
