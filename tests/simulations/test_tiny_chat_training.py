@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from fedlora.nn.llama import Llama, LlamaConfig
 from simulations.bases.bits_per_character import Cost, encode, message_nats, summarize
 from simulations.bases.chitchat_corpus import (
+    Corpus,
     Message,
     _check_no_client_message,
     _check_same_messages,
@@ -25,6 +27,7 @@ from simulations.bases.train_tiny_chat import (
     joined_rows,
     learning_rate_share,
     packed_steps,
+    train,
     train_tokenizer,
 )
 
@@ -101,6 +104,33 @@ def test_a_message_costs_the_same_alone_and_in_a_batch() -> None:
         alone.append(loss.item())
     # float32, other orders of summation
     assert message_nats(model, sequences) == pytest.approx(alone, rel=1e-5, abs=1e-5)
+
+
+def test_a_seed_gives_the_same_weights_again() -> None:
+    texts = ["hello there", "hello you", "how are you", "you there"] * 20
+    messages = [Message(OTHER, str(i), text) for i, text in enumerate(texts)]
+    corpus = Corpus(training={OTHER: messages}, validation={}, clients={})
+    tokenizer = train_tokenizer(texts, vocab_size=270)
+    recipe = Recipe(
+        vocab_size=270,
+        hidden_size=16,
+        layers=1,
+        heads=2,
+        key_value_heads=1,
+        intermediate_size=24,
+        window=16,
+        windows=4,
+        warmup_steps=2,
+        steps=6,
+        compiled=False,
+    )
+    first, again, other = (
+        train(r, corpus, tokenizer)[0].state_dict()
+        for r in (recipe, recipe, replace(recipe, seed=1))
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(first[name], other[name])
 
 
 def test_users_weigh_alike_in_the_mean_and_by_length_when_pooled() -> None:
