@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,16 +48,3 @@ class WatchCNN(nn.Module):
             values = F.relu(norm(conv(values)))
         logits: Tensor = self.classifier(F.relu(self.hidden(values.mean(dim=-1))))
         return logits
-
-
-def rotated(windows: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Turn each window (b, 6, T) by a small random rotation, as if the watch sat differently.
-
-    Accelerometer (axes 0 to 2) and gyroscope (3 to 5) are turned together; `strength` is the
-    standard deviation of the rotation vector in radians.
-    """
-    x, y, z = (strength * torch.randn(3, len(windows), generator=generator)).unbind()
-    zero = torch.zeros_like(x)
-    skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).view(-1, 3, 3)
-    turn = torch.matrix_exp(skew)
-    return torch.cat([turn @ windows[:, :3], turn @ windows[:, 3:]], dim=1)
