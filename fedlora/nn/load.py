@@ -160,7 +160,7 @@ def _transformers(folder: Path, task: str) -> nn.Module:
     except (OSError, ValueError) as error:
         text = " ".join(str(error).split())
         raise FormatError(f"{folder}: cannot be loaded as a {task} model: {text}") from error
-    model.config.use_cache = False  # a cache of keys and values costs time in training
+    model.config.use_cache = False  # type: ignore[union-attr]  # it costs time in training
     return model
 
 

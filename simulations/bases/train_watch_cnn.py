@@ -56,7 +56,7 @@ def train(clients: list[ClientData], seed: int) -> WatchCNN:
         logits = model(torch.from_numpy(inputs[rows]))
         loss = F.cross_entropy(logits, torch.from_numpy(targets[rows]))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     return model.eval()
