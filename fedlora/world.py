@@ -9,6 +9,7 @@ from torch import nn
 
 from fedlora.adapter import Adapter, LoraConfig
 from fedlora.data import FederatedData, load_data
+from fedlora.errors import BaseMismatchError
 from fedlora.experiment import BaseConfig, DataConfig
 from fedlora.nn import Task, extract_adapter, get_task, inject_lora, load_base
 

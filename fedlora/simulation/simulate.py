@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +11,22 @@ from typing import Any
 
 from fedlora import __version__
 from fedlora.adapter import Adapter
+from fedlora.data import FederatedData
 from fedlora.errors import ConfigError, RunError
+from fedlora.evaluation import evaluate
 from fedlora.experiment import ExperimentConfig, find_experiment
 from fedlora.files import write_atomic
-from fedlora.formats import save_adapter
+from fedlora.formats import load_adapter, save_adapter
+from fedlora.personalization import compare_adapters
 from fedlora.simulation.folder import (
     EXPERIMENT,
+    append_row,
     claim,
     free_folder,
     locked,
+    read_rows,
 )
-from fedlora.simulation.results import results, table
+from fedlora.simulation.results import cross_matrix, results, table
 
 __all__ = ["Progress", "Run", "simulate"]
 
