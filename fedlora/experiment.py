@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
@@ -57,8 +56,7 @@ class DataConfig:
     test_share: float = 0.2  # of each client's examples, the last ones
     validation_share: float = 0.0  # of each client's examples, before the test part
     max_length: int = 64  # tokens; longer examples are cut
-    partition: Literal["natural", "iid", "dirichlet"] = "natural"  # natural: by person
-    alpha: float = 0.5  # of the Dirichlet distribution over labels; smaller is more skewed
+    partition: str | None = None  # None: by person; "iid", "dirichlet:0.3": dealt out anew
 
     def __post_init__(self) -> None:
         _at_least("data.clients", self.clients, 1)
@@ -72,8 +70,6 @@ class DataConfig:
                 "data.test_share must be over 0, and test_share + validation_share under 1; found "
                 f"{self.test_share!r} and {self.validation_share!r}"
             )
-        if not 0 < self.alpha < math.inf:
-            raise ConfigError(f"data.alpha: expected a finite number > 0, found {self.alpha!r}")
 
 
 @dataclass(frozen=True, slots=True)

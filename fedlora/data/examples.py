@@ -125,7 +125,7 @@ def collate(examples: Examples, indices: npt.ArrayLike) -> Batch:
 
 
 def draw_batches(
-    examples: Examples, config: TrainConfig, seed: int, client_id: str, round: int
+    examples: Examples, config: TrainConfig, seed: int, client_id: str, round: int | str
 ) -> Iterator[Batch]:
     """Yield the ``config.steps_for(len(examples))`` batches of one client in one round.
 

@@ -5,7 +5,7 @@ Each function returns one array of indices a client, sorted; every example is in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -49,7 +49,7 @@ def dirichlet_partition(
     if not 0 < alpha < np.inf:
         raise ConfigError(f"alpha: expected a finite number > 0, found {alpha!r}")
     _require(len(classes), clients, min_examples)
-    parts: list[list[Indices]] = [[] for _ in range(clients)]
+    parts: list[list[Indices]] = [[np.empty(0, np.int64)] for _ in range(clients)]
     for label in np.unique(classes):
         shares = _dirichlet(rng(seed, "partition", "dirichlet", str(label)), alpha, clients)
         rows = np.flatnonzero(classes == label)
@@ -67,47 +67,37 @@ def group_partition(groups: Sequence[str]) -> dict[str, Indices]:
     return {str(name): np.flatnonzero(names == name) for name in np.unique(names)}
 
 
-def repartitioned(data: FederatedData, how: str, clients: int, seed: int) -> FederatedData:
-    """Pool the clients' examples and deal them out as `how` says, "iid" or "dirichlet:ALPHA".
+def repartitioned(
+    data: FederatedData, how: str, alpha: float, clients: int, seed: int
+) -> FederatedData:
+    """Pool the clients' examples and deal them out anew, `how` being "iid" or "dirichlet".
 
     Train, validation and test are dealt out one by one, by the same proportions, so that nothing
     moves between them. The new ids are "p0000" and so on. Raises `ConfigError` and `DataError`.
     """
-    deal = _dealer(data, how, clients, seed)
     old = list(data.clients())
-    names = tuple(f"p{index:04d}" for index in range(clients))
+    if how == "dirichlet" and old[0].train.targets.ndim != 1:
+        raise ConfigError(
+            f"partition: 'dirichlet' needs labels, and data {data.id!r} is for {data.task!r}; "
+            "use 'iid' or 'natural'"
+        )
     dealt: list[list[Examples]] = []
     for part, least in (("train", 1), ("validation", 0), ("test", 0)):
         pool = _joined([getattr(client, part) for client in old])
-        dealt.append([pool.take(rows) for rows in deal(pool, least)])
+        if how == "dirichlet":
+            shares = dirichlet_partition(pool.targets, clients, alpha, seed, least)
+        else:
+            shares = iid_partition(len(pool), clients, seed, least)
+        dealt.append([pool.take(rows) for rows in shares])
+    names = tuple(f"p{index:04d}" for index in range(clients))
     made = {name: ClientData(name, *parts) for name, *parts in zip(names, *dealt, strict=True)}
-    notes = [f"the examples of {len(old)} clients were pooled and dealt out to {clients}: {how}"]
+    shown = f"dirichlet with alpha {alpha:g}" if how == "dirichlet" else how
+    notes = [f"the examples of {len(old)} clients were pooled and dealt out to {clients}: {shown}"]
     if empty := sum(len(client.test) == 0 for client in made.values()):
         notes.append(f"{empty} of {clients} clients have no test examples")
     return FederatedData(
         data.id, data.task, names, made.__getitem__, data.labels, (*data.notes, *notes)
     )
-
-
-def _dealer(
-    data: FederatedData, how: str, clients: int, seed: int
-) -> Callable[[Examples, int], list[Indices]]:
-    if how == "iid":
-        return lambda pool, least: iid_partition(len(pool), clients, seed, least)
-    name, _, number = how.partition(":")
-    try:
-        alpha = float(number)
-    except ValueError:
-        alpha = float("nan")
-    if name != "dirichlet" or not alpha > 0:
-        raise ConfigError(
-            f"partition: expected 'iid' or 'dirichlet:ALPHA' such as 'dirichlet:0.3', found {how!r}"
-        )
-    if data.client(data.client_ids[0]).train.targets.ndim != 1:
-        raise ConfigError(
-            f"partition: {how!r} needs labels, and data {data.id!r} is for {data.task!r}; use 'iid'"
-        )
-    return lambda pool, least: dirichlet_partition(pool.targets, clients, alpha, seed, least)
 
 
 def _joined(parts: Sequence[Examples]) -> Examples:

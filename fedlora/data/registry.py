@@ -53,7 +53,7 @@ DATA = {
             "watch",
             "classification",
             10,
-            5000,
+            4685,
             "BSD-3-Clause",
             "Seven exercises from a smartwatch, 5 persons x 2 wrists (group base: 5 others)",
             ("base", "clients"),
@@ -62,6 +62,7 @@ DATA = {
     )
 }
 TASKS = ("classification", "next-token")
+PARTITIONS = ("dirichlet", "iid", "natural")
 
 
 def list_data() -> tuple[DataInfo, ...]:
@@ -79,7 +80,8 @@ def load_data(
     test_share: float = 0.2,
     validation_share: float = 0.0,
     max_length: int = 64,
-    partition: str | None = None,
+    partition: str = "natural",
+    alpha: float = 0.5,
     group: str = "clients",
 ) -> FederatedData:
     """Return the clients of a data set; each one's data is read when it is asked for.
@@ -92,12 +94,15 @@ def load_data(
     clients: how many; fewer than there are: a random choice; more: clients drawn again with
     replacement, with ids such as "u7#2" and a note. None: as many as there are.
     test_share, validation_share: of each client's examples, taken from the end of its time.
-    partition: "iid" or "dirichlet:0.3": pool all clients' examples and deal them out anew.
+    partition: "natural", by person; or "iid" or "dirichlet": pool all clients' examples and deal
+    them out anew, evenly or with labels skewed by Dirichlet(`alpha`).
     group: part of the persons; "base" of "watch" are those that its base was trained on.
 
     Raises `UnknownNameError`, `ConfigError`, `DataError`, and `MissingExtraError` for text.
     """
     _check(test_share, validation_share, max_length, clients)
+    if partition not in PARTITIONS:
+        raise unknown_name("partition", partition, PARTITIONS)
     reading = partial(
         _Reading, test_share=test_share, validation_share=validation_share, max_length=max_length
     )
@@ -113,8 +118,8 @@ def load_data(
             raise ConfigError(f"task: data {id!r} is for {info.task!r}, found {task!r}")
         data = _bundled(info, group, tokenizer, reading)
         data = replace(data, task=task or info.task)
-    if partition is not None:
-        return repartitioned(data, partition, clients or len(data), seed)
+    if partition != "natural":
+        return repartitioned(data, partition, alpha, clients or len(data), seed)
     return data if clients is None else _resampled(data, clients, seed)
 
 

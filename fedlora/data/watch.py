@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 LABELS = ("PEN", "ABD", "FEL", "IR", "ER", "TRAP", "ROW")
-BASE_PERSONS = ("1", "2", "3", "4", "5")
-CLIENT_PERSONS = ("6", "7", "8", "9", "10")
+BASE_PERSONS = ("6", "7", "8", "9", "10")
+CLIENT_PERSONS = ("1", "2", "3", "4", "5")
 WINDOW = 100  # samples: 2 seconds
 STEP = 25  # samples between the starts of two windows of one part
 

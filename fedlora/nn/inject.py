@@ -146,8 +146,8 @@ def remove_lora(model: nn.Module) -> None:
     _replace(model, {layer: layer.base_layer for layer in injection.layers.values()})
     for parameter, flag in injection.required_grad:
         parameter.requires_grad_(flag)
-    for module, flag in injection.fast_paths:
-        module.activation_relu_or_gelu = flag  # type: ignore[assignment]
+    for module, activation in injection.fast_paths:
+        module.activation_relu_or_gelu = activation
     delattr(model, STATE)
 
 
@@ -219,7 +219,7 @@ def base_fingerprint(model: nn.Module) -> str:
     originals = (injection.originals if injection else None) or {}
     tensors: dict[str, Tensor] = {}
     for path, module in _base_modules(model):
-        own = dict(module._parameters)
+        own: dict[str, Tensor | None] = dict(module._parameters)
         own |= {
             name: buffer
             for name, buffer in module._buffers.items()

@@ -41,8 +41,8 @@ class LoraModule(nn.Module):
 
     def __init__(self, base_layer: nn.Module, layer: LoraLayer, dropout: float) -> None:
         super().__init__()
-        device = base_layer.weight.device
         self.base_layer = base_layer
+        device: torch.device = self.base_layer.weight.device
         self.lora_A = nn.Parameter(torch.tensor(layer.A, device=device))
         self.lora_B = nn.Parameter(torch.tensor(layer.B, device=device))
         magnitude = layer.magnitude
@@ -64,7 +64,7 @@ class LoraModule(nn.Module):
             return getattr(self.base_layer, name)
 
     def set_layer(self, layer: LoraLayer, dropout: float) -> None:
-        """Take over the factors, the scaling and so the rank; the parameters stay the same objects."""
+        """Take over the factors, scaling and rank; the parameters stay the same objects."""
         _assign(self.lora_A, layer.A)
         _assign(self.lora_B, layer.B)
         if self.magnitude is not None and layer.magnitude is not None:
@@ -83,13 +83,13 @@ class LoraModule(nn.Module):
         )
 
     def merged_weight(self) -> Tensor:
-        """Return the weight that does alone what base and adapter do, shaped as the base keeps it."""
+        """The weight that does alone what base and adapter do, in the base's layout and dtype."""
         with torch.no_grad():
             weight = self._whole_weight()
             if self.magnitude is not None:
-                weight = weight * (self.magnitude / self._norm())[:, None]
-            base = self.base_layer.weight
-            return self._as_stored(weight).to(base.dtype).contiguous()
+                weight = weight * self._dora_scale()[:, None]
+            stored: Tensor = self._as_stored(weight).to(self.base_layer.weight.dtype).contiguous()
+            return stored
 
     def weight_norms(self) -> Array:
         """Norm of each output's weights, adapter included: (out_features,) float32."""
@@ -98,6 +98,12 @@ class LoraModule(nn.Module):
     def extra_repr(self) -> str:
         dora = "" if self.magnitude is None else ", dora"
         return f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}{dora}"
+
+    def _dora_scale(self) -> Tensor:
+        """(out,) magnitude over norm; only the magnitude gets a gradient."""
+        assert self.magnitude is not None  # for mypy: asked for where there is one
+        scale: Tensor = self.magnitude / self._norm()
+        return scale
 
     def _norm(self) -> Tensor:
         """(out,) norms of ``W + scaling * B @ A``: DoRA's constant, so no gradient."""
@@ -154,7 +160,7 @@ class LoraLinear(LoraModule):
         result = _call(base, x, *args, **kwargs)
         weight = self._flat_weight().to(A.dtype)
         inputs = x.to(A.dtype)
-        scale = self.magnitude / self._norm()
+        scale = self._dora_scale()
         if self.training and self.dropout:
             # As in PEFT, the part of the base that DoRA rescales sees the dropped input too.
             inputs = F.dropout(inputs, self.dropout)
@@ -195,7 +201,7 @@ class LoraConv(LoraModule):
         low = CONVOLUTIONS[A.ndim](base._conv_forward(inputs, A, None), pointwise) * self.scaling
         if self.magnitude is None:
             return (result + low).to(result.dtype)
-        scale = (self.magnitude / self._norm()).view(-1, *ones)
+        scale = self._dora_scale().view(-1, *ones)
         if dropping:
             plain = base._conv_forward(inputs, base.weight.to(A.dtype), None)
         else:
@@ -204,7 +210,7 @@ class LoraConv(LoraModule):
 
 
 class LoraEmbedding(LoraModule):
-    """`nn.Embedding`: row i of the table gets ``scaling * B @ A[:, i]``. Without dropout, as PEFT."""
+    """`nn.Embedding`: row i gets ``scaling * B @ A[:, i]``. Without dropout, as in PEFT."""
 
     kind = "embedding"
 
@@ -228,8 +234,7 @@ class LoraEmbedding(LoraModule):
             low = low * embed_scale
         if self.magnitude is None:
             return (result + low).to(result.dtype)
-        scale = self.magnitude / self._norm()
-        return (scale * (result + low)).to(result.dtype)
+        return (self._dora_scale() * (result + low)).to(result.dtype)
 
     def _flat_weight(self) -> Tensor:
         weight: Tensor = self.base_layer.weight
@@ -299,7 +304,7 @@ def spec_of(module: nn.Module) -> LayerSpec | None:
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
-    """Whether this is transformers' `Conv1D`, told by its shape so as not to import transformers."""
+    """Whether this is transformers' `Conv1D`, recognized without importing transformers."""
     weight = getattr(module, "weight", None)
     return (
         any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
@@ -316,12 +321,13 @@ def _call(module: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 def _assign(parameter: nn.Parameter, values: Array) -> None:
     """Copy `values` in; with another shape the parameter gets new memory and loses its gradient."""
-    new = torch.tensor(values, device=parameter.device)
-    if parameter.shape == new.shape:
-        parameter.data.copy_(new)
-    else:
-        parameter.data = new
+    if parameter.shape != values.shape:
+        parameter.data = torch.tensor(values, device=parameter.device)
         parameter.grad = None
+    elif parameter.device.type == "cpu":  # NumPy copies small arrays several times faster
+        np.copyto(parameter.detach().numpy(), values)
+    else:
+        parameter.data.copy_(torch.tensor(values))
 
 
 def _array(tensor: Tensor) -> Array:

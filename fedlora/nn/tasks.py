@@ -80,7 +80,7 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def next_token_score(model: nn.Module, batch: Batch) -> dict[str, float]:
-    """Sums of nats over counted targets, and of right first and top three guesses at word starts."""
+    """Sums over counted targets: nats; at word starts, right first and top three guesses."""
     inputs, targets = _tensors(model, batch)
     starts = batch.get("word_starts", np.zeros(targets.shape, bool))
     word_starts = torch.tensor(starts, device=targets.device)
@@ -153,7 +153,7 @@ def _logits_at(model: nn.Module, inputs: Tensor, counted: Tensor) -> Tensor:
     The head is by far the largest product of a small language model: a model that can return its
     hidden states (`hidden_only`) computes the head at counted positions only.
     """
-    if "hidden_only" in _arguments(type(model)):
+    if "hidden_only" in _arguments(type(model).forward):
         hidden = model(inputs, hidden_only=True)
         logits: Tensor = model.lm_head(hidden.flatten(0, 1)[counted])  # type: ignore[operator]
         return logits.float()
@@ -162,7 +162,8 @@ def _logits_at(model: nn.Module, inputs: Tensor, counted: Tensor) -> Tensor:
 
 def _options(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
     """Arguments that transformers' models want: no cache, and a mask over the padding."""
-    arguments, options = _arguments(type(model)), {}
+    arguments = _arguments(type(model).forward)
+    options: dict[str, Any] = {}
     if "use_cache" in arguments:
         options["use_cache"] = False
     # Right padding needs no mask where attention looks back only, and an encoder's pads are 0.
@@ -174,8 +175,8 @@ def _options(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def _arguments(kind: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def _row_chunks(model: nn.Module, inputs: Tensor) -> list[slice]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,15 +15,15 @@ class WatchCNNConfig:
     """Sizes of the network; the defaults are those of the bundled base, 32,887 parameters."""
 
     axes: int = 6
-    channels: tuple[int, ...] = (32, 48, 64)  # multiples of `groups`
-    kernels: tuple[int, ...] = (9, 7, 5)
+    channels: tuple[int, int, int] = (32, 48, 64)  # multiples of `groups`
+    kernels: tuple[int, int, int] = (9, 7, 5)
     hidden: int = 64
     classes: int = 7
     groups: int = 8
 
 
 class WatchCNN(nn.Module):
-    """Strided convolutions, a mean over time, two linear layers.
+    """Three strided convolutions, a mean over time, two linear layers.
 
     GroupNorm and not BatchNorm: rows of different clients share a batch in the cohort engine, and a
     row's result must not depend on its neighbours.
@@ -33,32 +32,24 @@ class WatchCNN(nn.Module):
     def __init__(self, config: WatchCNNConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or WatchCNNConfig()
-        sizes = (config.axes, *config.channels)
-        self.convs = nn.ModuleList(
-            nn.Conv1d(fan_in, fan_out, kernel, stride=2, padding=kernel // 2)
-            for fan_in, fan_out, kernel in zip(sizes, config.channels, config.kernels, strict=False)
-        )
-        self.norms = nn.ModuleList(nn.GroupNorm(config.groups, size) for size in config.channels)
-        self.hidden = nn.Linear(sizes[-1], config.hidden)
+        first, second, third = config.channels
+        self.conv1 = _conv(config.axes, first, config.kernels[0])
+        self.conv2 = _conv(first, second, config.kernels[1])
+        self.conv3 = _conv(second, third, config.kernels[2])
+        self.norm1 = nn.GroupNorm(config.groups, first)
+        self.norm2 = nn.GroupNorm(config.groups, second)
+        self.norm3 = nn.GroupNorm(config.groups, third)
+        self.hidden = nn.Linear(third, config.hidden)
         self.classifier = nn.Linear(config.hidden, config.classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map windows (b, axes, T) float32 to logits (b, classes) float32."""
-        values = inputs
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            values = F.relu(norm(conv(values)))
+        values = F.relu(self.norm1(self.conv1(inputs)))
+        values = F.relu(self.norm2(self.conv2(values)))
+        values = F.relu(self.norm3(self.conv3(values)))
         logits: Tensor = self.classifier(F.relu(self.hidden(values.mean(dim=-1))))
         return logits
 
 
-def rotated(windows: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Turn each window (b, 6, T) by a small random rotation, as if the watch sat differently.
-
-    Accelerometer (axes 0 to 2) and gyroscope (3 to 5) are turned together; `strength` is the
-    standard deviation of the rotation vector in radians.
-    """
-    x, y, z = (strength * torch.randn(3, len(windows), generator=generator)).unbind()
-    zero = torch.zeros_like(x)
-    skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).view(-1, 3, 3)
-    turn = torch.matrix_exp(skew)
-    return torch.cat([turn @ windows[:, :3], turn @ windows[:, 3:]], dim=1)
+def _conv(fan_in: int, fan_out: int, kernel: int) -> nn.Conv1d:
+    return nn.Conv1d(fan_in, fan_out, kernel, stride=2, padding=kernel // 2)
