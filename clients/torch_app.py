@@ -7,7 +7,6 @@ left to the process.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ from fedlora.federation.owner import owners_setup
 from fedlora.nn import load_adapter_into, train_local
 from fedlora.randomness import rng
 from fedlora.training import LocalRule, TrainConfig, TrainResult
-from fedlora.world import World, open_world
+from fedlora.world import World, shared_world
 
 _TASKS = ("classification", "next-token")
-_world = functools.lru_cache(maxsize=1)(open_world)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,7 @@ def open_trainer(setup: ClientSetup, node_config: Mapping[str, object]) -> Torch
         "task": _TASKS,
     }
     setup = owners_setup(setup, node_config, os.environ, known)
-    world = _world(setup.base, setup.data, setup.lora, setup.seed)
+    world = shared_world(setup.base, setup.data, setup.lora, setup.seed)
     return TorchTrainer(world, _client_id(world.data.client_ids, node_config))
 
 
