@@ -7,6 +7,7 @@ tensors and keeps the old ones, so that `unmerge_lora` and `remove_lora` give it
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,11 @@ class _Injection:
     required_grad: list[tuple[nn.Parameter, bool]]
     fast_paths: list[tuple[nn.Module, Any]] = field(default_factory=list)
     originals: dict[str, Tensor] | None = None  # weights of the base while merged
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Injection:
+        """Let an injected model be deep-copied: the config is immutable, and shared."""
+        parts = (self.layers, self.required_grad, self.fast_paths, self.originals)
+        return _Injection(self.config, self.base, *copy.deepcopy(parts, memo))
 
 
 def inject_lora(

@@ -9,24 +9,20 @@ persons who are the clients of the data set "watch".
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import asdict
 
 import numpy as np
 import torch
 from safetensors.torch import save
 from torch.nn import functional as F
 
-import fedlora.bases
-from fedlora.bases.card import write_card
 from fedlora.data import ClientData, collate, load_data
-from fedlora.data.watch import LABELS
 from fedlora.files import write_atomic
-from fedlora.nn.load import card_of
 from fedlora.nn.watch_cnn import WatchCNN
 from fedlora.randomness import rng
-from simulations.bases.digests import digests
+from simulations.bases.write_card import FILES, write_bundled_card
 
-FOLDER = Path(fedlora.bases.__file__).parent / "files" / "watch-cnn"
+FOLDER = FILES / "watch-cnn"
 STEPS = 900
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3  # of AdamW at the first step; cosine to zero
@@ -75,26 +71,11 @@ def accuracy(model: WatchCNN, clients: list[ClientData]) -> float:
 
 def write(model: WatchCNN) -> None:
     """Write weights, config and card."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
     write_atomic(FOLDER / "model.safetensors", save(model.state_dict()))
-    config = {"model_type": "watch-cnn", **vars_of(model)}
-    (FOLDER / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    card = card_of(
-        model,
-        "watch-cnn",
-        "classification",
-        labels=LABELS,
-        licence="BSD-3-Clause",
-        description="1-D CNN that names seven exercises from a smartwatch's six axes",
-        files=digests(FOLDER, ("config.json", "model.safetensors")),
-    )
-    write_card(card, FOLDER / "card.json")
-
-
-def vars_of(model: WatchCNN) -> dict[str, object]:
-    """Return the sizes of the network as JSON."""
-    config = model.config
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+    sizes = asdict(model.config)
+    config = json.dumps({"model_type": "watch-cnn", **sizes}, indent=2) + "\n"
+    write_atomic(FOLDER / "config.json", config.encode())
+    write_bundled_card("watch-cnn")
 
 
 if __name__ == "__main__":
