@@ -96,9 +96,11 @@ class PersonalizationConfig:
     steps: int = 24
     learning_rate: float | None = None  # None: the federation's
     batch_size: int | None = None  # None: the federation's
+    cross: int = 0  # clients whose own adapters are also evaluated on one another's data
 
     def __post_init__(self) -> None:
         _at_least("personalization.steps", self.steps, 0)
+        _at_least("personalization.cross", self.cross, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,6 @@ def simulate(
     overrides: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
-    cross: int = 0,
     progress: Progress | None = None,
 ) -> Run:
     """Run an experiment and return its results; everything is also in the run's folder.
@@ -57,14 +56,13 @@ def simulate(
     overrides: dotted keys, such as ``{"federation.rounds": 5}``.
     out: a new or empty folder; default ``runs/<name>``, numbered when that is taken.
     resume: the folder of a run that was stopped, instead of an experiment.
-    cross: evaluate the own adapters of that many clients on one another's data too.
 
     Raises `ConfigError`, `RunError` and whatever data and base raise.
     """
     report = progress or (lambda stage, done, total, words: None)
     config, folder = _prepare(experiment, overrides or {}, out, resume)
     with locked(folder):
-        return _run(config, folder, cross, report)
+        return _run(config, folder, report)
 
 
 def _prepare(
@@ -91,7 +89,7 @@ def _prepare(
     return config, folder
 
 
-def _run(config: ExperimentConfig, folder: Path, cross: int, report: Progress) -> Run:
+def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     if (folder / SUMMARY).is_file():
         return _finished(folder)
     clients_file = folder / "clients.jsonl"
@@ -108,7 +106,7 @@ def _run(config: ExperimentConfig, folder: Path, cross: int, report: Progress) -
     provenance = {"run": config.name, "round": state.round, "method": config.federation.method}
     for target in ("adapter", "adapter.safetensors"):
         save_adapter(state.adapter, folder / target, provenance=provenance)
-    crossed = [c.client_id for c in took_part if not c.held_out][:cross]
+    crossed = [c.client_id for c in took_part if not c.held_out][: config.personalization.cross]
     own = {client: folder / "own" / f"{quote(client, safe='')}.safetensors" for client in crossed}
     rows = evaluate_clients(
         world,
