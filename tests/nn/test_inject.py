@@ -109,7 +109,7 @@ def test_injecting_twice_is_refused() -> None:
 def test_a_misspelt_target_is_refused_and_leaves_the_model_alone() -> None:
     model = seeded(Mlp)
     before = state(model)
-    with pytest.raises(ConfigError, match="no layer of the base is called 'secnd'.*'second'"):
+    with pytest.raises(ConfigError, match=r"no layer of the base is called 'secnd'.*'second'"):
         inject_lora(model, config(target_modules=("secnd",)))
     assert same_state(model, before)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -147,7 +147,7 @@ def test_a_named_layer_that_cannot_carry_lora_is_refused(case: str) -> None:
 def test_dora_on_a_zero_weight_is_refused() -> None:
     model = seeded(Mlp)
     nn.init.zeros_(model.head.weight)  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match="layer 'head': DoRA divides .* 3 of 3 are zero"):
+    with pytest.raises(UnsupportedError, match=r"layer 'head': DoRA divides .* 3 of 3 are zero"):
         inject_lora(model, config(variant="dora", target_modules=("head",)))
 
 
@@ -206,7 +206,7 @@ def test_an_injected_model_can_be_deep_copied() -> None:
 def test_removal_gives_the_base_back_bit_for_bit(kind: type[nn.Module], variant: str) -> None:
     model = seeded(kind)
     before, classes = state(model), [type(module) for module in model.modules()]
-    list(model.parameters())[0].requires_grad_(False)
+    next(iter(model.parameters())).requires_grad_(False)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     inject_lora(model, config(variant=variant))
     load_adapter_into(model, filled(extract_adapter(model)))
@@ -439,7 +439,7 @@ def test_a_model_can_say_which_layer_is_its_output() -> None:
     model.output_path = "second"  # type: ignore[assignment]
     assert [path for path, spec in layer_specs(model).items() if spec.is_output] == ["second"]
     model.output_path = "third"  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="Mlp.output_path: .* found 'third'"):
+    with pytest.raises(ConfigError, match=r"Mlp\.output_path: .* found 'third'"):
         layer_specs(model)
 
 

@@ -232,7 +232,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_restores_the_model() -> No
 def test_a_merged_model_is_not_trained() -> None:
     model = injected()
     merge_lora(model)
-    with pytest.raises(ConfigError, match="train_local: the adapter is merged .* unmerge_lora"):
+    with pytest.raises(ConfigError, match=r"train_local: the adapter is merged .* unmerge_lora"):
         train(model)
 
 

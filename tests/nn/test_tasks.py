@@ -153,8 +153,9 @@ def test_classification_sums_are_those_of_a_loop() -> None:
     batch = {"inputs": inputs, "targets": np.arange(9) % 3}
     with torch.no_grad():
         logits = model(torch.tensor(inputs)).double().numpy()
-    nats = [np.log(np.exp(row).sum()) - row[t] for row, t in zip(logits, np.arange(9) % 3)]
-    correct = sum(int(row.argmax() == t) for row, t in zip(logits, np.arange(9) % 3))
+    pairs = list(zip(logits, np.arange(9) % 3, strict=True))
+    nats = [np.log(np.exp(row).sum()) - row[target] for row, target in pairs]
+    correct = sum(int(row.argmax() == target) for row, target in pairs)
     expected = {"nats": sum(nats), "examples": 9, "correct": correct}
     assert CLASSES.score(model, batch) == pytest.approx(expected, rel=1e-6)
     assert float(CLASSES.loss(model, batch).detach()) == pytest.approx(np.mean(nats), rel=1e-6)

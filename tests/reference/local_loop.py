@@ -1,4 +1,4 @@
-"""Local training written out: one weight W + s·B·A a layer, and the optimizers' formulas in Python."""
+"""Local training written out: one weight W + s·B·A a layer, the optimizers as formulas."""
 
 from __future__ import annotations
 
