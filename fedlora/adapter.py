@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
@@ -102,15 +102,26 @@ class LoraConfig:
     def uses_dora(self) -> bool:
         return self.variant in ("dora", "rsdora")
 
+    def resolve(self, paths: Iterable[str]) -> dict[str, tuple[int, float]]:
+        """Return each path's rank and scaling, the patterns applied as PEFT applies them.
+
+        The scaling is ``lora_alpha / rank``, or ``lora_alpha / sqrt(rank)`` for rsLoRA
+        (arXiv:2312.03732).
+        """
+        paths = list(paths)
+        ranks = _first_matches(self.rank_pattern, paths, self.rank)
+        alphas = _first_matches(self.alpha_pattern, paths, self.lora_alpha)
+        divisors = [math.sqrt(rank) if self.uses_rslora else rank for rank in ranks]
+        values = zip(paths, ranks, alphas, divisors, strict=True)
+        return {path: (rank, float(alpha / divisor)) for path, rank, alpha, divisor in values}
+
     def rank_of(self, path: str) -> int:
-        """Return the rank for the layer at `path`, `rank_pattern` applied as PEFT applies it."""
-        return int(_first_match(self.rank_pattern, path, self.rank))
+        """Return the rank for the layer at `path`; see `resolve`."""
+        return self.resolve([path])[path][0]
 
     def scaling_of(self, path: str) -> float:
-        """Return ``lora_alpha / rank``, or ``lora_alpha / sqrt(rank)`` for rsLoRA (2312.03732)."""
-        alpha = _first_match(self.alpha_pattern, path, self.lora_alpha)
-        rank = self.rank_of(path)
-        return float(alpha / math.sqrt(rank) if self.uses_rslora else alpha / rank)
+        """Return the scaling for the layer at `path`; see `resolve`."""
+        return self.resolve([path])[path][1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -438,12 +449,12 @@ def _refuse_dora(what: str, layers: Sequence[LoraLayer]) -> None:
         )
 
 
-def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+def _first_matches(patterns: Mapping[str, Any], paths: Sequence[str], default: Any) -> list[Any]:
     if not patterns:
-        return default
-    keys = tuple(patterns)
-    index = pattern_table(keys).find(path)
-    return default if index is None else patterns[keys[index]]
+        return [default] * len(paths)
+    table, values = pattern_table(tuple(patterns)), list(patterns.values())
+    found = [table.find(path) for path in paths]
+    return [default if index is None else values[index] for index in found]
 
 
 def _check_rank(name: str, value: object) -> None:

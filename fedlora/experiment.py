@@ -8,13 +8,13 @@ clients get the values that they need in each message.
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from fedlora.adapter import LoraConfig
 from fedlora.aggregation import method as find_method
@@ -30,8 +30,12 @@ __all__ = [
     "PersonalizationConfig",
     "app_root",
     "find_experiment",
+    "from_plain",
     "parse_override",
+    "to_plain",
 ]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +56,7 @@ class DataConfig:
     test_share: float = 0.2  # of each client's examples, the last ones
     validation_share: float = 0.0  # of each client's examples, before the test part
     max_length: int = 64  # tokens; longer examples are cut
-    partition: Literal["natural", "iid", "dirichlet"] = "natural"  # natural: by person
-    alpha: float = 0.5  # of the Dirichlet distribution over labels; smaller is more skewed
+    partition: str | None = None  # None: by person; "iid", "dirichlet:0.3": dealt out anew
 
     def __post_init__(self) -> None:
         _at_least("data.clients", self.clients, 1)
@@ -67,8 +70,6 @@ class DataConfig:
                 "data.test_share must be over 0, and test_share + validation_share under 1; found "
                 f"{self.test_share!r} and {self.validation_share!r}"
             )
-        if not 0 < self.alpha < math.inf:
-            raise ConfigError(f"data.alpha: expected a finite number > 0, found {self.alpha!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +219,19 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
+def from_plain(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:
+    """Build the dataclass `cls` from plain values, each checked against its field's type.
+
+    Raises `ConfigError` on an unknown, missing or mistyped key; `where` opens its text.
+    """
+    return cast(T, _build(cls, table, where))
+
+
+def to_plain(value: Any) -> Any:
+    """Return a dataclass as nested tables of plain values; None is left out."""
+    return _plain(value)
+
+
 def _merge(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in table.items()}
     for dotted, value in overrides.items():
@@ -235,7 +249,7 @@ def _merge(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
 def _build(cls: Any, table: Mapping[str, Any], where: str) -> Any:
     """Build the dataclass `cls` from a table: known keys only, each value of its field's type."""
     _refuse_unknown(where, table, _names(cls))
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     values = {}
     for item in dataclasses.fields(cls):
         key = f"{where}.{item.name}" if where else item.name
@@ -252,6 +266,11 @@ def _build(cls: Any, table: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(str(error) if known else f"{prefix}: {error}") from None
 
 
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)  # slow, and a message's values are read once a client and round
+
+
 def _convert(value: Any, hint: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
@@ -259,6 +278,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return _build(hint, value, key)
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:  # TOML has no None; overrides and JSON do
+            return None
         choices = [choice for choice in args if choice is not type(None)]
         for choice in choices:
             try:
@@ -270,10 +291,10 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         if value not in args:
             raise ConfigError(f"{key}: expected one of {', '.join(args)}, found {value!r}")
         return value
-    if origin is tuple:
+    if origin in (tuple, frozenset):
         if not isinstance(value, list | tuple):
             raise _wrong_type(key, _type_name(hint), value)
-        return tuple(_convert(item, args[0], key) for item in value)
+        return origin(_convert(item, args[0], key) for item in value)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise _wrong_type(key, "a table", value)
@@ -292,6 +313,8 @@ def _plain(value: Any) -> Any:
         return {name: _plain(item) for name, item in items if item is not None}
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, frozenset):
+        return sorted(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -309,7 +332,7 @@ def _refuse_unknown(where: str, table: Mapping[str, Any], known: Iterable[str]) 
 
 def _type_name(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    if get_origin(hint) is tuple:
+    if get_origin(hint) in (tuple, frozenset):
         return "a list"
     return names.get(hint, "a table")
 

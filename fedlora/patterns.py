@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 from fedlora.errors import ConfigError
 
 __all__ = [
     "PatternTable",
     "compile_regex",
+    "is_plain",
     "literal_pattern",
     "match_cost",
     "pattern_table",
@@ -28,22 +30,23 @@ __all__ = [
 
 MAX_PATTERN = 2048  # characters
 MAX_NESTING = 16  # groups in groups
-_LITERAL = re.compile(r"\^?((?:[\w\-/:@ ]|\\[^\w])*)")
+_PLAIN = re.compile(r"\^?(?:[\w\-/:@ .]|\\[^\w])*")
+_PLAIN_PARTS = re.compile(r"\\(.)|(.)", re.DOTALL)
+
+Shape: TypeAlias = tuple[int, tuple[int, ...], bool]  # length, where "." stands, anchored by "^"
 
 
 @dataclass(frozen=True, slots=True)
 class PatternTable:
     """Patterns in order; made by `pattern_table`."""
 
-    anywhere: dict[str, int]  # literal after the start or a dot -> index
-    anchored: dict[str, int]  # literal for the whole path -> index
+    # Plain patterns by shape; their dots match any character, as PEFT's do.
+    plain: Mapping[int, Mapping[Shape, Mapping[str, int]]]
     regexes: tuple[tuple[int, re.Pattern[str]], ...]
 
     def find(self, path: str) -> int | None:
         """Return the index of the first pattern that matches `path`."""
-        hits = [self.anywhere[part] for part in suffixes(path) if part in self.anywhere]
-        hits += [self.anchored[path]] if path in self.anchored else []
-        best = min(hits, default=None)
+        best = self._find_plain(path)
         for index, regex in self.regexes:
             if best is not None and index > best:
                 break
@@ -51,20 +54,51 @@ class PatternTable:
                 return index
         return best
 
+    def _find_plain(self, path: str) -> int | None:
+        hits = []
+        for part in suffixes(path):
+            for shape, indices in self.plain.get(len(part), {}).items():
+                _, dots, anchored = shape
+                masked = _mask(part, dots)
+                if masked in indices and (not anchored or part == path):
+                    hits.append(indices[masked])
+        return min(hits, default=None)
+
 
 @lru_cache(maxsize=64)
 def pattern_table(patterns: tuple[str, ...]) -> PatternTable:
     """Compile patterns for many look-ups. Raises `ConfigError`."""
-    anywhere: dict[str, int] = {}
-    anchored: dict[str, int] = {}
+    plain: dict[int, dict[Shape, dict[str, int]]] = {}
     regexes = []
     for index, pattern in enumerate(patterns):
-        if match := _LITERAL.fullmatch(pattern):
-            table = anchored if pattern.startswith("^") else anywhere
-            table.setdefault(re.sub(r"\\(.)", r"\1", match[1]), index)
+        if is_plain(pattern):
+            shape, text = _plain_shape(pattern)
+            plain.setdefault(shape[0], {}).setdefault(shape, {}).setdefault(text, index)
         else:
             regexes.append((index, _compile(rf"(.*\.)?({pattern})", pattern)))
-    return PatternTable(anywhere, anchored, tuple(regexes))
+    return PatternTable(plain, tuple(regexes))
+
+
+def is_plain(pattern: str) -> bool:
+    """Whether the pattern is a name or path, escaped or not, rather than a regular expression."""
+    return _PLAIN.fullmatch(pattern) is not None
+
+
+def _plain_shape(pattern: str) -> tuple[Shape, str]:
+    anchored = pattern.startswith("^")
+    parts = _PLAIN_PARTS.findall(pattern.removeprefix("^"))
+    dots = tuple(index for index, (_, bare) in enumerate(parts) if bare == ".")
+    text = "".join(escaped or bare for escaped, bare in parts)
+    return (len(text), dots, anchored), text
+
+
+def _mask(text: str, dots: tuple[int, ...]) -> str:
+    if all(text[index] == "." for index in dots):
+        return text
+    characters = list(text)
+    for index in dots:
+        characters[index] = "."
+    return "".join(characters)
 
 
 def compile_regex(pattern: str) -> re.Pattern[str]:
@@ -140,10 +174,11 @@ _TOKENS = re.compile(
 
 
 def total_cost(patterns: Sequence[str], paths: Sequence[str]) -> float:
-    """Bound the work of trying every pattern that is not a literal on every path."""
+    """Bound the work of trying every pattern on every path."""
     longest = max(map(len, paths), default=0)
-    regexes = [pattern for pattern in patterns if not _LITERAL.fullmatch(pattern)]
-    return len(paths) * sum(match_cost(pattern, longest) for pattern in regexes)
+    shapes = {_plain_shape(pattern)[0] for pattern in patterns if is_plain(pattern)}
+    costs = [match_cost(pattern, longest) for pattern in patterns if not is_plain(pattern)]
+    return len(paths) * (len(shapes) + sum(costs))
 
 
 def _compile(wrapped: str, pattern: str) -> re.Pattern[str]:
@@ -153,6 +188,5 @@ def _compile(wrapped: str, pattern: str) -> re.Pattern[str]:
             warnings.simplefilter("error")
             return re.compile(wrapped)
     except (re.error, RecursionError, OverflowError, Warning) as error:
-        raise ConfigError(
-            f"{pattern!r} is not a valid regular expression: {getattr(error, 'msg', error)}"
-        ) from None
+        text = getattr(error, "msg", error)
+        raise ConfigError(f"{pattern!r} is not a valid regular expression: {text}") from None

@@ -20,9 +20,7 @@ from fedlora.experiment import ExperimentConfig
 from fedlora.nn import Task, load_adapter_into, train_local
 from fedlora.training import TrainConfig
 
-__all__ = ["ADAPTERS", "Person", "compare_adapters", "train_adapter"]
-
-ADAPTERS = ("base", "own", "global", "personal")
+__all__ = ["Person", "compare_adapters", "train_adapter"]
 
 
 @dataclass(frozen=True, slots=True)

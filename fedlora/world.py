@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from fedlora.adapter import Adapter, LoraConfig
 from fedlora.data import FederatedData, load_data
-from fedlora.errors import BaseMismatchError
 from fedlora.experiment import BaseConfig, DataConfig
 from fedlora.nn import Task, extract_adapter, get_task, inject_lora, load_base
 
-__all__ = ["World", "open_world"]
+__all__ = ["World", "open_world", "shared_world"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +51,8 @@ def open_world(base: BaseConfig, data: DataConfig, lora: LoraConfig, seed: int) 
     )
     inject_lora(loaded.model, lora, seed, base=loaded.card.fingerprint)
     return World(loaded.model, get_task(data.task), population, extract_adapter(loaded.model))
+
+
+# The last world of this process, for callers that take turns: a message a client, and the
+# evaluation after the rounds. Nobody may rely on the factors that another has left in its model.
+shared_world = functools.lru_cache(maxsize=1)(open_world)

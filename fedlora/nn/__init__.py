@@ -17,10 +17,12 @@ from fedlora.nn.inject import (
     remove_lora,
     unmerge_lora,
 )
+from fedlora.nn.load import Base, load_base
 from fedlora.nn.local import train_local
 from fedlora.nn.tasks import Batch, Task, get_task
 
 __all__ = [
+    "Base",
     "Batch",
     "Task",
     "base_fingerprint",
@@ -29,6 +31,7 @@ __all__ = [
     "inject_lora",
     "layer_specs",
     "load_adapter_into",
+    "load_base",
     "merge_lora",
     "remove_lora",
     "train_local",

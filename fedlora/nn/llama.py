@@ -121,7 +121,7 @@ class LlamaConfig:
             "tie_word_embeddings": True,
             "bos_token_id": separator_id,
             "eos_token_id": separator_id,
-            "torch_dtype": "float16",
+            "dtype": "float16",
         }
 
 

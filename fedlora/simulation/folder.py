@@ -22,9 +22,10 @@ from typing import Any
 from fedlora.errors import RunError
 from fedlora.files import write_atomic
 
-__all__ = ["EXPERIMENT", "append_row", "claim", "free_folder", "locked", "read_rows"]
+__all__ = ["EXPERIMENT", "SUMMARY", "append_row", "claim", "free_folder", "locked", "read_rows"]
 
 EXPERIMENT = "experiment.toml"
+SUMMARY = "summary.json"
 
 
 def free_folder(name: str) -> Path:

@@ -19,6 +19,7 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.evaluation import evaluate
 from fedlora.experiment import ExperimentConfig
+from fedlora.federation.checkpoint import ClientRecord
 from fedlora.formats import load_adapter, save_adapter
 from fedlora.personalization import compare_adapters
 from fedlora.simulation.folder import append_row, read_rows
@@ -38,9 +39,7 @@ def evaluate_clients(
     config: ExperimentConfig,
     shared: Adapter,
     *,
-    rounds: Mapping[str, int],
-    steps: Mapping[str, int],
-    held_out: frozenset[str],
+    took_part: Sequence[ClientRecord],
     file: Path,
     keep_own: Mapping[str, Path],
     report: Report,
@@ -48,11 +47,12 @@ def evaluate_clients(
 ) -> list[dict[str, Any]]:
     """Return a row per client in the order of ids; each is in `file` as soon as it is known.
 
-    rounds, steps: those that each client took part in. keep_own: where to save whose own adapter.
-    Rows that `file` already has are not computed again.
+    took_part: what each client did in the rounds. keep_own: where to save whose own adapter. Rows
+    that `file` already has are not computed again.
     """
+    records = {record.client_id: record for record in took_part}
     rows = {row["client"]: row for row in read_rows(file)}
-    clients = world.data.client_ids
+    clients = [client for client in world.data.client_ids if client in records]
     kept = {name for name, path in keep_own.items() if path.is_file()}
     todo = [c for c in clients if c not in rows or (c in keep_own and c not in kept)]
 
@@ -64,14 +64,15 @@ def evaluate_clients(
             config,
             initial=local.initial,
             shared=shared,
-            federated_steps=steps.get(client, 0),
+            federated_steps=records[client].steps,
         )
         if client in keep_own:
+            keep_own[client].parent.mkdir(exist_ok=True)
             save_adapter(person.own, keep_own[client])
         return {
             "client": client,
-            "held_out": client in held_out,
-            "rounds": rounds.get(client, 0),
+            "held_out": records[client].held_out,
+            "rounds": records[client].rounds,
             "scores": person.scores,
         }
 
@@ -80,7 +81,7 @@ def evaluate_clients(
     for row in _in_threads(world, one, todo, config):
         if row["client"] not in rows:
             rows[row["client"]] = row
-            append_row(file, row | {"seconds": round(seconds(), 3)})
+            append_row(file, row | {"seconds": round(seconds(), 3)})  # of the run so far
         done += 1
         report(done, len(clients), row["client"])
     return [rows[client] for client in clients]

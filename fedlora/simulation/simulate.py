@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+from flwr.clientapp import ClientApp
 
 from fedlora import __version__
 from fedlora.adapter import Adapter
-from fedlora.data import FederatedData
 from fedlora.errors import ConfigError, RunError
-from fedlora.evaluation import evaluate
-from fedlora.experiment import ExperimentConfig, find_experiment
+from fedlora.experiment import ExperimentConfig, app_root, find_experiment
+from fedlora.federation import run_federation
+from fedlora.federation.checkpoint import (
+    Checkpoint,
+    RoundRecord,
+    has_checkpoint,
+    read_checkpoint,
+)
+from fedlora.federation.owner import owner_node_config
 from fedlora.files import write_atomic
 from fedlora.formats import load_adapter, save_adapter
-from fedlora.personalization import compare_adapters
-from fedlora.simulation.folder import (
-    EXPERIMENT,
-    append_row,
-    claim,
-    free_folder,
-    locked,
-    read_rows,
-)
-from fedlora.simulation.results import cross_matrix, results, table
+from fedlora.simulation.folder import EXPERIMENT, SUMMARY, claim, free_folder, locked, read_rows
+from fedlora.simulation.grid import InProcessGrid
+from fedlora.simulation.people import cross_evaluate, evaluate_clients
+from fedlora.simulation.results import results, table
+from fedlora.world import shared_world
 
 __all__ = ["Progress", "Run", "simulate"]
 
@@ -99,26 +105,102 @@ def _prepare(
 def _run(config: ExperimentConfig, folder: Path, cross: int, report: Progress) -> Run:
     if (folder / SUMMARY).is_file():
         return _finished(folder)
-    clock = _Clock(folder)
-    world = open_world(config.base, config.data, config.lora, config.seed)
-    state, population = run_rounds(config, folder, report)
+    clients_file = folder / "clients.jsonl"
+    before = _seconds_before(folder, clients_file)
+    started = time.monotonic()
+
+    def seconds() -> float:
+        return before + time.monotonic() - started
+
+    world = shared_world(config.base, config.data, config.lora, config.seed)
+    checkpoint = _run_rounds(config, folder, len(world.data), report)
+    state, took_part = checkpoint.state, checkpoint.clients
     provenance = {"run": config.name, "round": state.round, "method": config.federation.method}
-    save_adapter(state.adapter, folder / "adapter", provenance=provenance)
-    save_adapter(state.adapter, folder / "adapter.safetensors", provenance=provenance)
-    rows = _evaluate_clients(world, state.adapter, population, folder, cross, clock, report)
+    for target in ("adapter", "adapter.safetensors"):
+        save_adapter(state.adapter, folder / target, provenance=provenance)
+    crossed = [c.client_id for c in took_part if not c.held_out][:cross]
+    own = {client: folder / "own" / f"{quote(client, safe='')}.safetensors" for client in crossed}
+    rows = evaluate_clients(
+        world,
+        config,
+        state.adapter,
+        took_part=took_part,
+        file=clients_file,
+        keep_own=own,
+        report=lambda *args: report("clients", *args),
+        seconds=seconds,
+    )
     task = world.task
     summary = {
         "name": config.name,
         "rounds": state.round,
         **results(rows, metric=task.metric, higher_is_better=task.higher_is_better),
-        "bytes_up": population.bytes_up,
-        "bytes_down": population.bytes_down,
-        "seconds": round(clock.seconds(), 3),
+        "bytes_up": checkpoint.bytes_up,
+        "bytes_down": checkpoint.bytes_down,
         "seed": config.seed,
         "fedlora_version": __version__,
         "privacy": None,
     }
-    if cross:
-        summary["extra"]["cross"] = _cross(world, rows, folder, cross, report)
+    summary["extra"]["notes"] = list(world.data.notes)
+    if own:
+        summary["extra"]["cross"] = cross_evaluate(
+            world, config, own, lambda *args: report("cross", *args)
+        )
+    summary["seconds"] = round(seconds(), 3)
     write_atomic(folder / SUMMARY, json.dumps(summary, indent=2).encode())
     return Run(folder, state.adapter, summary, rows)
+
+
+def _run_rounds(
+    config: ExperimentConfig, folder: Path, clients: int, report: Progress
+) -> Checkpoint:
+    total = config.federation.rounds
+
+    def show(record: RoundRecord) -> None:
+        loss = "" if record.loss is None else f"loss {record.loss:.4f}"
+        lost = f"{len(record.dropped)} dropped" if record.dropped else ""
+        report("rounds", record.round, total, " ".join(filter(None, (loss, lost))))
+
+    report(
+        "rounds", read_checkpoint(folder).state.round if has_checkpoint(folder) else 0, total, ""
+    )
+    if config.engine.kind == "flower":
+        from fedlora.simulation.flower import run_in_flower
+
+        run_in_flower(config, folder, clients, on_round=show)
+    else:
+        grid = InProcessGrid(_client_app(), clients, owner_node_config(config))
+        run_federation(grid, config, folder, on_round=show)
+    return read_checkpoint(folder)
+
+
+def _client_app() -> ClientApp:
+    """Import the one ClientApp from the app's folder: the clone's, or the wheel's copy."""
+    root = str(app_root())
+    sys.path.insert(0, root)
+    try:
+        module = importlib.import_module("clients.app")
+    finally:
+        sys.path.remove(root)
+    found = Path(module.__file__ or "").resolve().parent.parent
+    if found != Path(root).resolve():
+        raise RunError(
+            f"expected the package 'clients' of {root}, found another one in {found}; run from a "
+            "folder without it"
+        )
+    app: ClientApp = module.app
+    return app
+
+
+def _seconds_before(folder: Path, clients_file: Path) -> float:
+    """Return the seconds that earlier parts of this run took, as far as they were written down."""
+    rows = read_rows(clients_file)
+    if rows:
+        return float(max(row["seconds"] for row in rows))
+    return read_checkpoint(folder).seconds if has_checkpoint(folder) else 0.0
+
+
+def _finished(folder: Path) -> Run:
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    rows = read_rows(folder / "clients.jsonl")
+    return Run(folder, load_adapter(folder / "adapter.safetensors"), summary, rows)
