@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from fedlora.errors import (
     ShapeMismatchError,
     UnsupportedError,
 )
+from fedlora.formats import load_adapter, save_adapter
 from fedlora.nn import (
     base_fingerprint,
     extract_adapter,
@@ -140,13 +142,13 @@ REFUSED = {
 def test_a_named_layer_that_cannot_carry_lora_is_refused(case: str) -> None:
     make, target, expected = REFUSED[case]
     with pytest.raises(UnsupportedError) as error:
-        inject_lora(make(), config(target_modules=(target,)))  # type: ignore[operator]
+        inject_lora(make(), config(target_modules=(target,)))
     assert message(error) == expected
 
 
 def test_dora_on_a_zero_weight_is_refused() -> None:
     model = seeded(Mlp)
-    nn.init.zeros_(model.head.weight)  # type: ignore[arg-type]
+    nn.init.zeros_(model.head.weight)
     with pytest.raises(UnsupportedError, match=r"layer 'head': DoRA divides .* 3 of 3 are zero"):
         inject_lora(model, config(variant="dora", target_modules=("head",)))
 
@@ -163,10 +165,10 @@ def test_a_module_that_is_used_twice_is_adapted_in_both_places() -> None:
 
 def test_lora_on_a_tied_head_leaves_the_embedding_alone() -> None:
     model = seeded(TiedLm)
-    rows = model.embed(IDS)  # type: ignore[operator]
+    rows = model.embed(IDS)
     inject_lora(model, config(target_modules=("lm_head",)))
     load_adapter_into(model, filled(extract_adapter(model)))
-    assert torch.equal(model.embed(IDS), rows)  # type: ignore[operator]
+    assert torch.equal(model.embed(IDS), rows)
     assert not torch.allclose(model(IDS), seeded(TiedLm)(IDS))
 
 
@@ -243,14 +245,29 @@ def test_a_loaded_adapter_changes_the_output_and_comes_out_as_it_went_in(variant
     assert extract_adapter(model) == adapter
 
 
+@pytest.mark.parametrize("name", ["folder", "packed.safetensors"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_and_loaded_adapter_changes_the_output_as_before(
+    variant: str, name: str, tmp_path: Path
+) -> None:
+    first, second = seeded(Mlp), seeded(Mlp)
+    inject_lora(first, config(variant=variant))
+    load_adapter_into(first, filled(extract_adapter(first)))
+    save_adapter(extract_adapter(first), tmp_path / name)
+    inject_lora(second, config(variant=variant))
+    assert not torch.allclose(first(FEATURES), second(FEATURES), atol=1e-2)
+    load_adapter_into(second, load_adapter(tmp_path / name))
+    assert torch.equal(first(FEATURES), second(FEATURES))
+
+
 def test_the_output_is_that_of_the_base_plus_delta_weight() -> None:
     model = seeded(Mlp)
     inject_lora(model, config(target_modules=("first",)))
     adapter = filled(extract_adapter(model))
     load_adapter_into(model, adapter)
-    found = model.first(FEATURES)  # type: ignore[operator]
+    found = model.first(FEATURES)
     delta = FEATURES @ torch.tensor(adapter.delta_weight("first")).T
-    expected = seeded(Mlp).first(FEATURES) + delta  # type: ignore[operator]
+    expected = seeded(Mlp).first(FEATURES) + delta
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -436,9 +453,9 @@ def test_layers_are_described_by_their_plain_paths() -> None:
 
 def test_a_model_can_say_which_layer_is_its_output() -> None:
     model = seeded(Mlp)
-    model.output_path = "second"  # type: ignore[assignment]
+    model.output_path = "second"
     assert [path for path, spec in layer_specs(model).items() if spec.is_output] == ["second"]
-    model.output_path = "third"  # type: ignore[assignment]
+    model.output_path = "third"
     with pytest.raises(ConfigError, match=r"Mlp\.output_path: .* found 'third'"):
         layer_specs(model)
 
@@ -468,11 +485,11 @@ def test_the_fingerprint_is_a_hash_of_names_types_shapes_and_bytes() -> None:
 def test_the_fingerprint_counts_a_tied_weight_once_and_a_buffer_too() -> None:
     tied = seeded(TiedLm)
     expected = base_fingerprint(tied)
-    tied.lm_head.weight = nn.Parameter(tied.embed.weight.detach().clone())  # type: ignore[union-attr]
+    tied.lm_head.weight = nn.Parameter(tied.embed.weight.detach().clone())
     assert base_fingerprint(tied) != expected
     model = seeded(Many)
     expected = base_fingerprint(model)
-    model.norm.running_mean.add_(1)  # type: ignore[union-attr,operator]
+    model.norm.running_mean.add_(1)
     assert base_fingerprint(model) != expected
 
 

@@ -198,7 +198,7 @@ def test_clients_in_turn_do_not_influence_each_other() -> None:
 def test_a_zero_head_learns_through_lora_alone() -> None:
     """How a new classification head travels: base zero, rank at least the number of classes."""
     model = seeded(Mlp)
-    nn.init.zeros_(model.head.weight)  # type: ignore[arg-type,union-attr]
+    nn.init.zeros_(model.head.weight)
     inject_lora(model, replace(LORA, rank=3, target_modules=("head",)))
     features = np.eye(6, dtype=np.float32)[[0, 1, 2] * 4]
     batch = {"inputs": features, "targets": np.array([0, 1, 2] * 4)}

@@ -111,7 +111,7 @@ def test_scores_of_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_logits_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     model = seeded(TiedLm)
-    model.lm_head.register_forward_hook(lambda m, i, out: seen.append(out.numel()))  # type: ignore[union-attr]
+    model.lm_head.register_forward_hook(lambda m, i, out: seen.append(out.numel()))
     monkeypatch.setattr(tasks, "SCORED_LOGITS", 2 * 6 * 11)
     NEXT.score(model, sentences())
     assert seen == [2 * 6 * 11, 1 * 6 * 11]
@@ -122,7 +122,7 @@ def test_a_batch_without_counted_targets_has_no_loss_and_no_gradient() -> None:
     inject_lora(model, LoraConfig(rank=2))
     batch = dict(sentences(), targets=np.full((3, 6), -100))
     loss = NEXT.loss(model, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert float(loss.detach()) == 0
     assert all(float(p.grad.abs().max()) == 0 for p in model.parameters() if p.grad is not None)
     assert NEXT.score(model, batch) == dict.fromkeys(NEXT.score(model, batch), 0.0)
@@ -170,8 +170,8 @@ def test_names_metrics_and_directions() -> None:
 def test_a_function_can_return_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("own_tasks")
     own = Task("own", "loss", False, NEXT.loss, NEXT.score)
-    module.make = lambda: own  # type: ignore[attr-defined]
-    module.wrong = lambda: 3  # type: ignore[attr-defined]
+    module.make = lambda: own
+    module.wrong = lambda: 3
     monkeypatch.setitem(sys.modules, "own_tasks", module)
     assert get_task("own_tasks:make") is own
     with pytest.raises(ConfigError) as error:

@@ -138,7 +138,7 @@ def test_all_linear_are_the_layers_that_peft_chooses(name: str) -> None:
 def test_training_ends_where_pefts_does(name: str, variant: str) -> None:
     make, task, _, transposed = MODELS[name]
     ours, theirs = make(), make()
-    inject_lora(ours, LoraConfig(rank=2, lora_alpha=4, variant=variant))  # type: ignore[arg-type]
+    inject_lora(ours, LoraConfig(rank=2, lora_alpha=4, variant=variant))
     start = extract_adapter(ours)
     theirs.requires_grad_(False)
     peft.inject_adapter_in_model(
@@ -155,15 +155,15 @@ def test_training_ends_where_pefts_does(name: str, variant: str) -> None:
     modules = {path: theirs.get_submodule(path) for path in start}
     for path, module in modules.items():
         with torch.no_grad():
-            module.lora_A["default"].weight.copy_(torch.tensor(start[path].A))  # type: ignore
-            module.lora_B["default"].weight.copy_(torch.tensor(start[path].B))  # type: ignore
+            module.lora_A["default"].weight.copy_(torch.tensor(start[path].A))
+            module.lora_B["default"].weight.copy_(torch.tensor(start[path].B))
     parameters = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, CONFIG.learning_rate, weight_decay=0.0)
     losses = []
     for batch in batches(task):
         loss = peft_loss(theirs, batch, task)
         losses.append(float(loss.detach()))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     result = train_local(ours, batches(task), CONFIG, task=task)
@@ -171,7 +171,7 @@ def test_training_ends_where_pefts_does(name: str, variant: str) -> None:
     for path, module in modules.items():
         found = result.adapter[path]
         # AdamW's first steps are as large for a tiny gradient, rounding included, as for any other.
-        for factor, tensor in (("A", module.lora_A), ("B", module.lora_B)):  # type: ignore
+        for factor, tensor in (("A", module.lora_A), ("B", module.lora_B)):
             expected = tensor["default"].weight.detach().numpy()
             np.testing.assert_allclose(getattr(found, factor), expected, rtol=0, atol=2e-5)
 
