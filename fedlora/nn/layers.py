@@ -143,29 +143,30 @@ class LoraLinear(LoraModule):
         A, B, base = factors["lora_A"], factors["lora_B"], self._modules["base_layer"]
         if self.merged:
             return _call(base, x, *args, **kwargs)
-        if factors["magnitude"] is not None:
-            return self._dora(x, *args, **kwargs)
-        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        if (
-            self.is_plain
-            and x.dtype == torch.float32
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
+        dora, dropping = factors["magnitude"] is not None, self.training and self.dropout > 0
+        usual = self.is_plain and x.dtype == torch.float32
+        if usual and not (dora and dropping) and not torch.is_autocast_enabled(x.device.type):
             # One product added in place instead of three passes over the output, which the frozen
             # product's gradient does not need. An autograd.Function that also fuses the backward
             # gained only another 3 %, and could not be differentiated twice.
             frozen: dict[str, Any] = base._parameters  # type: ignore[union-attr]
             rows = x.reshape(-1, A.shape[1])
-            y = F.linear(rows, frozen["weight"], frozen["bias"])
-            h = torch.mm(rows if dropped is x else dropped.reshape(rows.shape), A.t())
-            return y.addmm_(h, B.t(), alpha=self.scaling).view(*x.shape[:-1], B.shape[0])
+            y = F.linear(rows, frozen["weight"], None if dora else frozen["bias"])
+            h = torch.mm(F.dropout(rows, self.dropout) if dropping else rows, A.t())
+            y = y.addmm_(h, B.t(), alpha=self.scaling)
+            if dora:
+                y = y * self._dora_scale()
+                y = y if frozen["bias"] is None else y + frozen["bias"]
+            return y.view(*x.shape[:-1], B.shape[0])
         result = _call(base, x, *args, **kwargs)
+        if dora:
+            return self._dora(x, result)
+        dropped = F.dropout(x, self.dropout) if dropping else x
         low = F.linear(F.linear(dropped.to(A.dtype), A), B) * self.scaling
         return (result + low).to(result.dtype)
 
-    def _dora(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _dora(self, x: Tensor, result: Tensor) -> Tensor:
         base, A, B = self.base_layer, self.lora_A, self.lora_B
-        result = _call(base, x, *args, **kwargs)
         weight = self._flat_weight().to(A.dtype)
         inputs = x.to(A.dtype)
         scale = self._dora_scale()
