@@ -36,7 +36,7 @@ from fedlora.formats.codecs import (
     to_half,
     unpack_nibbles,
 )
-from fedlora.formats.stranger_config import build_config
+from fedlora.formats.stranger_config import build_config, shown
 from fedlora.formats.strict_json import canonical_json, parse_json
 from fedlora.formats.tensors import TensorFile, dump_tensors, read_tensors
 
@@ -210,13 +210,11 @@ def _magnitude(file: TensorFile, name: str, codec: str, B: Array) -> Array:
 
 
 def _header(file: TensorFile, where: str) -> dict[str, Any]:
-    if "fedlora" not in file.metadata:
-        raise FormatError(
-            f"{where}: expected metadata 'fedlora', found none; weights of a PEFT adapter are read "
-            "by naming their folder, which has the config"
-        )
     if file.metadata.keys() != {"fedlora"}:
-        raise FormatError(f"{where}: expected one metadata key, found {len(file.metadata)}")
+        raise FormatError(
+            f"{where}: expected one metadata key, 'fedlora', found {shown(sorted(file.metadata))}; "
+            "weights of a PEFT adapter are read by naming their folder, which has the config"
+        )
     value = parse_json(file.metadata["fedlora"].encode("utf-8"), f"{where}, metadata 'fedlora'")
     if isinstance(value, dict) and value.get("version", VERSION) != VERSION:
         raise FormatError(
@@ -290,8 +288,12 @@ def _check_names(
 
 
 def _config_to_json(config: LoraConfig) -> dict[str, Any]:
+    """Return the fields as JSON; whole alphas stand as floats: equal configs, equal bytes."""
     value = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {key: dict(v) if isinstance(v, Mapping) else v for key, v in value.items()}
+    value = {key: dict(v) if isinstance(v, Mapping) else v for key, v in value.items()}
+    alphas = {key: float(alpha) for key, alpha in config.alpha_pattern.items()}
+    floats = {key: float(value[key]) for key in ("lora_alpha", "lora_dropout")}
+    return {**value, **floats, "alpha_pattern": alphas}
 
 
 def _config_from_json(value: dict[str, Any], paths: list[str], where: str) -> LoraConfig:
