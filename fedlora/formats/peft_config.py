@@ -19,8 +19,8 @@ from fedlora.errors import (
     UnsupportedError,
     nearest,
 )
-from fedlora.formats.stranger_config import build_config, is_cheap, shown
-from fedlora.formats.strict_json import parse_json
+from fedlora.formats.stranger_config import build_config, is_cheap
+from fedlora.formats.strict_json import parse_json, shown
 from fedlora.patterns import literal_pattern, suffixes
 
 __all__ = ["MAX_CONFIG_BYTES", "parse_config", "peft_keys"]

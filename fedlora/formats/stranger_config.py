@@ -8,9 +8,10 @@ from typing import Any
 
 from fedlora.adapter import LoraConfig
 from fedlora.errors import ConfigError, FormatError
+from fedlora.formats.strict_json import shown
 from fedlora.patterns import compile_regex, is_plain, total_cost
 
-__all__ = ["build_config", "is_cheap", "shown"]
+__all__ = ["build_config", "is_cheap"]
 
 MAX_REGEX_CHARACTERS = 8192  # of all regular expressions that are not plain names
 MAX_MATCH_COST = 1e6  # see fedlora.patterns.match_cost; about 0.05 s
@@ -56,12 +57,6 @@ def is_cheap(config: LoraConfig, paths: Sequence[str]) -> bool:
     """
     patterns = [config.target_modules, config.extra.get("exclude_modules")]
     return total_cost([p for p in patterns if isinstance(p, str)], paths) <= MAX_MATCH_COST
-
-
-def shown(value: Any) -> str:
-    """Return the beginning of ``repr(value)``, for an error."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _check_patterns(patterns: list[str], paths: Sequence[str], where: str) -> None:

@@ -6,6 +6,7 @@ mutants with a meaning (a key twice, NaN, sizes of 2**60, A and B swapped, keys 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -24,8 +25,10 @@ VALUES: tuple[Any, ...] = (
     1e308, "", "x", "lora_A.weight", "\0", "\ud800", "💥", [], {}, [[]], [0], [2**60, 2**60],
     {"": {}}, [1] * 50, "a" * 5000, "(a+)+$", "(" * 50, "all-linear", "LOHA", "F64", "I8",
 )  # fmt: skip
-TOKENS = (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"[" * 3000, b"9" * 5000, b'"\\ud800"',
-          b"\xff\xfe", b"{}", b"null", b'{"a":1,"a":2}', b"-0", b"0x1", b"\xef\xbb\xbf")  # fmt: skip
+TOKENS = (
+    b"NaN", b"Infinity", b"-Infinity", b"1e999", b"[" * 3000, b"9" * 5000, b'"\\ud800"',
+    b"\xff\xfe", b"{}", b"null", b'{"a":1,"a":2}', b"-0", b"0x1", b"\xef\xbb\xbf",
+)  # fmt: skip
 FOREIGN = ("lora_alfa", "r", "network_dim", "ss_network_alpha", "peft_type", "version", "sha256",
            "__metadata__", "codec", "use_dora", "scales", "format", "base", "bias")  # fmt: skip
 
@@ -116,7 +119,7 @@ def _change_values(data: bytes, rng: Generator) -> bytes:
         if type(old) is int and rng.random() < 0.5:  # sizes and offsets: near misses
             holder[key] = old + int(rng.integers(-9, 10))
         else:
-            holder[key] = VALUES[int(rng.integers(len(VALUES)))]
+            holder[key] = _value(rng)
     return json.dumps(value, ensure_ascii=bool(rng.random() < 0.5)).encode("utf-8", "replace")
 
 
@@ -139,7 +142,7 @@ def _change_meaning(data: bytes, rng: Generator) -> bytes:
         return text.replace("@@", "lora_B").encode()
     elif action == 4 and isinstance(holder, dict):
         foreign = FOREIGN[int(rng.integers(len(FOREIGN)))]
-        holder[foreign] = VALUES[int(rng.integers(len(VALUES)))]
+        holder[foreign] = _value(rng)
     elif action == 5:
         holder.pop(key)
     else:  # two values change places
@@ -149,6 +152,10 @@ def _change_meaning(data: bytes, rng: Generator) -> bytes:
         return json.dumps(value).encode()
     except ValueError:  # a value within itself
         return b"[" * 100
+
+
+def _value(rng: Generator) -> Any:
+    return copy.deepcopy(VALUES[int(rng.integers(len(VALUES)))])
 
 
 def _place(value: Any, rng: Generator) -> tuple[Any, Any]:

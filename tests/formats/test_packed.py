@@ -149,6 +149,21 @@ def test_unknown_codec_and_provenance_that_is_no_json_are_refused():
         encode_packed(small_adapter(), provenance={"when": object()})
 
 
+def test_what_could_not_be_read_is_not_written(tmp_path):
+    layer = LoraLayer(np.ones((1, 1)), np.ones((1, 1)), 1.0)
+    config = LoraConfig(rank=1)
+    many = Adapter({f"{'x' * 400}.{i}": layer for i in range(2000)}, config)
+    for name in ("a.safetensors", "a"):
+        with raises(FormatError, "expected a header of at most 1,048,576 bytes"):
+            save_adapter(many, tmp_path / name)
+        with raises(FormatError, "512"):
+            save_adapter(Adapter({"x" * 513: layer}, config), tmp_path / name)
+        with raises(FormatError, "at most 8 levels of nesting"):
+            deep = {"a": [[[[[[[[[]]]]]]]]]}
+            save_adapter(small_adapter(), tmp_path / name, provenance=deep)
+    assert list(tmp_path.iterdir()) == []
+
+
 def _set(key, value):
     return lambda header, tensors: header.__setitem__(key, value)
 
@@ -168,16 +183,16 @@ def _tensor(name, value):
 CHANGES = {
     "newer": (_set("version", 2), FormatError, "expected version 1 of the packed format"),
     "extra key": (_set("x", 2), FormatError, "expected metadata with base, codec"),
-    "no layer": (_set("layers", {}), FormatError, "layers: found '{}', which is no layers"),
-    "codec": (_set("codec", "fp8"), FormatError, "codec: found 'fp8'"),
+    "no layer": (_set("layers", {}), FormatError, "layers: expected an object with at"),
+    "codec": (_set("codec", "fp8"), FormatError, "codec: expected one of fp32, fp16, int8, int4,"),
     "codec of another": (_set("codec", "int8"), FormatError, "missing tensor 'scales'"),
-    "base": (_set("base", 5), FormatError, "base: found '5'"),
+    "base": (_set("base", 5), FormatError, "base: expected a fingerprint or null, found 5"),
     "kind": (_layer("kind", "x"), None, "kind: expected one of linear, conv"),
     "kind of another": (_layer("kind", "conv"), ShapeMismatchError, "layer 'h.0.fc': A: expected"),
-    "scaling": (_layer("scaling", "1"), FormatError, "layer 'h.0.fc': expected kind, scaling"),
+    "scaling": (_layer("scaling", "1"), FormatError, "layer 'h.0.fc': expected a path"),
     "shape": (_layer("A", [2, 8]), FormatError, "lora_A: expected F32 (2, 8) for codec fp32"),
-    "ranks": (_layer("A", [3, 9]), FormatError, "layer 'h.0.fc': expected kind, scaling"),
-    "huge": (_layer("A", [2, 2**60]), FormatError, "layer 'h.0.fc': expected kind"),
+    "ranks": (_layer("A", [3, 9]), FormatError, "layer 'h.0.fc': expected a path"),
+    "huge": (_layer("A", [2, 2**60]), FormatError, "layer 'h.0.fc': expected a path"),
     "config key": (_config("rnk", 3), FormatError, "config: missing or unknown key 'rnk'"),
     "config rank": (_config("rank", 0), FormatError, "rank: expected a whole number >= 1"),
     "config type": (_config("lora_dropout", "0"), FormatError, "lora_dropout: expected a number"),
