@@ -21,9 +21,8 @@ def test_docstring_draws_the_tree_as_it_is():
             depth = len(match[1]) // 4
             above[depth:] = [match[2]]
             drawn[match[2]] = above[depth - 1] if depth else ""
-    actual = {
-        kind.__name__: kind.__bases__[0].__name__ for kind in KINDS if kind is not FedloraError
-    }
+    kinds = [kind for kind in KINDS if kind is not FedloraError]
+    actual = {kind.__name__: kind.__bases__[0].__name__ for kind in kinds}
     assert drawn == {"FedloraError": "", **actual}
     assert {kind.__name__ for kind in KINDS} <= set(errors.__all__)
 

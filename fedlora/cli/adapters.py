@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedlora.adapter import Adapter, stack
 from fedlora.errors import UsageError
@@ -156,10 +157,9 @@ def _layers(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _plain(text: str) -> str:
+def _plain(text: str) -> Text:
     """Keep what a file says from being read as rich's markup or as control characters."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return shown.replace("[", r"\[")
+    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 def _parse_weights(text: str | None, count: int) -> list[float]:

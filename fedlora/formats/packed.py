@@ -37,14 +37,13 @@ from fedlora.formats.codecs import (
     to_half,
     unpack_nibbles,
 )
-from fedlora.formats.stranger_config import build_config
+from fedlora.formats.stranger_config import MAX_PATH, build_config, is_module_path
 from fedlora.formats.strict_json import canonical_json, is_label, parse_json, shown
 from fedlora.formats.tensors import TensorFile, dump_tensors, parse_tensors, read_tensors
 
 __all__ = ["PackedFile", "decode_packed", "encode_packed", "read_packed", "write_packed"]
 
 VERSION = 1
-MAX_PATH = 512  # characters of a module path
 _KEYS = {"version", "config", "base", "tokenizer", "sha256", "codec", "layers", "provenance"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LAYER_KEYS = {"kind", "A", "B", "scaling"}
@@ -231,7 +230,7 @@ def _header(file: TensorFile, where: str) -> dict[str, Any]:
         if not fits(value[key]):
             raise FormatError(f"{where}: {key}: expected {expected}, found {shown(value[key])}")
     for path, about in value["layers"].items():
-        if not 0 < len(path) <= MAX_PATH or not path.isprintable() or not _is_layer(about):
+        if not is_module_path(path) or not _is_layer(about):
             raise FormatError(
                 f"{where}, layer {path[:200]!r}: expected a path of at most {MAX_PATH} "
                 "printable characters, with kind, scaling and the shapes of A and B, "

@@ -26,6 +26,7 @@ from fedlora.errors import (
 )
 from fedlora.files import interrupted_folder, replace_folder
 from fedlora.formats.peft_config import MAX_CONFIG_BYTES, parse_config, peft_keys
+from fedlora.formats.stranger_config import MAX_PATH, is_module_path
 from fedlora.formats.strict_json import canonical_json, is_label, parse_json, pretty_json
 from fedlora.formats.tensors import (
     TensorFile,
@@ -39,7 +40,6 @@ __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "decode_peft", "encode_peft", "read_pe
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-MAX_PATH = 512  # characters of a module path
 _PREFIX = "base_model.model."
 _SUFFIXES = {
     ".lora_A.weight": "A",
@@ -161,7 +161,7 @@ def _group(tensors: TensorFile, where: str) -> dict[str, dict[str, str]]:
                 f"{_PREFIX}PATH.lora_A.weight; fedlora holds A, B and DoRA magnitudes only"
             )
         path = name[len(_PREFIX) : -len(end)]
-        if not 0 < len(path) <= MAX_PATH or not path.isprintable():
+        if not is_module_path(path):
             raise FormatError(
                 f"{where}: expected the path of a module of at most {MAX_PATH} printable "
                 f"characters, found {path[:200]!r}"
