@@ -73,7 +73,8 @@ class TrainConfig:
 class LocalRule:
     """What a method changes in local training. Data, so that every trainer runs it alike."""
 
-    trained: frozenset[Factor] = frozenset({"A", "B"})  # the other factors stay as they came
+    # The other factors stay as they came. Without DoRA there is no magnitude to train.
+    trained: frozenset[Factor] = frozenset({"A", "B", "magnitude"})
 
     def __post_init__(self) -> None:
         unknown = self.trained - set(get_args(Factor))

@@ -1,0 +1,44 @@
+"""The one ClientApp of fedlora; it picks the trainer that this device has.
+
+A Flower bundle can name only one ClientApp, and a SuperNode starts a new process for every message.
+So the trainer is chosen here, by the node config's ``trainer`` (``torch`` or ``onnx``; without it
+``torch`` where torch is installed), and only then imported.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedlora.errors import ConfigError, MissingExtraError
+from fedlora.federation import ClientSetup, Trainer, handle_query, handle_train
+
+app = ClientApp()
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say who this client is."""
+    return handle_query(message, lambda setup: _open(setup, context))
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train for one round."""
+    return handle_train(message, lambda setup: _open(setup, context))
+
+
+def _open(setup: ClientSetup, context: Context) -> Trainer:
+    has_torch = find_spec("torch") is not None
+    kind = context.node_config.get("trainer") or ("torch" if has_torch else "onnx")
+    if kind == "torch":
+        if not has_torch:
+            raise MissingExtraError("training in torch", "train")
+        from clients.torch_app import open_trainer
+
+        return open_trainer(setup, context.node_config)
+    if kind == "onnx":
+        raise MissingExtraError("training without torch", "train")
+    raise ConfigError(f"node config trainer: expected 'torch' or 'onnx', found {kind!r}")

@@ -1,0 +1,96 @@
+"""The trainer in torch. One base, its LoRA and the data are opened once in a process and shared.
+
+In a simulation every virtual client of a process uses the same model: its factors are loaded from
+the message before each training, and nothing else of it changes. The number of torch's threads is
+left to the process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedlora.aggregation import Broadcast
+from fedlora.bases import list_bases
+from fedlora.data import draw_batches, list_data
+from fedlora.errors import BaseMismatchError, ConfigError, UnsupportedError
+from fedlora.federation import ClientSetup
+from fedlora.federation.owner import owners_setup
+from fedlora.nn import load_adapter_into, train_local
+from fedlora.randomness import rng
+from fedlora.training import LocalRule, TrainConfig, TrainResult
+from fedlora.world import World, thread_world
+
+_TASKS = ("classification", "next-token")
+
+
+@dataclass(frozen=True, slots=True)
+class TorchTrainer:
+    """One client of the data; see `fedlora.federation.Trainer`."""
+
+    world: World
+    client_id: str
+    rank: int | None = None
+
+    @property
+    def num_examples(self) -> int:
+        """Training examples that this client has."""
+        return len(self.world.data.client(self.client_id).train)
+
+    def train(
+        self, broadcast: Broadcast, config: TrainConfig, rule: LocalRule, round: int, seed: int
+    ) -> TrainResult:
+        """Load the broadcast factors, and train on this client's keyed batches."""
+        if broadcast.frozen is not None:
+            raise UnsupportedError("training beside a frozen adapter is not supported in torch yet")
+        expected, found = self.world.initial.base, broadcast.trainable.base
+        if expected != found:
+            raise BaseMismatchError(
+                f"this client's base is {_short(expected)}, the server's adapter is for "
+                f"{_short(found)}; install the same base on both"
+            )
+        examples = self.world.data.client(self.client_id).train
+        load_adapter_into(self.world.model, broadcast.trainable)
+        return train_local(
+            self.world.model,
+            draw_batches(examples, config, seed, self.client_id, round),
+            config,
+            task=self.world.task,
+            rule=rule,
+            num_examples=len(examples),
+            seed=int(rng(seed, "dropout", self.client_id, round).integers(2**31)),
+        )
+
+
+def open_trainer(setup: ClientSetup, node_config: Mapping[str, object]) -> TorchTrainer:
+    """Return this node's trainer; see `fedlora.federation.owner` for what it may open.
+
+    The client is the node config's ``client``, or the one at its ``partition-id``.
+    """
+    known = {
+        "base": [base.id for base in list_bases()],
+        "data": [data.id for data in list_data()],
+        "task": _TASKS,
+    }
+    setup = owners_setup(setup, node_config, os.environ, known)
+    world = thread_world(setup.base, setup.data, setup.lora, setup.seed)
+    return TorchTrainer(world, _client_id(world.data.client_ids, node_config))
+
+
+def _client_id(client_ids: tuple[str, ...], node_config: Mapping[str, object]) -> str:
+    name, number = node_config.get("client"), node_config.get("partition-id")
+    if name is not None:
+        if name not in client_ids:
+            raise ConfigError(f"node config client: the data has no client {name!r}")
+        return str(name)
+    if not isinstance(number, int) or not 0 <= number < len(client_ids):
+        raise ConfigError(
+            f"node config partition-id: expected 0 to {len(client_ids) - 1}, the clients of the "
+            f"data, found {number!r}"
+        )
+    return client_ids[number]
+
+
+def _short(fingerprint: str | None) -> str:
+    return fingerprint[:12] if fingerprint else "of no name"

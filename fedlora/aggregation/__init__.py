@@ -1,0 +1,36 @@
+"""Federated methods: how a server makes one adapter out of many. NumPy only.
+
+A method is added by writing a function that returns a `Method` and naming it in `_METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fedlora.aggregation.averaging import fedit, ffa_lora
+from fedlora.aggregation.method import Broadcast, ClientProfile, Method, ServerState, Update
+from fedlora.errors import ConfigError, unknown_name
+
+__all__ = ["Broadcast", "ClientProfile", "Method", "ServerState", "Update", "method", "methods"]
+
+_METHODS: dict[str, Callable[..., Method]] = {"fedit": fedit, "ffa-lora": ffa_lora}
+
+
+def method(name: str, **options: Any) -> Method:
+    """Return the method called `name`, built with its own options.
+
+    >>> method("ffa-lora").exact
+    True
+    """
+    if name not in _METHODS:
+        raise unknown_name("method", name, _METHODS)
+    try:
+        return _METHODS[name](**options)
+    except TypeError as error:
+        raise ConfigError(f"method {name!r}: {error}") from None
+
+
+def methods() -> dict[str, Method]:
+    """Return every method with its default options, by name."""
+    return {name: build() for name, build in sorted(_METHODS.items())}

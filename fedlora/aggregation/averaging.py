@@ -1,0 +1,95 @@
+"""Methods that average factors: FedIT and FFA-LoRA.
+
+    fedit      A = Σ p_k A_k, B = Σ p_k B_k           arXiv:2305.05644
+    ffa-lora   A = A₀ stays frozen, B = Σ p_k B_k      arXiv:2403.12313
+
+FedIT averages the two factors apart, so its product misses the true mean by exactly
+``Σ p_k s (B_k - B)(A_k - A)``. FFA-LoRA shares one A and is therefore exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlora.adapter import Adapter, LoraLayer
+from fedlora.aggregation.method import (
+    Broadcast,
+    ClientProfile,
+    Method,
+    ServerState,
+    Update,
+    checked,
+)
+from fedlora.errors import FederationError
+from fedlora.training import Factor, LocalRule
+
+__all__ = ["fedit", "ffa_lora", "mean_of_factors"]
+
+_BOTH: frozenset[Factor] = frozenset({"A", "B"})
+_ONLY_B: frozenset[Factor] = frozenset({"B"})
+
+
+def fedit() -> Method:
+    """Return FedIT: the weighted mean of A and of B, each on its own (arXiv:2305.05644)."""
+    return _averaging("fedit", _BOTH, exact=False)
+
+
+def ffa_lora() -> Method:
+    """Return FFA-LoRA: A stays as it was drawn from the seed, B is averaged (arXiv:2403.12313)."""
+    return _averaging("ffa-lora", _ONLY_B, exact=True)
+
+
+def mean_of_factors(
+    state: ServerState, updates: Iterable[Update], factors: frozenset[Factor], method: str
+) -> Adapter:
+    """Return the global adapter with ``Σ p_k X_k`` in place of each of `factors`.
+
+    One float64 sum is kept, so that memory does not grow with the number of clients, and the
+    result is rounded to float32 once. ``p_k`` are the clients' num_examples over their sum.
+    """
+    sums: dict[tuple[str, Factor], npt.NDArray[np.float64]] = {}
+    total = 0.0
+    for update in checked(state, updates, method):
+        for path, layer in update.adapter.layers.items():
+            for factor in factors:
+                value = _factor(layer, factor)
+                if (path, factor) not in sums:
+                    sums[path, factor] = np.zeros(value.shape)
+                sums[path, factor] += update.num_examples * value.astype(np.float64)
+        total += update.num_examples
+    if total == 0.0:
+        raise FederationError(f"round {state.round + 1}: {method} got no update to average")
+    layers = {}
+    for path, layer in state.adapter.layers.items():
+        means = {factor: (sums[path, factor] / total).astype(np.float32) for factor in factors}
+        layers[path] = replace(layer, A=means.get("A", layer.A), B=means.get("B", layer.B))
+    return replace(state.adapter, layers=layers)
+
+
+def _averaging(name: str, factors: frozenset[Factor], *, exact: bool) -> Method:
+    def aggregate(state: ServerState, updates: Iterable[Update]) -> ServerState:
+        adapter = mean_of_factors(state, updates, factors, name)
+        return replace(state, round=state.round + 1, adapter=adapter)
+
+    return Method(
+        name=name,
+        trained=lambda round: factors,
+        shared=factors,
+        aggregate=aggregate,
+        broadcast=_whole_adapter,
+        local=LocalRule(trained=factors),
+        exact=exact,
+        linear=True,
+    )
+
+
+def _whole_adapter(state: ServerState, profile: ClientProfile) -> Broadcast:
+    return Broadcast(state.adapter, state.frozen)
+
+
+def _factor(layer: LoraLayer, factor: Factor) -> npt.NDArray[np.float32]:
+    return layer.A if factor == "A" else layer.B

@@ -1,0 +1,77 @@
+"""The `fedlora` command: its subcommands, and how errors become one line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from fedlora import __version__
+from fedlora.cli import adapters, budget, data, models, simulate
+from fedlora.errors import FedloraError, MissingExtraError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Federated on-device personalization: share low-rank adapters, never data or full models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(simulate.simulate)
+app.command()(adapters.inspect)
+app.command()(adapters.convert)
+app.command()(adapters.combine)
+app.command()(budget.budget)
+app.add_typer(models.app, name="models")
+app.add_typer(data.app, name="data")
+
+# Which extra brings a package that fedlora imports only where it is needed.
+_EXTRAS = {
+    "flwr": "sim",
+    "gguf": "text",
+    "ray": "ray",
+    "tokenizers": "text",
+    "tomli_w": "sim",
+    "torch": "train",
+    "transformers": "text",
+}
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `fedlora` script."""
+    try:
+        app()
+    except FedloraError as error:
+        _stop(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        missing = MissingExtraError(f"this command (it imports {package})", _EXTRAS[package])
+        _stop(str(missing), missing.exit_code)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _stop(f"{place}{error.strerror or error}", 1)
+    except KeyboardInterrupt:
+        _stop("interrupted", 130)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"fedlora {__version__}")
+        raise typer.Exit
+
+
+def _stop(text: str, code: int) -> None:
+    one_line = " ".join(text.split())
+    print(f"fedlora: {one_line}", file=sys.stderr)
+    sys.exit(code)

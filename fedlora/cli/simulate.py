@@ -1,0 +1,134 @@
+"""`fedlora simulate`: run an experiment with virtual clients on this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedlora.errors import ConfigError
+from fedlora.experiment import app_root, parse_override
+
+if TYPE_CHECKING:
+    from fedlora.simulation import Progress
+
+__all__ = ["simulate"]
+
+
+def simulate(
+    experiment: Annotated[
+        str | None,
+        typer.Argument(help="A bundled experiment (watch, keyboard, …) or a TOML file."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A new or empty folder for the run.", show_default="runs/NAME"),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder, also after kill -9.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the experiment."),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="sequential (this process) or flower (Flower's own simulation, Ray)."),
+    ] = None,
+    cross: Annotated[
+        int | None,
+        typer.Option(min=0, help="Also evaluate that many clients' own adapters on each other."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Federate LoRA adapters over virtual clients, then show what each person gets.
+
+    Prints the base, own, global and personal adapters' results; the run's folder holds everything.
+
+    Examples:
+
+        fedlora simulate watch
+
+        fedlora simulate keyboard --out runs/mine --set federation.rounds=5 --cross 12
+
+        fedlora simulate --resume runs/mine
+    """
+    if experiment is None and resume is None:
+        bundled = sorted(path.stem for path in (app_root() / "simulations").glob("*.toml"))
+        raise ConfigError(
+            f"name an experiment ({', '.join(bundled)}, or a TOML file) or a folder with --resume"
+        )
+    from fedlora.simulation import simulate as run_experiment
+
+    overrides = dict(parse_override(text) for text in override or [])
+    if engine is not None:
+        overrides["engine.kind"] = engine
+    if cross is not None:
+        overrides["personalization.cross"] = cross
+    with _progress(quiet) as progress:
+        run = run_experiment(
+            experiment,
+            overrides=overrides,
+            out=out,
+            resume=resume,
+            progress=progress,
+        )
+    if as_json:
+        typer.echo(json.dumps(run.summary, indent=2))
+    else:
+        typer.echo(run.table())
+        typer.echo(f"\n{run.summary['seconds']:.0f} s; everything is in {run.folder}/")
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress | None]:
+    """Yield what shows progress on stderr: a bar a stage, or lines where it is no terminal."""
+    if quiet:
+        yield None
+        return
+    if not sys.stderr.isatty():
+        yield _plain_lines
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[words]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks = {}
+
+        def show(stage: str, done: int, total: int, words: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, rate="", words="", completed=done)
+            speed = bars.tasks[tasks[stage]].speed
+            rate = f"{speed:.2f}/s" if speed else ""
+            bars.update(tasks[stage], completed=done, total=total, rate=rate, words=words)
+
+        yield show
+
+
+def _plain_lines(stage: str, done: int, total: int, words: str) -> None:
+    """Print about ten lines a stage."""
+    if total == 0 or done in (0, total) or done * 10 // total != (done - 1) * 10 // total:
+        print(f"{stage}: {done}/{total} {words}".rstrip(), file=sys.stderr, flush=True)

@@ -1,0 +1,62 @@
+"""How well an adapter does on one client's held-out examples."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import nn
+
+from fedlora.adapter import Adapter
+from fedlora.data import Examples, eval_batches
+from fedlora.errors import DataError, NonFiniteError
+from fedlora.nn import Task, load_adapter_into
+
+__all__ = ["evaluate"]
+
+MAX_TOKENS = 2048  # in one forward pass, padding included
+
+
+def evaluate(
+    model: nn.Module, adapter: Adapter, examples: Examples, task: Task, who: str
+) -> dict[str, float]:
+    """Return the task's measures of `adapter` on `examples`; the model is left with that adapter.
+
+    Always ``loss`` (nats per counted target). Next-token: ``perplexity``, ``bits_per_character``,
+    ``top1`` and ``top3`` (share of word starts whose next token is the likeliest, or one of the
+    three likeliest). Classification: ``accuracy``. `who` opens an error's text.
+
+    Raises `DataError` without examples and `NonFiniteError` when the loss is not finite.
+    """
+    if len(examples) == 0:
+        raise DataError(f"{who}: expected held-out examples to evaluate on, found none")
+    load_adapter_into(model, adapter)
+    sums: Counter[str] = Counter()
+    for batch in eval_batches(examples, MAX_TOKENS):
+        sums.update(task.score(model, batch))
+    characters = None if examples.characters is None else int(examples.characters.sum())
+    values = _measures(sums, characters)
+    if not math.isfinite(values["loss"]):
+        raise NonFiniteError(
+            f"{who}: the held-out loss is {values['loss']}; lower the learning rate"
+        )
+    return values
+
+
+def _measures(sums: Mapping[str, float], characters: int | None) -> dict[str, float]:
+    """Turn sums into means; a sum that is not known here is divided by the number of targets."""
+    rest = dict(sums)
+    nats, word_starts = rest.pop("nats"), rest.pop("word_starts", 0)
+    targets = rest.pop("tokens") if "tokens" in rest else rest.pop("examples")
+    values = {"loss": nats / targets}
+    if "tokens" in sums:
+        values["perplexity"] = math.exp(min(values["loss"], 700.0))
+        for name in ("top1", "top3"):
+            if name in rest:
+                values[name] = rest.pop(name) / word_starts if word_starts else 0.0
+        if characters:
+            values["bits_per_character"] = nats / math.log(2) / characters
+    if "correct" in rest:
+        values["accuracy"] = rest.pop("correct") / targets
+    return values | {name: value / targets for name, value in rest.items()}

@@ -1,0 +1,348 @@
+"""One TOML file describes one run: `ExperimentConfig` and how it is read, overridden and written.
+
+Unknown keys are refused with the nearest known one, values are checked against their field's type,
+and the parts are checked against each other. Only the server and the command line read the file;
+clients get the values that they need in each message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tomllib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from fedlora.adapter import LoraConfig
+from fedlora.aggregation import method as find_method
+from fedlora.errors import ConfigError, MissingExtraError, nearest, unknown_name
+from fedlora.training import TrainConfig
+
+__all__ = [
+    "BaseConfig",
+    "DataConfig",
+    "EngineConfig",
+    "ExperimentConfig",
+    "FederationConfig",
+    "PersonalizationConfig",
+    "app_root",
+    "find_experiment",
+    "from_plain",
+    "parse_override",
+    "to_plain",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseConfig:
+    """The frozen network."""
+
+    id: str  # registry, a local Hugging Face folder, or "module:function"
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """Whose data, for what task, and how it is divided."""
+
+    id: str  # registry or "module:function"
+    task: str  # next-token | classification | "module:function"
+    clients: int | None = None  # None: all; more than there are: resampled with replacement
+    held_out_clients: float = 0.0  # share of the clients that is never sampled
+    test_share: float = 0.2  # of each client's examples, the last ones
+    validation_share: float = 0.0  # of each client's examples, before the test part
+    max_length: int = 64  # tokens; longer examples are cut
+    partition: str = "natural"  # by person; "iid", "dirichlet:0.3": dealt out anew
+
+    def __post_init__(self) -> None:
+        _at_least("data.clients", self.clients, 1)
+        _at_least("data.max_length", self.max_length, 2)
+        for name in ("held_out_clients", "test_share", "validation_share"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ConfigError(f"data.{name}: expected a share in [0, 1), found {value!r}")
+        if self.test_share == 0 or self.test_share + self.validation_share >= 1:
+            raise ConfigError(
+                "data.test_share must be over 0, and test_share + validation_share under 1; found "
+                f"{self.test_share!r} and {self.validation_share!r}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class FederationConfig:
+    """The rounds. In TOML the keys of `train` stand directly in [federation]."""
+
+    train: TrainConfig
+    method: str = "fedit"
+    rounds: int = 10
+    cohort: int = 10  # clients a round; for poisson sampling their expected number
+    sampling: Literal["fixed", "poisson"] = "fixed"
+    weights: Literal["examples", "equal"] = "examples"  # of the clients in the mean
+
+    def __post_init__(self) -> None:
+        _at_least("federation.rounds", self.rounds, 0)
+        _at_least("federation.cohort", self.cohort, 1)
+        find_method(self.method)
+
+
+@dataclass(frozen=True, slots=True)
+class PersonalizationConfig:
+    """Training on top of the global adapter, on each client's own data."""
+
+    steps: int = 24
+    learning_rate: float | None = None  # None: the federation's
+    batch_size: int | None = None  # None: the federation's
+    cross: int = 0  # clients whose own adapters are also evaluated on one another's data
+
+    def __post_init__(self) -> None:
+        _at_least("personalization.steps", self.steps, 0)
+        _at_least("personalization.cross", self.cross, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What runs the virtual clients."""
+
+    kind: Literal["sequential", "flower"] = "sequential"  # flower: Flower's own simulation (Ray)
+
+
+@dataclass(frozen=True, slots=True)
+class ExperimentConfig:
+    """A whole run; see the tables' own classes."""
+
+    name: str
+    base: BaseConfig
+    data: DataConfig
+    federation: FederationConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    personalization: PersonalizationConfig = field(default_factory=PersonalizationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ConfigError("name: expected a word for this experiment, found an empty text")
+        if self.lora.uses_dora:
+            raise ConfigError(
+                "lora.variant: expected 'lora' or 'rslora' in a federation, found "
+                f"{self.lora.variant!r}; {self.federation.method} averages A and B alone"
+            )
+
+    @classmethod
+    def from_toml(
+        cls, path: str | Path, overrides: Mapping[str, Any] | None = None
+    ) -> ExperimentConfig:
+        """Read a file and apply `overrides` (dotted key to value).
+
+        Raises `ConfigError` with the file's name.
+        """
+        file = Path(path)
+        try:
+            table = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: not valid TOML: {error}") from None
+        try:
+            return cls.from_table(table, overrides)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
+
+    @classmethod
+    def from_table(
+        cls, table: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+    ) -> ExperimentConfig:
+        """Build from nested tables as TOML gives them."""
+        merged = _merge(table, overrides or {})
+        federation = merged.get("federation")
+        if isinstance(federation, dict):
+            names = [f.name for f in dataclasses.fields(TrainConfig)]
+            train = {name: federation.pop(name) for name in names if name in federation}
+            _refuse_unknown(
+                "federation", federation, [*_names(FederationConfig, without="train"), *names]
+            )
+            federation["train"] = train
+        config: ExperimentConfig = _build(cls, merged, "")
+        return config
+
+    def to_table(self) -> dict[str, Any]:
+        """Return nested tables of plain values, every default written out, None left out."""
+        table = _plain(self)
+        table["federation"] |= table["federation"].pop("train")
+        return dict(table)
+
+    def to_toml(self) -> str:
+        """Return the resolved experiment; `from_toml` reads it back to an equal one."""
+        try:
+            import tomli_w
+        except ImportError:
+            raise MissingExtraError("writing a run folder", "sim") from None
+        return tomli_w.dumps(self.to_table())
+
+
+def app_root() -> Path:
+    """Return the folder of clients/, server/ and simulations/: the clone's, or the wheel's copy."""
+    package = Path(__file__).resolve().parent
+    project = package.parent / "pyproject.toml"
+    if project.is_file() and 'name = "fedlora"' in project.read_text(encoding="utf-8"):
+        return package.parent
+    return package / "_app"
+
+
+def find_experiment(name: str) -> Path:
+    """Return the file for `name`: a path when it looks like one, else a bundled experiment."""
+    if name.endswith(".toml") or "/" in name or "\\" in name:
+        if not Path(name).is_file():
+            raise ConfigError(f"{name}: no such experiment file")
+        return Path(name)
+    folder = app_root() / "simulations"
+    path = folder / f"{name}.toml"
+    if not path.is_file():
+        raise unknown_name("experiment", name, (file.stem for file in folder.glob("*.toml")))
+    return path
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split ``a.b=value``; the value is read as TOML, or taken as text where it is not TOML.
+
+    >>> parse_override("federation.rounds=5"), parse_override("lora.target_modules=fc")
+    (('federation.rounds', 5), ('lora.target_modules', 'fc'))
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: expected key=value, such as federation.rounds=5")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def from_plain(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:
+    """Build the dataclass `cls` from plain values, each checked against its field's type.
+
+    Raises `ConfigError` on an unknown, missing or mistyped key; `where` opens its text.
+    """
+    return cast(T, _build(cls, table, where))
+
+
+def to_plain(value: Any) -> Any:
+    """Return a dataclass as nested tables of plain values; None is left out."""
+    return _plain(value)
+
+
+def _merge(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in table.items()}
+    for dotted, value in overrides.items():
+        target = merged
+        *parents, last = dotted.split(".")
+        for part in parents:
+            inner = target.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{dotted}: {part!r} is a value, not a table")
+            target = inner
+        target[last] = value
+    return merged
+
+
+def _build(cls: Any, table: Mapping[str, Any], where: str) -> Any:
+    """Build the dataclass `cls` from a table: known keys only, each value of its field's type."""
+    _refuse_unknown(where, table, _names(cls))
+    hints = _hints(cls)
+    values = {}
+    for item in dataclasses.fields(cls):
+        key = f"{where}.{item.name}" if where else item.name
+        key = key.replace(".train", "")  # its keys stand in [federation]
+        if item.name in table:
+            values[item.name] = _convert(table[item.name], hints[item.name], key)
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{key}: this key is needed and is missing")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        prefix = where.replace(".train", "")
+        known = not prefix or str(error).startswith(f"{prefix}.")
+        raise ConfigError(str(error) if known else f"{prefix}: {error}") from None
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)  # slow, and a message's values are read once a client and round
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}: expected a table, found {value!r}")
+        return _build(hint, value, key)
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:  # TOML has no None; overrides and JSON do
+            return None
+        choices = [choice for choice in args if choice is not type(None)]
+        for choice in choices:
+            try:
+                return _convert(value, choice, key)
+            except ConfigError:
+                continue
+        raise _wrong_type(key, " or ".join(_type_name(choice) for choice in choices), value)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{key}: expected one of {', '.join(args)}, found {value!r}")
+        return value
+    if origin in (tuple, frozenset):
+        if not isinstance(value, list | tuple):
+            raise _wrong_type(key, _type_name(hint), value)
+        return origin(_convert(item, args[0], key) for item in value)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise _wrong_type(key, "a table", value)
+        return {name: _convert(item, args[1], f"{key}.{name}") for name, item in value.items()}
+    if hint is Any:
+        return value
+    accepted = (int, float) if hint is float else (hint,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        raise _wrong_type(key, _type_name(hint), value)
+    return hint(value)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: _plain(item) for name, item in items if item is not None}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, frozenset):
+        return sorted(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _names(cls: Any, without: str = "") -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.name != without]
+
+
+def _refuse_unknown(where: str, table: Mapping[str, Any], known: Iterable[str]) -> None:
+    names = list(known)
+    for key in table:
+        if key not in names:
+            place = f"{where}.{key}" if where else key
+            raise ConfigError(f"{place}: unknown key{nearest(key, names)}")
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    if get_origin(hint) in (tuple, frozenset):
+        return "a list"
+    return names.get(hint, "a table")
+
+
+def _wrong_type(key: str, expected: str, value: Any) -> ConfigError:
+    return ConfigError(f"{key}: expected {expected}, found {value!r}")
+
+
+def _at_least(key: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ConfigError(f"{key}: expected a whole number >= {least}, found {value!r}")

@@ -1,0 +1,63 @@
+"""Whose word opens a base, a data set or a task on a device: the owner's, or a bundled name.
+
+A server's message names them, so that a simulation needs no settings on its clients. A path or a
+"module:function" in a message would let the server open any file or import any module of the
+device. The rule is therefore:
+
+1. What the device's owner has set wins: the node config (``base``, ``data``, ``task``), or else the
+   process environment (``FEDLORA_BASE``, ``FEDLORA_DATA``, ``FEDLORA_TASK``). It may be anything.
+2. From a message only a name that is in fedlora's own registry is taken.
+
+`fedlora simulate` is the owner of its virtual clients: it puts the experiment's own ids there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from fedlora.errors import FederationError
+from fedlora.experiment import ExperimentConfig
+from fedlora.federation.records import ClientSetup
+
+__all__ = ["owner_environment", "owner_node_config", "owners_setup"]
+
+_KEYS = ("base", "data", "task")
+
+
+def owners_setup(
+    setup: ClientSetup,
+    node_config: Mapping[str, object],
+    environment: Mapping[str, str],
+    known: Mapping[str, Collection[str]],
+) -> ClientSetup:
+    """Return `setup` with the owner's ids in it; `known` holds the registered names by key.
+
+    Raises `FederationError` when the server names what is neither the owner's nor registered.
+    """
+    asked = {"base": setup.base.id, "data": setup.data.id, "task": setup.data.task}
+    chosen = {}
+    for key in _KEYS:
+        own = node_config.get(key) or environment.get(f"FEDLORA_{key.upper()}")
+        if not own and asked[key] not in known[key]:
+            raise FederationError(
+                f"the server asks for {key} {asked[key]!r}, which is not one of "
+                f"{', '.join(sorted(known[key]))}; a path or a function is only opened when this "
+                f"device's owner names it: node config {key}='…'"
+            )
+        chosen[key] = str(own) if own else asked[key]
+    return replace(
+        setup,
+        base=replace(setup.base, id=chosen["base"]),
+        data=replace(setup.data, id=chosen["data"], task=chosen["task"]),
+    )
+
+
+def owner_node_config(config: ExperimentConfig) -> dict[str, str]:
+    """Return the node config with which the caller vouches for an experiment's own ids."""
+    return {"base": config.base.id, "data": config.data.id, "task": config.data.task}
+
+
+def owner_environment(config: ExperimentConfig) -> dict[str, str]:
+    """Return the same as environment variables, for clients in processes that we start."""
+    return {f"FEDLORA_{key.upper()}": value for key, value in owner_node_config(config).items()}

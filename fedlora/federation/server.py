@@ -1,0 +1,189 @@
+"""A whole federation on the server: meet the clients, go on from a checkpoint, run the rounds.
+
+The server needs no torch: the starting adapter is drawn from the base's card.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from fedlora.adapter import Adapter
+from fedlora.aggregation import Method, ServerState
+from fedlora.aggregation import method as find_method
+from fedlora.errors import ConfigError, FederationError, FedloraError
+from fedlora.experiment import ExperimentConfig
+from fedlora.federation.checkpoint import (
+    Checkpoint,
+    ClientRecord,
+    Dropped,
+    RoundRecord,
+    append_round,
+    has_checkpoint,
+    resume_run,
+    write_checkpoint,
+)
+from fedlora.federation.client import one_line
+from fedlora.federation.records import ClientAnswer, ClientSetup, from_record, query_content
+from fedlora.federation.sampling import draw_held_out
+from fedlora.federation.strategy import FederatedLora
+from fedlora.targets import initial_adapter
+
+__all__ = ["run_federation"]
+
+_log = logging.getLogger(__name__)
+
+
+def run_federation(
+    grid: Grid,
+    config: ExperimentConfig,
+    out: Path,
+    *,
+    initial: Adapter | None = None,
+    method: Method | None = None,
+    min_clients: int = 1,
+    timeout: float = 3600.0,
+    on_round: Callable[[RoundRecord], None] | None = None,
+) -> ServerState:
+    """Run, or go on with, the federation that `config` describes; return its last state.
+
+    `out` gets ``rounds.jsonl`` and ``checkpoint/`` after every round; where a checkpoint is already
+    there, the run goes on from it. `initial` is the starting adapter (None: drawn from the card of
+    the base), `method` overrides the config's by a value of one's own. The run starts once
+    `min_clients` nodes are connected. `timeout` (seconds) limits that wait, and each round's.
+
+    Raises `RunError` for another experiment's checkpoint, `FederationError` when no client answers
+    or three rounds in a row bring no update, `ConfigError` for a cohort larger than the population.
+    """
+    method = method or find_method(config.federation.method)
+    resumed = resume_run(out, config) if has_checkpoint(out) else None
+    answers, left_out = _meet_clients(grid, config, min_clients, timeout)
+    checkpoint = resumed or _start(config, initial, answers, left_out)
+    checkpoint = _with_answers(checkpoint, answers)
+    if resumed is None:
+        write_checkpoint(out, checkpoint, config)
+
+    def save(checkpoint: Checkpoint, record: RoundRecord) -> None:
+        append_round(out, record)
+        write_checkpoint(out, checkpoint, config)
+        if on_round is not None:
+            on_round(record)
+
+    nodes = {client_id: node for client_id, (node, _) in answers.items()}
+    strategy = FederatedLora(config, method, checkpoint, nodes, save)
+    rounds = config.federation.rounds - checkpoint.state.round
+    if rounds > 0:
+        strategy.start(grid, ArrayRecord(), num_rounds=rounds, timeout=timeout)
+    return strategy.checkpoint.state
+
+
+def _start(
+    config: ExperimentConfig,
+    initial: Adapter | None,
+    answers: dict[str, tuple[int, ClientAnswer]],
+    left_out: tuple[Dropped, ...],
+) -> Checkpoint:
+    if initial is None:
+        from fedlora.bases import load_card
+
+        card = load_card(config.base.id)
+        initial = initial_adapter(card.layers, config.lora, config.seed, card.fingerprint)
+    held_out = draw_held_out(answers, config.data.held_out_clients, config.seed)
+    clients = tuple(
+        ClientRecord(client_id, held_out=client_id in held_out) for client_id in sorted(answers)
+    )
+    # Clients that did not answer count here: a lost device must not end a run of all devices.
+    most = len(clients) + len(left_out) - len(held_out)
+    if config.federation.cohort > most:
+        raise ConfigError(
+            f"federation.cohort: expected at most {most}, the clients that are not held out, "
+            f"found {config.federation.cohort}"
+        )
+    return Checkpoint(ServerState.start(initial), clients, left_out=left_out)
+
+
+def _with_answers(
+    checkpoint: Checkpoint, answers: dict[str, tuple[int, ClientAnswer]]
+) -> Checkpoint:
+    """Return the checkpoint with what the clients just said of themselves.
+
+    The population stays as it was at the start: a client that is gone is dropped when it is drawn,
+    a new one is not drawn, so that a resumed run draws the same cohorts.
+    """
+    clients = []
+    for client in checkpoint.clients:
+        if client.client_id in answers:
+            answer = answers[client.client_id][1]
+            client = replace(client, rank=answer.rank, num_examples=answer.num_examples)
+        clients.append(client)
+    return replace(checkpoint, clients=tuple(clients))
+
+
+def _meet_clients(
+    grid: Grid, config: ExperimentConfig, min_clients: int, timeout: float
+) -> tuple[dict[str, tuple[int, ClientAnswer]], tuple[Dropped, ...]]:
+    """Ask every node who it is. Return (node id, answer) by client id, and who was left out."""
+    nodes = _wait_for_nodes(grid, min_clients, timeout)
+    setup = ClientSetup.of(config)
+    messages = (Message(query_content(setup), node, "query", group_id="0") for node in nodes)
+    answers: dict[str, tuple[int, ClientAnswer]] = {}
+    left_out: dict[int, Dropped] = {}
+    seen: set[int] = set()
+    for reply in grid.send_and_receive(messages, timeout=timeout):
+        node = reply.metadata.src_node_id
+        if node not in nodes or node in seen:
+            continue
+        seen.add(node)
+        try:
+            answer = _read_answer(reply, f"node {node}", config.federation.weights == "examples")
+            if answer.client_id in answers:
+                raise FederationError(
+                    f"node {node}: client id {answer.client_id!r} is already taken by node "
+                    f"{answers[answer.client_id][0]}; give each device its own"
+                )
+            answers[answer.client_id] = (node, answer)
+        except FedloraError as error:
+            left_out[node] = Dropped(f"node {node}", one_line(str(error)))
+    for node in nodes:
+        if node not in seen:
+            left_out[node] = Dropped(f"node {node}", "no answer in time")
+    for dropped in left_out.values():
+        _log.warning("left out %s: %s", dropped.client, dropped.reason)
+    if not answers:
+        reasons = [dropped.reason for dropped in left_out.values()]
+        raise FederationError(
+            f"none of {len(nodes)} clients can take part: {reasons[0] if reasons else 'no node'}"
+        )
+    return answers, tuple(left_out[node] for node in nodes if node in left_out)
+
+
+def _read_answer(reply: Message, who: str, needs_examples: bool) -> ClientAnswer:
+    if reply.has_error():
+        raise FederationError(f"{who}: {reply.error.reason or 'failed, no reason'}")
+    record = reply.content.get("client")
+    if not isinstance(record, ConfigRecord):
+        raise FederationError(f"{who}: expected a record 'client', found none")
+    answer = from_record(ClientAnswer, record, who)
+    if needs_examples and answer.num_examples is None:
+        raise FederationError(f"{who}: expected num-examples, found none")
+    return answer
+
+
+def _wait_for_nodes(grid: Grid, min_clients: int, timeout: float) -> list[int]:
+    end = time.monotonic() + timeout
+    while True:
+        nodes = sorted(grid.get_node_ids())
+        if len(nodes) >= max(min_clients, 1):
+            return nodes
+        if time.monotonic() >= end:
+            raise FederationError(
+                f"expected at least {max(min_clients, 1)} connected clients within {timeout:g} s, "
+                f"found {len(nodes)}; start them, or lower min-clients"
+            )
+        time.sleep(min(0.5, timeout))

@@ -1,0 +1,289 @@
+"""The rounds of a run as a Flower Strategy: draw a cohort, send, check every reply, aggregate.
+
+It is a Flower `Strategy` of its own and not a `FedAvg`, whose averaging believes shapes, weights
+and NaN. Flower's loop (`Strategy.start`) is used as it is; only its round number is not: it counts
+from 1 after a resume, so the round here is always the state's.
+
+A client that fails, or whose reply is wrong, is dropped with its reason, and the round goes on with
+the others. Replies are read one at a time into the method's streaming sum, so memory does not grow
+with the cohort.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedlora.adapter import Adapter
+from fedlora.aggregation import ClientProfile, Method, Update
+from fedlora.errors import FederationError, FedloraError
+from fedlora.experiment import ExperimentConfig
+from fedlora.federation.checkpoint import Checkpoint, ClientRecord, Dropped, RoundRecord
+from fedlora.federation.client import one_line
+from fedlora.federation.layout import Segment
+from fedlora.federation.records import (
+    BOTH,
+    ClientSetup,
+    EncodedAdapter,
+    Reply,
+    TrainOrder,
+    content_bytes,
+    decode_reply,
+    encode_adapter,
+    to_record,
+    train_content,
+)
+from fedlora.federation.sampling import draw_cohort
+
+__all__ = ["MAX_FAILED_ROUNDS", "FederatedLora"]
+
+MAX_FAILED_ROUNDS = 3  # in a row without one valid update, before the run is given up
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Round:
+    """What is known of the round that is under way."""
+
+    number: int
+    cohort: tuple[str, ...]
+    started: float
+    awaited: dict[int, _Sent] = field(default_factory=dict)  # by node id
+    answered: set[int] = field(default_factory=set)
+    dropped: list[Dropped] = field(default_factory=list)
+    valid: dict[str, int] = field(default_factory=dict)  # client id -> steps
+    loss_sum: float = 0.0
+    loss_weight: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What was sent to one client, against which its reply is checked."""
+
+    client_id: str
+    trainable: Adapter
+    expected: tuple[Segment, ...]
+
+
+class FederatedLora(Strategy):
+    """Federated LoRA by a `Method`, from a checkpoint on.
+
+    `nodes` maps client ids to the node ids that Flower gave them in this run. After each round
+    `save` gets the new checkpoint and the round's record; `checkpoint` is always the latest.
+    Raises `FederationError` after `MAX_FAILED_ROUNDS` rounds in a row without an update.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        method: Method,
+        checkpoint: Checkpoint,
+        nodes: Mapping[str, int],
+        save: Callable[[Checkpoint, RoundRecord], None],
+    ) -> None:
+        self.config = config
+        self.method = method
+        self.checkpoint = checkpoint
+        self._nodes = dict(nodes)
+        self._save = save
+        self._clients = {client.client_id: client for client in checkpoint.clients}
+        self._round: _Round | None = None
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw the cohort and yield one message per client, each with its own records."""
+        federation, state = self.config.federation, self.checkpoint.state
+        number = state.round + 1
+        cohort = draw_cohort(
+            self.checkpoint.client_ids,
+            federation.cohort,
+            number,
+            self.config.seed,
+            federation.sampling,
+        )
+        self._round = _Round(number, cohort, time.monotonic())
+        return self._messages(self._round, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate the valid replies as they come, and save the checkpoint."""
+        current = self._round
+        if current is None:
+            raise FederationError("aggregate_train was called before configure_train")
+        state = self.checkpoint.state
+        updates = self._updates(current, replies)
+        first = next(updates, None)
+        if first is None:
+            state = replace(state, round=current.number)  # nothing changes but the number
+        else:
+            state = self.method.aggregate(state, itertools.chain([first], updates))
+        for sent in (s for node, s in current.awaited.items() if node not in current.answered):
+            self._drop(current, sent.client_id, "no reply in time")
+        self._finish(current, replace(self.checkpoint, state=state), updated=first is not None)
+        loss = _mean_loss(current)
+        return None, None if loss is None else MetricRecord({"loss": loss})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send nothing: a client evaluates in the message that it trains in, or after the run."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return nothing; see `configure_evaluate`."""
+        return None
+
+    def summary(self) -> None:
+        """Log what this run does."""
+        _log.info(
+            "%s: %d clients, %d held out, cohort %d (%s)",
+            self.method.name,
+            len(self._clients),
+            len(self.checkpoint.held_out),
+            self.config.federation.cohort,
+            self.config.federation.sampling,
+        )
+
+    def _messages(self, current: _Round, grid: Grid) -> Iterator[Message]:
+        setup = to_record(ClientSetup.of(self.config))
+        uploaded = self.method.uploaded(current.number)
+        order = to_record(
+            TrainOrder(
+                current.number,
+                self.config.seed,
+                self.config.federation.train,
+                uploaded,
+                self.method.rule(current.number),
+            )
+        )
+        encode = _EncodeOnce(current.number)
+        for client_id in current.cohort:
+            node = self._nodes.get(client_id)
+            if node is None:
+                self._drop(current, client_id, "not connected")
+                continue
+            client = self._clients[client_id]
+            profile = ClientProfile(client_id, client.rank, client.num_examples)
+            broadcast = self.method.broadcast(self.checkpoint.state, profile)
+            trainable = encode(broadcast.trainable)
+            frozen = None if broadcast.frozen is None else encode(broadcast.frozen)
+            expected = tuple(s for s in trainable.segments if s.factor in uploaded)
+            current.awaited[node] = _Sent(client_id, broadcast.trainable, expected)
+            content = train_content(setup, order, trainable, frozen)
+            current.bytes_down += content_bytes(content)
+            yield Message(content, node, "train", group_id=str(current.number))
+
+    def _updates(self, current: _Round, replies: Iterable[Message]) -> Iterator[Update]:
+        """Yield an update per valid reply; drop the others, each with its reason."""
+        for message in replies:
+            node = message.metadata.src_node_id
+            sent = current.awaited.get(node)
+            if sent is None:
+                self._drop(current, f"node {node}", "was not asked in this round")
+                continue
+            if node in current.answered:
+                self._drop(current, sent.client_id, "a second reply in one round; the first counts")
+                continue
+            current.answered.add(node)
+            if message.has_error():
+                self._drop(current, sent.client_id, message.error.reason or "failed, no reason")
+                continue
+            current.bytes_up += content_bytes(message.content)
+            try:
+                reply, weight = self._check(current, sent, message)
+            except FedloraError as error:
+                self._drop(current, sent.client_id, str(error))
+                continue
+            current.valid[sent.client_id] = reply.steps
+            if math.isfinite(reply.loss):
+                current.loss_sum += weight * reply.loss
+                current.loss_weight += weight
+            yield Update(reply.adapter, weight, sent.client_id)
+
+    def _check(self, current: _Round, sent: _Sent, message: Message) -> tuple[Reply, float]:
+        who = f"client {sent.client_id!r}"
+        reply = decode_reply(message.content, sent.trainable, sent.expected, current.number, who)
+        if self.config.federation.weights == "equal":
+            return reply, 1.0
+        told = self._clients[sent.client_id].num_examples
+        if reply.num_examples is None or reply.num_examples != told:
+            raise FederationError(
+                f"{who}: expected num-examples {told} as at the start of the run, found "
+                f"{reply.num_examples}"
+            )
+        return reply, float(reply.num_examples)
+
+    def _drop(self, current: _Round, client: str, reason: str) -> None:
+        dropped = Dropped(client, one_line(reason))
+        current.dropped.append(dropped)
+        _log.warning("round %d: dropped %s: %s", current.number, dropped.client, dropped.reason)
+
+    def _finish(self, current: _Round, checkpoint: Checkpoint, *, updated: bool) -> None:
+        failed = not updated and bool(current.cohort)
+        seconds = time.monotonic() - current.started
+        record = RoundRecord(
+            round=current.number,
+            status="updated" if updated else "failed" if failed else "empty",
+            cohort=current.cohort,
+            loss=_mean_loss(current),
+            seconds=round(seconds, 6),
+            bytes_up=current.bytes_up,
+            bytes_down=current.bytes_down,
+            dropped=tuple(current.dropped),
+        )
+        self.checkpoint = replace(
+            checkpoint,
+            clients=tuple(_counted(client, current.valid) for client in checkpoint.clients),
+            bytes_up=checkpoint.bytes_up + current.bytes_up,
+            bytes_down=checkpoint.bytes_down + current.bytes_down,
+            seconds=checkpoint.seconds + seconds,
+            failed_in_a_row=checkpoint.failed_in_a_row + 1 if failed else 0,
+        )
+        self._round = None
+        self._save(self.checkpoint, record)
+        if self.checkpoint.failed_in_a_row >= MAX_FAILED_ROUNDS:
+            last = record.dropped[-1] if record.dropped else Dropped("nobody", "no reply")
+            raise FederationError(
+                f"round {record.round}: {MAX_FAILED_ROUNDS} rounds in a row without one valid "
+                f"update; the last was {last.client}: {last.reason}"
+            )
+
+
+class _EncodeOnce:
+    """Encode the adapter that most clients share once a round, not once a client."""
+
+    def __init__(self, round: int) -> None:
+        self._round = round
+        self._kept: dict[int, tuple[Adapter, EncodedAdapter]] = {}
+
+    def __call__(self, adapter: Adapter) -> EncodedAdapter:
+        if id(adapter) not in self._kept:
+            if len(self._kept) > 1:  # one trainable and one frozen; per-client ones do not pile up
+                self._kept.clear()
+            self._kept[id(adapter)] = (adapter, encode_adapter(adapter, BOTH, self._round))
+        return self._kept[id(adapter)][1]
+
+
+def _mean_loss(current: _Round) -> float | None:
+    return current.loss_sum / current.loss_weight if current.loss_weight else None
+
+
+def _counted(client: ClientRecord, valid: Mapping[str, int]) -> ClientRecord:
+    if client.client_id not in valid:
+        return client
+    return replace(client, rounds=client.rounds + 1, steps=client.steps + valid[client.client_id])

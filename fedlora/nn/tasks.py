@@ -1,0 +1,192 @@
+"""What is learned: the loss that training follows and the sums that evaluation adds up.
+
+A batch is a dict of NumPy arrays, "inputs", "targets" and whatever else a task needs. A model takes
+the inputs as its first argument and returns logits, or an object that has them as `.logits`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedlora.errors import ConfigError, unknown_name
+
+__all__ = ["Batch", "Task", "get_task"]
+
+Batch: TypeAlias = Mapping[str, npt.NDArray[Any]]
+
+NOT_COUNTED = -100  # a target that is no part of the loss
+SCORED_LOGITS = 1 << 24  # at most about this many logits exist at once while scoring: 64 MB
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A loss to train with and a score to report.
+
+    `loss` returns a scalar tensor, the mean over the batch's counted targets. `score` returns sums
+    that may be added over batches: "nats" with "tokens" or "examples", and what the task counts.
+    """
+
+    name: str
+    metric: Literal["loss", "accuracy"]
+    higher_is_better: bool
+    loss: Callable[[nn.Module, Batch], Tensor]
+    score: Callable[[nn.Module, Batch], dict[str, float]]
+
+
+def get_task(name: str) -> Task:
+    """Return the task "next-token" or "classification", or what "module:function" returns.
+
+    Raises `UnknownNameError` for another name, and `ConfigError` when the function cannot be
+    imported or returns no `Task`.
+    """
+    if ":" not in name:
+        if name not in TASKS:
+            raise unknown_name("task", name, (*TASKS, "module:function"))
+        return TASKS[name]
+    where, _, function = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(where), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"task: expected the 'module:function' of a task, found {name!r}: {error}"
+        ) from error
+    task = make() if callable(make) else make
+    if not isinstance(task, Task):
+        raise ConfigError(
+            f"task: expected {name!r} to return a fedlora.nn.Task, found {type(task).__name__}"
+        )
+    return task
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean nats over the targets that are not -100; 0 for a batch without any."""
+    inputs, targets = _tensors(model, batch)
+    counted = (targets != NOT_COUNTED).reshape(-1)
+    wanted = targets.reshape(-1)[counted]
+    logits = _logits_at(model, inputs, counted)
+    return F.cross_entropy(logits, wanted, reduction="sum") / max(len(wanted), 1)
+
+
+@torch.no_grad()
+def next_token_score(model: nn.Module, batch: Batch) -> dict[str, float]:
+    """Sums over counted targets: nats; at word starts, right first and top three guesses."""
+    inputs, targets = _tensors(model, batch)
+    starts = batch.get("word_starts", np.zeros(targets.shape, bool))
+    word_starts = torch.tensor(starts, device=targets.device)
+    sums = dict.fromkeys(("nats", "tokens", "top1", "top3", "word_starts"), 0.0)
+    for rows in _row_chunks(model, inputs):
+        counted = (targets[rows] != NOT_COUNTED).reshape(-1)
+        wanted = targets[rows].reshape(-1)[counted]
+        at_start = word_starts[rows].reshape(-1)[counted]
+        logits = _logits_at(model, inputs[rows], counted)
+        nats = F.cross_entropy(logits, wanted, reduction="none").double()
+        best = logits[at_start].topk(min(3, logits.shape[-1])).indices
+        hits = best == wanted[at_start, None]
+        sums["nats"] += float(nats.sum())
+        sums["tokens"] += len(wanted)
+        sums["top1"] += int(hits[:, :1].sum())
+        sums["top3"] += int(hits.sum())
+        sums["word_starts"] += int(at_start.sum())
+    return sums
+
+
+def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean nats over the batch's examples."""
+    inputs, targets = _tensors(model, batch)
+    return F.cross_entropy(_logits(model, inputs), targets)
+
+
+@torch.no_grad()
+def classification_score(model: nn.Module, batch: Batch) -> dict[str, float]:
+    """Sums of nats, examples and examples whose most probable class is the right one."""
+    inputs, targets = _tensors(model, batch)
+    logits = _logits(model, inputs)
+    nats = F.cross_entropy(logits, targets, reduction="none").double()
+    correct = logits.argmax(-1) == targets
+    return {
+        "nats": float(nats.sum()),
+        "examples": float(len(targets)),
+        "correct": float(correct.sum()),
+    }
+
+
+TASKS = {
+    "next-token": Task("next-token", "loss", False, next_token_loss, next_token_score),
+    "classification": Task(
+        "classification", "accuracy", True, classification_loss, classification_score
+    ),
+}
+
+
+def _tensors(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    device = next(model.parameters()).device
+    return _tensor(batch["inputs"], device), _tensor(batch["targets"], device)
+
+
+def _tensor(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Share the array's memory where torch allows that; it warns about read-only arrays."""
+    if not array.flags.writeable:
+        array = array.copy()
+    return torch.from_numpy(array).to(device)
+
+
+def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    out = model(inputs, **_options(model, inputs))
+    logits: Tensor = out if isinstance(out, Tensor) else out.logits
+    return logits.float()
+
+
+def _logits_at(model: nn.Module, inputs: Tensor, counted: Tensor) -> Tensor:
+    """Logits (n, vocabulary) at the n counted positions of the flattened batch.
+
+    The head is by far the largest product of a small language model: a model that can return its
+    hidden states (`hidden_only`) computes the head at counted positions only.
+    """
+    if "hidden_only" in _arguments(type(model).forward):
+        hidden = model(inputs, hidden_only=True)
+        logits: Tensor = model.lm_head(hidden.flatten(0, 1)[counted])  # type: ignore[operator]
+        return logits.float()
+    return _logits(model, inputs).flatten(0, 1)[counted]
+
+
+def _options(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
+    """Arguments that transformers' models want: no cache, and a mask over the padding."""
+    arguments = _arguments(type(model).forward)
+    options: dict[str, Any] = {}
+    if "use_cache" in arguments:
+        options["use_cache"] = False
+    # Right padding needs no mask where attention looks back only, and an encoder's pads are 0.
+    config = getattr(model, "config", None)
+    is_encoder = getattr(config, "pad_token_id", None) == 0 and "token_type_ids" in arguments
+    if "attention_mask" in arguments and is_encoder and not inputs.is_floating_point():
+        options["attention_mask"] = (inputs != 0).long()
+    return options
+
+
+@lru_cache(maxsize=64)
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def _row_chunks(model: nn.Module, inputs: Tensor) -> list[slice]:
+    """Cut a batch by rows so that about `SCORED_LOGITS` logits exist at once, at least one row."""
+    head = getattr(model, "lm_head", None)
+    vocabulary = getattr(head, "out_features", None) or _vocabulary(model)
+    rows = max(1, SCORED_LOGITS // (inputs.shape[1] * vocabulary))
+    return [slice(start, start + rows) for start in range(0, inputs.shape[0], rows)]
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    return int(getattr(config, "vocab_size", None) or 1 << 16)

@@ -1,0 +1,108 @@
+"""A run's folder: who may write to it, and rows that survive kill -9.
+
+experiment.toml   the resolved experiment; its presence makes a folder a run
+rounds.jsonl      a line a round
+checkpoint/       the server's state after the last round
+clients.jsonl     a line a client, in the order in which they were evaluated
+adapter/          the global adapter as a PEFT folder
+adapter.safetensors   the same as one packed file
+summary.json      written last: its presence means that the run is done
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedlora.errors import RunError
+from fedlora.files import write_atomic
+
+__all__ = ["EXPERIMENT", "SUMMARY", "append_row", "claim", "free_folder", "locked", "read_rows"]
+
+EXPERIMENT = "experiment.toml"
+SUMMARY = "summary.json"
+
+
+def free_folder(name: str) -> Path:
+    """Return ``runs/name``, or ``runs/name-2`` and so on when that is not empty."""
+    number = 1
+    while True:
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if not folder.exists() or not any(folder.iterdir()):
+            return folder
+        number += 1
+
+
+def claim(folder: Path, toml: str) -> None:
+    """Make `folder` the run of the experiment `toml`.
+
+    Raises `RunError` when it holds anything already, with the line that resumes it if it is a run.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        is_run = (folder / EXPERIMENT).is_file()
+        todo = f"go on with: fedlora simulate --resume {folder}" if is_run else "name another --out"
+        raise RunError(f"{folder}: expected a new or empty folder, found a file or content; {todo}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / EXPERIMENT, toml.encode())
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against another process. The lock ends with the process, however it ends."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            _lock(file.fileno())
+        except OSError:
+            raise RunError(f"{folder}: another process is running this run; wait for it") from None
+        yield
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON line and put it on the disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file, none if it is missing. A torn last line is cut off the file.
+
+    Raises `RunError` for any other line that is not JSON.
+    """
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        write_atomic(path, whole)
+    rows = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise RunError(
+                f"{path}, line {number}: expected JSON, found {line[:40]!r}; "
+                "the file was changed by hand: start a new run"
+            ) from None
+    return rows
+
+
+def _lock(descriptor: int) -> None:
+    """Lock a file or raise `OSError` at once."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,153 @@
+"""From per-client rows to what a run reports: summary.json and the table.
+
+A row is ``{"client", "held_out", "rounds", "scores": {adapter: {measure: value}}}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedlora.metrics import gain, share_better, summarize
+
+__all__ = ["ADAPTERS", "cross_matrix", "results", "table"]
+
+ADAPTERS = ("base", "own", "global", "personal")
+
+Row = Mapping[str, Any]
+
+
+def results(rows: Sequence[Row], *, metric: str, higher_is_better: bool) -> dict[str, Any]:
+    """Return the part of summary.json that the clients' rows decide."""
+    taking_part = [row for row in rows if not row["held_out"]]
+    held_out = [row for row in rows if row["held_out"]]
+    pick = {name: _column(taking_part, name, metric) for name in ADAPTERS}
+    better = {"higher_is_better": higher_is_better}
+    return {
+        "metric": metric,
+        "higher_is_better": higher_is_better,
+        "clients": len(taking_part),
+        **_summaries(taking_part, metric, higher_is_better),
+        "held_out": _summaries(held_out, metric, higher_is_better) if held_out else None,
+        "share_improved": share_better(pick["global"], pick["personal"], **better),
+        "extra": {
+            "gain_global_over_base": gain(pick["base"], pick["global"], **better).as_dict(),
+            "gain_personal_over_global": gain(pick["global"], pick["personal"], **better).as_dict(),
+            "held_out_clients": len(held_out),
+            "measures": _measures(taking_part),
+            "held_out_measures": _measures(held_out) if held_out else None,
+        },
+    }
+
+
+def cross_matrix(
+    clients: Sequence[str], values: Sequence[Sequence[float]], *, higher_is_better: bool
+) -> dict[str, Any]:
+    """Return everyone's own adapter on everyone's data: ``values[i][j]`` is adapter i on client j.
+
+    `own_beats_others` counts the clients on whose data their own adapter is strictly better than
+    the mean of the others' adapters.
+    """
+    sign = 1 if higher_is_better else -1
+    wins = 0
+    for j in range(len(clients)):
+        others = [row[j] for i, row in enumerate(values) if i != j]
+        wins += bool(others) and sign * values[j][j] > sign * sum(others) / len(others)
+    return {
+        "clients": list(clients),
+        "values": [list(row) for row in values],
+        "own_beats_others": wins,
+    }
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Return the run's result as text, one line an adapter."""
+    measure = _LABELS.get(summary["metric"], summary["metric"])
+    lines = [_head(f"{summary['clients']} clients", measure, summary["extra"]["measures"])]
+    lines += _lines(summary, summary["metric"], summary["extra"]["measures"])
+    if summary["held_out"]:
+        count, measures = (
+            summary["extra"]["held_out_clients"],
+            summary["extra"]["held_out_measures"],
+        )
+        lines += ["", _head(f"{count} held-out clients", measure, measures)]
+        lines += _lines(summary["held_out"], summary["metric"], measures)
+    lines.append("")
+    for words, key in _GAINS:
+        found = summary["extra"][key]
+        interval = "one client: no interval"
+        if found["low"] is not None:
+            interval = f"95 % interval {found['low']:+.4f} to {found['high']:+.4f}, paired"
+        lines.append(f"{words}: {found['mean']:+.4f} {summary['metric']} ({interval})")
+    lines.append(f"personal better than global for {summary['share_improved']:.1%} of the clients")
+    if cross := summary["extra"].get("cross"):
+        lines.append(
+            f"own adapter better than the mean of the others' on its person's data: "
+            f"{cross['own_beats_others']} of {len(cross['clients'])} clients"
+        )
+    return "\n".join(lines)
+
+
+_LABELS = {
+    "loss": "loss",
+    "bits_per_character": "bits/char",
+    "perplexity": "perplexity",
+    "top1": "top-1",
+    "top3": "top-3",
+    "accuracy": "accuracy",
+}
+_GAINS = (
+    ("global better than base by", "gain_global_over_base"),
+    ("personal better than global by", "gain_personal_over_global"),
+)
+_SHARES = ("accuracy", "top1", "top3")
+
+
+def _column(rows: Sequence[Row], adapter: str, measure: str) -> list[float]:
+    return [row["scores"][adapter][measure] for row in rows]
+
+
+def _summaries(rows: Sequence[Row], metric: str, higher_is_better: bool) -> dict[str, Any]:
+    return {
+        name: summarize(
+            _column(rows, name, metric),
+            _column(rows, name, "loss"),
+            higher_is_better=higher_is_better,
+        ).as_dict()
+        for name in ADAPTERS
+    }
+
+
+def _measures(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Return the mean over clients of every measure, by adapter."""
+    names = rows[0]["scores"]["base"]
+    return {
+        adapter: {name: sum(_column(rows, adapter, name)) / len(rows) for name in names}
+        for adapter in ADAPTERS
+    }
+
+
+def _shown(measures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    known = [name for name in _LABELS if name in measures["base"]]
+    return known + [name for name in measures["base"] if name not in _LABELS]
+
+
+def _head(who: str, metric: str, measures: Mapping[str, Mapping[str, float]]) -> str:
+    columns = [f"{metric} mean", "median", "worst tenth"]
+    columns += [_LABELS.get(name, name) for name in _shown(measures) if name != metric]
+    return f"{who:<22}" + "".join(f"{name:>15}" for name in columns)
+
+
+def _lines(
+    summaries: Mapping[str, Any], metric: str, measures: Mapping[str, Mapping[str, float]]
+) -> list[str]:
+    lines = []
+    for adapter in ADAPTERS:
+        found = summaries[adapter]
+        cells = [f"{found[key]:.4f}" for key in ("mean", "median", "worst_tenth")]
+        for name in _shown(measures):
+            if name != metric:
+                value = measures[adapter][name]
+                cells.append(f"{value:.2%}" if name in _SHARES else f"{value:.4f}")
+        lines.append(f"{adapter:<22}" + "".join(f"{cell:>15}" for cell in cells))
+    return lines

@@ -1,0 +1,168 @@
+"""The main job: federate over virtual clients, then show what each person gets."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fedlora import __version__
+from fedlora.adapter import Adapter
+from fedlora.errors import ConfigError, RunError
+from fedlora.experiment import ExperimentConfig, find_experiment
+from fedlora.federation.checkpoint import RoundRecord, has_checkpoint, read_checkpoint
+from fedlora.files import write_atomic
+from fedlora.formats import load_adapter, save_adapter
+from fedlora.simulation.folder import EXPERIMENT, SUMMARY, claim, free_folder, locked, read_rows
+from fedlora.simulation.people import cross_evaluate, evaluate_clients
+from fedlora.simulation.results import results, table
+from fedlora.simulation.rounds import run_rounds
+from fedlora.world import shared_world
+
+__all__ = ["Progress", "Run", "simulate"]
+
+Progress = Callable[[str, int, int, str], None]  # stage, done, of how many, a few words
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    adapter: Adapter  # the global one
+    summary: dict[str, Any]  # summary.json
+    clients: list[dict[str, Any]]  # clients.jsonl
+
+    def table(self) -> str:
+        """Return base, own, global and personal as a text table."""
+        return table(self.summary)
+
+
+def simulate(
+    experiment: str | Path | ExperimentConfig | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Run an experiment and return its results; everything is also in the run's folder.
+
+    experiment: the name of a bundled experiment, a TOML file, or a config.
+    overrides: dotted keys, such as ``{"federation.rounds": 5}``.
+    out: a new or empty folder; default ``runs/<name>``, numbered when that is taken.
+    resume: the folder of a run that was stopped, instead of an experiment.
+
+    Raises `ConfigError`, `RunError` and whatever data and base raise.
+    """
+    report = progress or (lambda stage, done, total, words: None)
+    config, folder = _prepare(experiment, overrides or {}, out, resume)
+    with locked(folder):
+        return _run(config, folder, report)
+
+
+def _prepare(
+    experiment: str | Path | ExperimentConfig | None,
+    overrides: Mapping[str, Any],
+    out: str | Path | None,
+    resume: str | Path | None,
+) -> tuple[ExperimentConfig, Path]:
+    if resume is not None:
+        folder = Path(resume)
+        if experiment is not None or out is not None or overrides:
+            raise ConfigError("--resume goes on with what its folder says: name nothing beside it")
+        if not (folder / EXPERIMENT).is_file():
+            raise RunError(f"{folder}: expected a run's folder, found no {EXPERIMENT} in it")
+        return ExperimentConfig.from_toml(folder / EXPERIMENT), folder
+    if experiment is None:
+        raise ConfigError("expected an experiment or a folder to resume")
+    if isinstance(experiment, ExperimentConfig):
+        config = ExperimentConfig.from_table(experiment.to_table(), overrides)
+    else:
+        config = ExperimentConfig.from_toml(find_experiment(str(experiment)), overrides)
+    folder = free_folder(config.name) if out is None else Path(out)
+    claim(folder, config.to_toml())
+    return config, folder
+
+
+def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
+    if (folder / SUMMARY).is_file():
+        return _finished(folder)
+    clients_file = folder / "clients.jsonl"
+    before = _seconds_before(folder, clients_file)
+    started = time.monotonic()
+
+    def seconds() -> float:
+        return before + time.monotonic() - started
+
+    world = shared_world(config.base, config.data, config.lora, config.seed)
+    show = _show_rounds(config, folder, report)
+    checkpoint = run_rounds(config, folder, len(world.data), on_round=show)
+    state, took_part = checkpoint.state, checkpoint.clients
+    provenance = {"run": config.name, "round": state.round, "method": config.federation.method}
+    for target in ("adapter", "adapter.safetensors"):
+        save_adapter(state.adapter, folder / target, provenance=provenance)
+    crossed = [c.client_id for c in took_part if not c.held_out][: config.personalization.cross]
+    own = {client: folder / "own" / f"{quote(client, safe='')}.safetensors" for client in crossed}
+    rows = evaluate_clients(
+        world,
+        config,
+        state.adapter,
+        took_part=took_part,
+        file=clients_file,
+        keep_own=own,
+        report=lambda *args: report("clients", *args),
+        seconds=seconds,
+    )
+    task = world.task
+    summary = {
+        "name": config.name,
+        "rounds": state.round,
+        **results(rows, metric=task.metric, higher_is_better=task.higher_is_better),
+        "bytes_up": checkpoint.bytes_up,
+        "bytes_down": checkpoint.bytes_down,
+        "seed": config.seed,
+        "fedlora_version": __version__,
+        "privacy": None,
+    }
+    summary["extra"]["notes"] = list(world.data.notes)
+    if own:
+        summary["extra"]["cross"] = cross_evaluate(
+            world, config, own, lambda *args: report("cross", *args)
+        )
+    summary["seconds"] = round(seconds(), 3)
+    write_atomic(folder / SUMMARY, json.dumps(summary, indent=2).encode())
+    return Run(folder, state.adapter, summary, rows)
+
+
+def _show_rounds(
+    config: ExperimentConfig, folder: Path, report: Progress
+) -> Callable[[RoundRecord], None]:
+    total = config.federation.rounds
+
+    def show(record: RoundRecord) -> None:
+        loss = "" if record.loss is None else f"loss {record.loss:.4f}"
+        lost = f"{len(record.dropped)} dropped" if record.dropped else ""
+        report("rounds", record.round, total, " ".join(filter(None, (loss, lost))))
+
+    done = read_checkpoint(folder).state.round if has_checkpoint(folder) else 0
+    report("rounds", done, total, "")
+    return show
+
+
+def _seconds_before(folder: Path, clients_file: Path) -> float:
+    """Return the seconds that earlier parts of this run took, as far as they were written down."""
+    rows = read_rows(clients_file)
+    if rows:
+        return float(max(row["seconds"] for row in rows))
+    return read_checkpoint(folder).seconds if has_checkpoint(folder) else 0.0
+
+
+def _finished(folder: Path) -> Run:
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    rows = read_rows(folder / "clients.jsonl")
+    return Run(folder, load_adapter(folder / "adapter.safetensors"), summary, rows)
