@@ -124,7 +124,11 @@ def test_a_trainers_mistake_is_refused_before_anything_leaves(name: str) -> None
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("token 'my secret'"), DataError("line 3: 'my secret' is no number"), KeyError("my")],
+    [
+        ValueError("token 'my secret'"),
+        DataError("line 3: 'my secret' is no number"),
+        KeyError("my"),
+    ],
 )
 def test_an_error_that_may_quote_an_example_sends_its_name_and_place_only(
     error: Exception, caplog: pytest.LogCaptureFixture

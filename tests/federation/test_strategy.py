@@ -229,9 +229,7 @@ def test_three_rounds_in_a_row_without_an_update_end_the_run_and_keep_its_files(
 
 
 def test_an_empty_poisson_round_keeps_the_adapter_and_is_no_failure(tmp_path: Path) -> None:
-    config = experiment(
-        federation__sampling="poisson", federation__cohort=1, federation__rounds=12
-    )
+    config = experiment(federation__sampling="poisson", federation__cohort=1, federation__rounds=12)
     _, records = run(config, tmp_path)
     empty = [record for record in records if record.status == "empty"]
     assert empty  # each with probability (7/8)**8 = 0.34
@@ -240,9 +238,7 @@ def test_an_empty_poisson_round_keeps_the_adapter_and_is_no_failure(tmp_path: Pa
 
 
 def test_held_out_clients_never_take_part(tmp_path: Path) -> None:
-    config = experiment(
-        data__held_out_clients=0.25, federation__cohort=6, federation__rounds=6
-    )
+    config = experiment(data__held_out_clients=0.25, federation__cohort=6, federation__rounds=6)
     _, records = run(config, tmp_path)
     checkpoint = read_checkpoint(tmp_path)
     assert len(checkpoint.held_out) == 2
