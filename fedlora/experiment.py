@@ -56,7 +56,7 @@ class DataConfig:
     test_share: float = 0.2  # of each client's examples, the last ones
     validation_share: float = 0.0  # of each client's examples, before the test part
     max_length: int = 64  # tokens; longer examples are cut
-    partition: str | None = None  # None: by person; "iid", "dirichlet:0.3": dealt out anew
+    partition: str = "natural"  # by person; "iid", "dirichlet:0.3": dealt out anew
 
     def __post_init__(self) -> None:
         _at_least("data.clients", self.clients, 1)
@@ -96,9 +96,11 @@ class PersonalizationConfig:
     steps: int = 24
     learning_rate: float | None = None  # None: the federation's
     batch_size: int | None = None  # None: the federation's
+    cross: int = 0  # clients whose own adapters are also evaluated on one another's data
 
     def __post_init__(self) -> None:
         _at_least("personalization.steps", self.steps, 0)
+        _at_least("personalization.cross", self.cross, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,78 @@
+"""The federation stage of a simulation: the rounds, in the engine that the experiment names."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from fedlora.errors import RunError
+from fedlora.experiment import ExperimentConfig, app_root
+from fedlora.federation import Checkpoint, RoundRecord, read_checkpoint, run_federation
+from fedlora.federation.owner import owner_node_config
+from fedlora.simulation.flower import run_in_flower
+from fedlora.simulation.grid import InProcessGrid
+from fedlora.simulation.threads import one_torch_thread, worker_count
+
+__all__ = ["load_app", "run_rounds"]
+
+
+def run_rounds(
+    config: ExperimentConfig,
+    out: Path,
+    num_clients: int,
+    *,
+    on_round: Callable[[RoundRecord], None] | None = None,
+) -> Checkpoint:
+    """Run the rounds of `config` in its engine, or go on with those in `out`; return the end.
+
+    num_clients: virtual clients, all of the data's. on_round gets each round once it is on the
+    disk. `out` gets ``rounds.jsonl`` and ``checkpoint/``.
+
+    Raises what `run_federation` and `run_in_flower` raise.
+    """
+    if config.engine.kind == "flower":
+        run_in_flower(config, out, num_clients, on_round=on_round)
+    else:
+        with _quiet_flower(), one_torch_thread():
+            grid = InProcessGrid(
+                load_app("clientapp"),
+                num_clients,
+                owner_node_config(config),
+                workers=worker_count(config),
+            )
+            run_federation(grid, config, out, on_round=on_round)
+    return read_checkpoint(out)
+
+
+def load_app(component: Literal["clientapp", "serverapp"]) -> Any:
+    """Return this app's ClientApp or ServerApp, found as Flower finds it: by the pyproject."""
+    root = app_root()
+    table = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    module_name, _, attribute = table["tool"]["flwr"]["app"]["components"][component].partition(":")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    module = importlib.import_module(module_name)
+    if not Path(module.__file__ or "").resolve().is_relative_to(root.resolve()):
+        raise RunError(
+            f"{module_name}: expected fedlora's own in {root}, found {module.__file__}, which is "
+            "before it on sys.path; rename that package or start elsewhere"
+        )
+    return getattr(module, attribute)
+
+
+@contextmanager
+def _quiet_flower() -> Iterator[None]:
+    """Keep Flower's own log of every round out of the progress; warnings stay."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
