@@ -20,7 +20,7 @@ from fedlora.federation.owner import owners_setup
 from fedlora.nn import load_adapter_into, train_local
 from fedlora.randomness import rng
 from fedlora.training import LocalRule, TrainConfig, TrainResult
-from fedlora.world import World, shared_world
+from fedlora.world import World, thread_world
 
 _TASKS = ("classification", "next-token")
 
@@ -74,7 +74,7 @@ def open_trainer(setup: ClientSetup, node_config: Mapping[str, object]) -> Torch
         "task": _TASKS,
     }
     setup = owners_setup(setup, node_config, os.environ, known)
-    world = shared_world(setup.base, setup.data, setup.lora, setup.seed)
+    world = thread_world(setup.base, setup.data, setup.lora, setup.seed)
     return TorchTrainer(world, _client_id(world.data.client_ids, node_config))
 
 

@@ -3,6 +3,7 @@
 from fedlora.adapter import Adapter, LoraConfig, LoraLayer, stack
 from fedlora.aggregation import Method, ServerState, Update, method, methods
 from fedlora.errors import FedloraError
+from fedlora.formats import load_adapter, save_adapter
 from fedlora.training import LocalRule, TrainConfig, TrainResult
 
 __all__ = [
@@ -16,8 +17,10 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Update",
+    "load_adapter",
     "method",
     "methods",
+    "save_adapter",
     "stack",
 ]
 

@@ -7,8 +7,10 @@ clients get the values that they need in each message.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import re
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
@@ -56,7 +58,7 @@ class DataConfig:
     test_share: float = 0.2  # of each client's examples, the last ones
     validation_share: float = 0.0  # of each client's examples, before the test part
     max_length: int = 64  # tokens; longer examples are cut
-    partition: str | None = None  # None: by person; "iid", "dirichlet:0.3": dealt out anew
+    partition: str = "natural"  # by person; "iid", "dirichlet:0.3": dealt out anew
 
     def __post_init__(self) -> None:
         _at_least("data.clients", self.clients, 1)
@@ -96,9 +98,11 @@ class PersonalizationConfig:
     steps: int = 24
     learning_rate: float | None = None  # None: the federation's
     batch_size: int | None = None  # None: the federation's
+    cross: int = 0  # clients whose own adapters are also evaluated on one another's data
 
     def __post_init__(self) -> None:
         _at_least("personalization.steps", self.steps, 0)
+        _at_least("personalization.cross", self.cross, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +237,7 @@ def to_plain(value: Any) -> Any:
 
 
 def _merge(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in table.items()}
+    merged = copy.deepcopy(dict(table))  # an override may go deeper than one table
     for dotted, value in overrides.items():
         target = merged
         *parents, last = dotted.split(".")
@@ -253,7 +257,7 @@ def _build(cls: Any, table: Mapping[str, Any], where: str) -> Any:
     values = {}
     for item in dataclasses.fields(cls):
         key = f"{where}.{item.name}" if where else item.name
-        key = key.replace(".train", "")  # its keys stand in [federation]
+        key = _as_written(key)
         if item.name in table:
             values[item.name] = _convert(table[item.name], hints[item.name], key)
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
@@ -261,9 +265,14 @@ def _build(cls: Any, table: Mapping[str, Any], where: str) -> Any:
     try:
         return cls(**values)
     except ConfigError as error:
-        prefix = where.replace(".train", "")
+        prefix = _as_written(where)
         known = not prefix or str(error).startswith(f"{prefix}.")
         raise ConfigError(str(error) if known else f"{prefix}: {error}") from None
+
+
+def _as_written(key: str) -> str:
+    """The keys of `FederationConfig.train` stand in [federation] itself."""
+    return re.sub(r"^federation\.train(?=\.|$)", "federation", key)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -13,7 +14,7 @@ from fedlora.data import FederatedData, load_data
 from fedlora.experiment import BaseConfig, DataConfig
 from fedlora.nn import Task, extract_adapter, get_task, inject_lora, load_base
 
-__all__ = ["World", "open_world", "shared_world"]
+__all__ = ["World", "open_world", "shared_world", "thread_world"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,21 @@ def open_world(base: BaseConfig, data: DataConfig, lora: LoraConfig, seed: int) 
     return World(loaded.model, get_task(data.task), population, extract_adapter(loaded.model))
 
 
-# The last world of this process, for callers that take turns: a message a client, and the
-# evaluation after the rounds. Nobody may rely on the factors that another has left in its model.
+# The last world of this process, for callers that take turns: nobody may rely on the factors that
+# another has left in its model.
 shared_world = functools.lru_cache(maxsize=1)(open_world)
+
+_OPENING = threading.Lock()
+_OF_THREAD = threading.local()
+
+
+def thread_world(base: BaseConfig, data: DataConfig, lora: LoraConfig, seed: int) -> World:
+    """Return `shared_world` for the main thread, and a copy of it for every other thread."""
+    with _OPENING:
+        world = shared_world(base, data, lora, seed)
+    if threading.current_thread() is threading.main_thread():
+        return world
+    if getattr(_OF_THREAD, "original", None) is not world:
+        _OF_THREAD.original, _OF_THREAD.copy = world, world.copy()
+    copied: World = _OF_THREAD.copy
+    return copied

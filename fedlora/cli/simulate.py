@@ -41,8 +41,9 @@ def simulate(
         typer.Option(help="sequential (this process) or flower (Flower's own simulation, Ray)."),
     ] = None,
     cross: Annotated[
-        int, typer.Option(min=0, help="Also evaluate so many clients' own adapters crosswise.")
-    ] = 0,
+        int | None,
+        typer.Option(min=0, help="Also evaluate that many clients' own adapters on each other."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
@@ -68,13 +69,14 @@ def simulate(
     overrides = dict(parse_override(text) for text in override or [])
     if engine is not None:
         overrides["engine.kind"] = engine
+    if cross is not None:
+        overrides["personalization.cross"] = cross
     with _progress(quiet) as progress:
         run = run_experiment(
             experiment,
             overrides=overrides,
             out=out,
             resume=resume,
-            cross=cross,
             progress=progress,
         )
     if as_json:

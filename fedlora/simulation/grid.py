@@ -1,13 +1,14 @@
-"""A Flower `Grid` in this process: the unchanged ServerApp and ClientApp, one client after another.
+"""A Flower `Grid` in this process: the unchanged ServerApp and ClientApp, some clients at a time.
 
 Flower's own simulation starts Ray and takes about 20 s and 1 GB before the first round. This grid
 calls the ClientApp directly, and keeps what matters of a real link: every client gets records of
 its own, an exception becomes an error reply, and a client keeps its `Context.state`. Replies are
-made when the server reads them, so neither they nor the messages pile up.
+made shortly before the server reads them, so neither they nor the messages pile up.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedlora.federation._flower_private import (
     identify_process,
     set_message_id,
 )
+from fedlora.simulation.threads import in_order
 
 __all__ = ["InProcessGrid"]
 
@@ -34,6 +36,7 @@ class InProcessGrid(Grid):
     A client's `node_config` is what Flower's simulation gives it (``partition-id`` and
     ``num-partitions``), and `node_config`: the settings of this device's owner, who here is the
     caller. Contexts are made when a client is called; one is kept only while it holds state.
+    `workers` clients run at a time, each in a thread; replies come in the order of the messages.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class InProcessGrid(Grid):
         client_app: ClientApp,
         num_clients: int,
         node_config: Mapping[str, str | int | float | bool] | None = None,
+        workers: int = 1,
     ) -> None:
         if num_clients < 1:
             raise FederationError(f"expected at least one virtual client, found {num_clients}")
@@ -50,7 +54,8 @@ class InProcessGrid(Grid):
         self._states: dict[int, RecordDict] = {}
         self._run = empty_run()
         self._pushed: dict[str, Message] = {}
-        self._count = 0
+        self._numbers = itertools.count(1)
+        self._workers = workers
         identify_process(self._run.run_id)
 
     def set_run(self, run: Any) -> None:
@@ -96,14 +101,12 @@ class InProcessGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Yield each reply when it is asked for; `timeout` has no meaning in one process."""
-        for message in messages:
-            self._number(message)
-            yield self._call(message)
+        """Yield the replies in the order of `messages`; `timeout` has no meaning in one process."""
+        return in_order(self._call, map(self._number, messages), self._workers)
 
-    def _number(self, message: Message) -> None:
-        self._count += 1
-        set_message_id(message, str(self._count))
+    def _number(self, message: Message) -> Message:
+        set_message_id(message, str(next(self._numbers)))
+        return message
 
     def _call(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
@@ -119,8 +122,7 @@ class InProcessGrid(Grid):
             # The text is Flower's own, so that both simulations report the same.
             reason = f"{type(error)}:<'{error}'>"
             reply = Message(Error(CLIENT_ERROR, reason), reply_to=message)
-        self._number(reply)
-        return reply
+        return self._number(reply)
 
     def _context(self, node: int, partition: int) -> Context:
         config = {"partition-id": partition, "num-partitions": self._num_clients}

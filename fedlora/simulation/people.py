@@ -1,20 +1,11 @@
-"""The last stage of a run: every client's four adapters, several clients at a time.
-
-Each thread has its own factors on the shared base and one torch thread, so that a client's result
-does not depend on how many run beside it, and a run resumed elsewhere goes on bit for bit.
-"""
+"""The last stage of a run: every client's four adapters, several clients at a time."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
-
-import torch
 
 from fedlora.adapter import Adapter
 from fedlora.evaluation import evaluate
@@ -24,6 +15,7 @@ from fedlora.formats import load_adapter, save_adapter
 from fedlora.personalization import compare_adapters
 from fedlora.simulation.folder import append_row, read_rows
 from fedlora.simulation.results import cross_matrix
+from fedlora.simulation.threads import in_order, one_torch_thread, worker_count
 from fedlora.world import World
 
 __all__ = ["cross_evaluate", "evaluate_clients"]
@@ -78,7 +70,7 @@ def evaluate_clients(
 
     done = len(clients) - len(todo)
     report(done, len(clients), "")
-    for row in _in_threads(world, one, todo, config):
+    for row in _on_all_cores(world, one, todo, config):
         if row["client"] not in rows:
             rows[row["client"]] = row
             append_row(file, row | {"seconds": round(seconds(), 3)})  # of the run so far
@@ -105,44 +97,28 @@ def cross_evaluate(
 
     columns = []
     report(0, len(clients), "")
-    for values in _in_threads(world, column, clients, config):
+    for values in _on_all_cores(world, column, clients, config):
         columns.append(values)
         report(len(columns), len(clients), "")
     better = world.task.higher_is_better
     return cross_matrix(clients, list(zip(*columns, strict=True)), higher_is_better=better)
 
 
-def _in_threads(
+def _on_all_cores(
     world: World, work: Callable[[World, S], T], items: Sequence[S], config: ExperimentConfig
 ) -> Iterator[T]:
-    """Yield ``work(world, item)`` in the order of `items`, computed on all cores."""
-    # torch's generator, which drives dropout, is one for the whole process.
-    workers = 1 if config.lora.lora_dropout else min(len(items), os.cpu_count() or 1)
+    """Yield ``work(world, item)`` in the order of `items`; each thread has factors of its own."""
+    workers = max(1, min(len(items), worker_count(config)))
     worlds: SimpleQueue[World] = SimpleQueue()
     for number in range(workers):
         worlds.put(world if number == 0 else world.copy())
 
     def run(item: S) -> T:
-        torch.set_num_threads(1)  # of this thread: OpenMP counts them per thread
         local = worlds.get()
         try:
             return work(local, item)
         finally:
             worlds.put(local)
 
-    with _one_torch_thread(), ThreadPoolExecutor(max(workers, 1)) as pool:
-        try:
-            yield from pool.map(run, items)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    with one_torch_thread():
+        yield from in_order(run, items, workers)

@@ -17,6 +17,7 @@ from fedlora.federation import Checkpoint, RoundRecord, read_checkpoint, run_fed
 from fedlora.federation.owner import owner_node_config
 from fedlora.simulation.flower import run_in_flower
 from fedlora.simulation.grid import InProcessGrid
+from fedlora.simulation.threads import one_torch_thread, worker_count
 
 __all__ = ["load_app", "run_rounds"]
 
@@ -38,8 +39,13 @@ def run_rounds(
     if config.engine.kind == "flower":
         run_in_flower(config, out, num_clients, on_round=on_round)
     else:
-        with _quiet_flower():
-            grid = InProcessGrid(load_app("clientapp"), num_clients, owner_node_config(config))
+        with _quiet_flower(), one_torch_thread():
+            grid = InProcessGrid(
+                load_app("clientapp"),
+                num_clients,
+                owner_node_config(config),
+                workers=worker_count(config),
+            )
             run_federation(grid, config, out, on_round=on_round)
     return read_checkpoint(out)
 

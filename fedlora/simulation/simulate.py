@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,26 +10,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from flwr.clientapp import ClientApp
-
 from fedlora import __version__
 from fedlora.adapter import Adapter
 from fedlora.errors import ConfigError, RunError
-from fedlora.experiment import ExperimentConfig, app_root, find_experiment
-from fedlora.federation import run_federation
-from fedlora.federation.checkpoint import (
-    Checkpoint,
-    RoundRecord,
-    has_checkpoint,
-    read_checkpoint,
-)
-from fedlora.federation.owner import owner_node_config
+from fedlora.experiment import ExperimentConfig, find_experiment
+from fedlora.federation.checkpoint import RoundRecord, has_checkpoint, read_checkpoint
 from fedlora.files import write_atomic
 from fedlora.formats import load_adapter, save_adapter
 from fedlora.simulation.folder import EXPERIMENT, SUMMARY, claim, free_folder, locked, read_rows
-from fedlora.simulation.grid import InProcessGrid
 from fedlora.simulation.people import cross_evaluate, evaluate_clients
 from fedlora.simulation.results import results, table
+from fedlora.simulation.rounds import run_rounds
 from fedlora.world import shared_world
 
 __all__ = ["Progress", "Run", "simulate"]
@@ -59,7 +48,6 @@ def simulate(
     overrides: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
-    cross: int = 0,
     progress: Progress | None = None,
 ) -> Run:
     """Run an experiment and return its results; everything is also in the run's folder.
@@ -68,14 +56,13 @@ def simulate(
     overrides: dotted keys, such as ``{"federation.rounds": 5}``.
     out: a new or empty folder; default ``runs/<name>``, numbered when that is taken.
     resume: the folder of a run that was stopped, instead of an experiment.
-    cross: evaluate the own adapters of that many clients on one another's data too.
 
     Raises `ConfigError`, `RunError` and whatever data and base raise.
     """
     report = progress or (lambda stage, done, total, words: None)
     config, folder = _prepare(experiment, overrides or {}, out, resume)
     with locked(folder):
-        return _run(config, folder, cross, report)
+        return _run(config, folder, report)
 
 
 def _prepare(
@@ -102,7 +89,7 @@ def _prepare(
     return config, folder
 
 
-def _run(config: ExperimentConfig, folder: Path, cross: int, report: Progress) -> Run:
+def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     if (folder / SUMMARY).is_file():
         return _finished(folder)
     clients_file = folder / "clients.jsonl"
@@ -113,12 +100,13 @@ def _run(config: ExperimentConfig, folder: Path, cross: int, report: Progress) -
         return before + time.monotonic() - started
 
     world = shared_world(config.base, config.data, config.lora, config.seed)
-    checkpoint = _run_rounds(config, folder, len(world.data), report)
+    show = _show_rounds(config, folder, report)
+    checkpoint = run_rounds(config, folder, len(world.data), on_round=show)
     state, took_part = checkpoint.state, checkpoint.clients
     provenance = {"run": config.name, "round": state.round, "method": config.federation.method}
     for target in ("adapter", "adapter.safetensors"):
         save_adapter(state.adapter, folder / target, provenance=provenance)
-    crossed = [c.client_id for c in took_part if not c.held_out][:cross]
+    crossed = [c.client_id for c in took_part if not c.held_out][: config.personalization.cross]
     own = {client: folder / "own" / f"{quote(client, safe='')}.safetensors" for client in crossed}
     rows = evaluate_clients(
         world,
@@ -151,9 +139,9 @@ def _run(config: ExperimentConfig, folder: Path, cross: int, report: Progress) -
     return Run(folder, state.adapter, summary, rows)
 
 
-def _run_rounds(
-    config: ExperimentConfig, folder: Path, clients: int, report: Progress
-) -> Checkpoint:
+def _show_rounds(
+    config: ExperimentConfig, folder: Path, report: Progress
+) -> Callable[[RoundRecord], None]:
     total = config.federation.rounds
 
     def show(record: RoundRecord) -> None:
@@ -161,35 +149,9 @@ def _run_rounds(
         lost = f"{len(record.dropped)} dropped" if record.dropped else ""
         report("rounds", record.round, total, " ".join(filter(None, (loss, lost))))
 
-    report(
-        "rounds", read_checkpoint(folder).state.round if has_checkpoint(folder) else 0, total, ""
-    )
-    if config.engine.kind == "flower":
-        from fedlora.simulation.flower import run_in_flower
-
-        run_in_flower(config, folder, clients, on_round=show)
-    else:
-        grid = InProcessGrid(_client_app(), clients, owner_node_config(config))
-        run_federation(grid, config, folder, on_round=show)
-    return read_checkpoint(folder)
-
-
-def _client_app() -> ClientApp:
-    """Import the one ClientApp from the app's folder: the clone's, or the wheel's copy."""
-    root = str(app_root())
-    sys.path.insert(0, root)
-    try:
-        module = importlib.import_module("clients.app")
-    finally:
-        sys.path.remove(root)
-    found = Path(module.__file__ or "").resolve().parent.parent
-    if found != Path(root).resolve():
-        raise RunError(
-            f"expected the package 'clients' of {root}, found another one in {found}; run from a "
-            "folder without it"
-        )
-    app: ClientApp = module.app
-    return app
+    done = read_checkpoint(folder).state.round if has_checkpoint(folder) else 0
+    report("rounds", done, total, "")
+    return show
 
 
 def _seconds_before(folder: Path, clients_file: Path) -> float:

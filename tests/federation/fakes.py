@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora.adapter import Adapter, LoraConfig
+from fedlora.adapter import Adapter
 from fedlora.aggregation import Broadcast
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation import RoundRecord, handle_query, handle_train, run_federation
 from fedlora.federation.records import ClientSetup
 from fedlora.randomness import rng
-from fedlora.simulation import InProcessGrid
+from fedlora.simulation.grid import InProcessGrid
 from fedlora.targets import LayerSpec, initial_adapter
 from fedlora.training import LocalRule, TrainConfig, TrainResult
 
@@ -119,4 +121,23 @@ def run(
     return state, records
 
 
-__all__ = ["SPECS", "FakeTrainer", "LoraConfig", "experiment", "fake_app", "run", "start_adapter"]
+class FaultyGrid(InProcessGrid):
+    """A grid that passes every reply through `fault`, which returns the replies to deliver."""
+
+    def __init__(
+        self, fault: Callable[[Message, str], list[Message]], clients: int = 8, **options: Any
+    ) -> None:
+        super().__init__(fake_app(), clients, **options)
+        self._fault = fault
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            client = f"c{reply.metadata.src_node_id - 1000}"
+            yield from self._fault(reply, client)
+
+
+def raises(error: type[Exception], text: str) -> Any:
+    """``pytest.raises`` with the whole text, not a pattern."""
+    return pytest.raises(error, match=f"^{re.escape(text)}$")
