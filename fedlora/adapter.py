@@ -219,7 +219,7 @@ class LoraLayer:
             return self
         q_out, r_out = np.linalg.qr(self.B.astype(np.float64))
         q_in, r_in = np.linalg.qr(self._flat_A().T)
-        left, values, right = np.linalg.svd(r_out @ r_in.T)
+        left, values, right = np.linalg.svd(r_out @ r_in.T, full_matrices=False)
         root = np.sqrt(values[:rank])
         B = q_out @ (left[:, :rank] * root)
         A = (root[:, None] * right[:rank]) @ q_in.T

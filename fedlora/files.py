@@ -90,6 +90,9 @@ def interrupted_folder(target: str | os.PathLike[str]) -> Path:
 
 
 def _recover(target: Path) -> None:
+    for entry in target.parent.iterdir():
+        if entry.name.startswith(f".{target.name}.new-"):
+            shutil.rmtree(entry, ignore_errors=True)
     old = interrupted_folder(target)
     if old.exists():
         if target.exists():
