@@ -68,7 +68,7 @@ def test_rows_agree_with_the_slow_twin(
 
 @pytest.mark.parametrize("empty", ["", "  \n"])
 def test_an_empty_message_is_refused_and_named(tokenizer: Tokenizer, empty: str) -> None:
-    with pytest.raises(DataError, match="message 1: expected text, found .*; leave empty"):
+    with pytest.raises(DataError, match=r"message 1: expected text, found .*; leave empty"):
         encode_messages(["hi", empty], tokenizer)
 
 
@@ -118,5 +118,5 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(ConfigError, match=r"tokenizers\.Tokenizer, found int"):
         load_tokenizer(3)
-    with pytest.raises(ConfigError, match="expected one of the tokens <|endoftext|>"):
+    with pytest.raises(ConfigError, match=r"expected one of the tokens <\|endoftext\|>"):
         separator_id(Tokenizer(models.BPE()))
