@@ -7,8 +7,10 @@ clients get the values that they need in each message.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import re
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
@@ -235,7 +237,7 @@ def to_plain(value: Any) -> Any:
 
 
 def _merge(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in table.items()}
+    merged = copy.deepcopy(dict(table))  # an override may go deeper than one table
     for dotted, value in overrides.items():
         target = merged
         *parents, last = dotted.split(".")
@@ -255,7 +257,7 @@ def _build(cls: Any, table: Mapping[str, Any], where: str) -> Any:
     values = {}
     for item in dataclasses.fields(cls):
         key = f"{where}.{item.name}" if where else item.name
-        key = key.replace(".train", "")  # its keys stand in [federation]
+        key = _as_written(key)
         if item.name in table:
             values[item.name] = _convert(table[item.name], hints[item.name], key)
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
@@ -263,9 +265,14 @@ def _build(cls: Any, table: Mapping[str, Any], where: str) -> Any:
     try:
         return cls(**values)
     except ConfigError as error:
-        prefix = where.replace(".train", "")
+        prefix = _as_written(where)
         known = not prefix or str(error).startswith(f"{prefix}.")
         raise ConfigError(str(error) if known else f"{prefix}: {error}") from None
+
+
+def _as_written(key: str) -> str:
+    """The keys of `FederationConfig.train` stand in [federation] itself."""
+    return re.sub(r"^federation\.train(?=\.|$)", "federation", key)
 
 
 @functools.cache

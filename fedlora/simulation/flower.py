@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -153,11 +152,12 @@ def _superlink(work: Path, clients_environment: dict[str, str]) -> Iterator[_Lin
 def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(OSError, urllib.error.URLError):
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
-                if answer.status == 200:
-                    return
-        time.sleep(0.1)
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+        except OSError:  # also of urllib: not there yet, or not ready
+            time.sleep(0.1)
+        else:
+            return
     raise FederationError(
         f"Flower's SuperLink did not start: {_last_line(log.read_text(errors='replace'))}"
     )

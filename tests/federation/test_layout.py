@@ -35,7 +35,11 @@ def adapters(draw: st.DrawFn) -> Adapter:
         rank, width, out, conv = draw(st.tuples(sizes, sizes, sizes, st.booleans()))
         shape = (rank, width, 2) if conv else (rank, width)
         layers[f"block.{name}"] = LoraLayer(
-            rng.normal(size=shape), rng.normal(size=(out, rank)), 0.5, None, "conv" if conv else "linear"
+            rng.normal(size=shape),
+            rng.normal(size=(out, rank)),
+            0.5,
+            None,
+            "conv" if conv else "linear",
         )
     return Adapter(layers, LoraConfig(rank=2))
 
@@ -76,9 +80,13 @@ def test_the_digest_covers_layout_and_numbers() -> None:
 
 
 def test_a_buffer_of_another_size_is_refused() -> None:
-    with raises(ShapeMismatchError, "client 'c1': expected a buffer of (6,) float32, found (5,) float32"):
+    with raises(
+        ShapeMismatchError, "client 'c1': expected a buffer of (6,) float32, found (5,) float32"
+    ):
         unpack(np.zeros(5, np.float32), [Segment("a", "A", (2, 3))], "client 'c1'")
-    with raises(ShapeMismatchError, "client 'c1': expected a buffer of (6,) float32, found (6,) float64"):
+    with raises(
+        ShapeMismatchError, "client 'c1': expected a buffer of (6,) float32, found (6,) float64"
+    ):
         unpack(np.zeros(6), [Segment("a", "A", (2, 3))], "client 'c1'")  # type: ignore[arg-type]
 
 

@@ -42,7 +42,9 @@ def adapter(seed: int = 0) -> Adapter:
     start = start_adapter(experiment())
     rng = np.random.default_rng(seed)
     return start.map(
-        lambda layer: replace(layer, A=rng.normal(size=layer.A.shape), B=rng.normal(size=layer.B.shape))
+        lambda layer: replace(
+            layer, A=rng.normal(size=layer.A.shape), B=rng.normal(size=layer.B.shape)
+        )
     )
 
 
@@ -64,7 +66,10 @@ def test_an_order_comes_back_equal() -> None:
     ("change", "text"),
     [
         ({"round": "1"}, "server: round: expected a whole number, found '1'"),
-        ({"train/learning_rate": "0.1"}, "server: train.learning_rate: expected a number, found '0.1'"),
+        (
+            {"train/learning_rate": "0.1"},
+            "server: train.learning_rate: expected a number, found '0.1'",
+        ),
         ({"train/lr": 0.1}, "server: train.lr: unknown key"),
         ({"uploaded": ["A", "C"]}, "server: uploaded: expected one of A, B, magnitude, found 'C'"),
         ({"round/x": 1}, "server: 'round/x' is both a value and a table"),
@@ -90,7 +95,10 @@ def test_a_broadcast_comes_back_bit_for_bit_with_its_frozen_part() -> None:
     setup = ClientSetup.of(experiment())
     trainable, frozen = adapter(1), stack([adapter(2), adapter(3)])
     content = train_content(
-        to_record(setup), ConfigRecord(), encode_adapter(trainable, BOTH, 4), encode_adapter(frozen, BOTH, 4)
+        to_record(setup),
+        ConfigRecord(),
+        encode_adapter(trainable, BOTH, 4),
+        encode_adapter(frozen, BOTH, 4),
     )
     received = decode_broadcast(content, setup)
     assert received.trainable == trainable

@@ -76,7 +76,7 @@ def ours_and_pefts(
     """The same layer with the same random factors, in fedlora and in PEFT."""
     config = LoraConfig(
         rank=4, lora_alpha=6, target_modules=("fc",), variant=variant, lora_dropout=dropout
-    )  # type: ignore[arg-type]
+    )
     ours = made(layer)
     inject_lora(ours, config, seed=0)
     adapter = randomized(extract_adapter(ours))
@@ -184,7 +184,7 @@ def test_dropout_is_pefts_under_the_same_seed(kind: str, variant: str) -> None:
 def test_injection_starts_with_the_magnitude_that_peft_starts_with(kind: str, variant: str) -> None:
     layer, inputs = LAYERS[kind]
     ours, theirs, base = made(layer), made(layer), made(layer)
-    config = LoraConfig(rank=2, target_modules=("fc",), variant=variant)  # type: ignore[arg-type]
+    config = LoraConfig(rank=2, target_modules=("fc",), variant=variant)
     inject_lora(ours, config)
     x = inputs()
     if kind != "embedding-max-norm":  # whose norms change as soon as it is used

@@ -1,0 +1,230 @@
+"""A run that is stopped anywhere goes on bit for bit, or is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedlora.aggregation import ServerState
+from fedlora.errors import DigestMismatchError, RunError
+from fedlora.federation import (
+    Checkpoint,
+    ClientRecord,
+    Dropped,
+    RoundRecord,
+    has_checkpoint,
+    read_checkpoint,
+    read_rounds,
+)
+from fedlora.federation.checkpoint import append_round, resume_run, write_checkpoint
+from tests.federation.fakes import experiment, raises, run, start_adapter
+
+SIX = experiment(federation__rounds=6, data__held_out_clients=0.25)
+
+
+def without_time(out: Path) -> tuple[Any, list[RoundRecord]]:
+    """Everything of a run's files but how long it took."""
+    checkpoint = replace(read_checkpoint(out), seconds=0.0)
+    table = {
+        "adapter": checkpoint.state.adapter.fingerprint(),
+        "base": checkpoint.state.adapter.base,
+        "round": checkpoint.state.round,
+        "clients": checkpoint.clients,
+        "bytes": (checkpoint.bytes_up, checkpoint.bytes_down),
+    }
+    return table, [replace(record, seconds=0.0) for record in read_rounds(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The files of six rounds in one go."""
+    out = tmp_path_factory.mktemp("whole")
+    run(SIX, out)
+    return without_time(out)
+
+
+def test_six_rounds_equal_three_and_three_bit_for_bit(whole: Any, tmp_path: Path) -> None:
+    _, first = run(experiment(federation__rounds=3, data__held_out_clients=0.25), tmp_path)
+    _, second = run(SIX, tmp_path)
+    assert [record.round for record in first + second] == [1, 2, 3, 4, 5, 6]
+    assert without_time(tmp_path) == whole
+
+
+def test_seconds_add_up_over_a_resume(tmp_path: Path) -> None:
+    run(experiment(federation__rounds=3, data__held_out_clients=0.25), tmp_path)
+    before = read_checkpoint(tmp_path).seconds
+    _, records = run(SIX, tmp_path)
+    after = read_checkpoint(tmp_path).seconds
+    # rounds.jsonl rounds to microseconds.
+    assert after == pytest.approx(before + sum(r.seconds for r in records), abs=1e-5)
+
+
+def test_a_finished_run_is_resumed_without_a_round(whole: Any, tmp_path: Path) -> None:
+    run(SIX, tmp_path)
+    _, records = run(SIX, tmp_path)
+    assert records == []
+    assert without_time(tmp_path) == whole
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+def test_a_crash_at_any_step_of_writing_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop before the n-th fsync, rename or unlink of a run, for every n, and resume."""
+    config = experiment(federation__rounds=2)
+    run(config, tmp_path / "whole")
+    whole = without_time(tmp_path / "whole")
+    count = limit = 0
+
+    def crashing(call: Any) -> Any:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count >= limit:
+                raise Crash
+            return call(*args, **options)
+
+        return wrapped
+
+    crashes = 0
+    for number in range(1, 400):
+        out = tmp_path / str(number)
+        count, limit = 0, number
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", crashing(os.fsync))
+            patch.setattr(os, "replace", crashing(os.replace))
+            patch.setattr(Path, "unlink", crashing(Path.unlink))
+            try:
+                run(config, out)
+            except Crash:
+                crashes += 1
+            else:
+                break
+        run(config, out)
+        assert without_time(out) == whole, f"crash before step {number}"
+    # A round has one line, two files, each with its folder, and one deletion: 8 steps.
+    assert crashes == 3 * 8 - 2  # the start has no line, and nothing to delete
+
+
+def test_a_run_killed_with_sigkill_goes_on_to_the_same_result(whole: Any, tmp_path: Path) -> None:
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from tests.federation import fakes\n"
+        "train = fakes.FakeTrainer.train\n"
+        "def slow(*args):\n"
+        "    time.sleep(0.05)\n"
+        "    return train(*args)\n"
+        "fakes.FakeTrainer.train = slow\n"
+        "config = fakes.experiment(federation__rounds=6, data__held_out_clients=0.25)\n"
+        f"fakes.run(config, Path({str(tmp_path)!r}))\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=root, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and (
+        not has_checkpoint(tmp_path) or len(read_rounds(tmp_path)) < 3
+    ):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 3 <= read_checkpoint(tmp_path).state.round < 6 or len(read_rounds(tmp_path)) == 3
+    run(SIX, tmp_path)
+    assert without_time(tmp_path) == whole
+
+
+def test_what_is_newer_than_the_checkpoint_is_dropped_on_resume(whole: Any, tmp_path: Path) -> None:
+    _, records = run(experiment(federation__rounds=3, data__held_out_clients=0.25), tmp_path)
+    append_round(tmp_path, replace(records[-1], round=4, loss=123.0))
+    with open(tmp_path / "rounds.jsonl", "ab") as file:
+        file.write(b'{"round": 5, "coho')
+    stray = tmp_path / "checkpoint" / "round-000004.safetensors"
+    stray.write_bytes(b"half")
+    run(SIX, tmp_path)
+    assert without_time(tmp_path) == whole
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir() if "round" in path.name] == [
+        "round-000006.safetensors"
+    ]
+
+
+def test_only_rounds_and_engine_may_change_on_resume(tmp_path: Path) -> None:
+    run(experiment(), tmp_path)
+    run(experiment(federation__rounds=4, engine__kind="flower"), tmp_path)  # the grid is our own
+    with raises(
+        RunError,
+        f"{tmp_path}: cannot resume with another experiment: federation.learning_rate (run: "
+        "0.001, now: 0.1), lora.rank (run: 2, now: 4), seed (run: 0, now: 1); only "
+        "federation.rounds and engine may change; restore them, or choose another folder",
+    ):
+        run(experiment(seed=1, lora__rank=4, federation__learning_rate=0.1), tmp_path)
+
+
+def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
+    run(experiment(), tmp_path)
+    path = tmp_path / "checkpoint" / "round-000003.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DigestMismatchError) as error:
+        read_checkpoint(tmp_path)
+    assert str(error.value).startswith(f"{path}: expected SHA-256 ")
+
+
+def test_a_missing_or_foreign_state_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "checkpoint" / "state.json"
+    with raises(RunError, f"{state}: no checkpoint to resume from: No such file or directory"):
+        resume_run(tmp_path, experiment())
+    run(experiment(), tmp_path)
+    document = json.loads(state.read_text())
+    state.write_text(json.dumps(document | {"version": 2}))
+    with raises(RunError, f"{state}: expected a checkpoint of version 1"):
+        read_checkpoint(tmp_path)
+    del document["clients"]
+    state.write_text(json.dumps(document))
+    with raises(RunError, f"{state}: not a checkpoint of this version: KeyError('clients')"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_bad_line_in_the_middle_of_the_rounds_is_refused(tmp_path: Path) -> None:
+    run(experiment(), tmp_path)
+    path = tmp_path / "rounds.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"{}\n" + lines[2])
+    with raises(
+        RunError,
+        f"{path}, line 2: not a round's record: round: this key is needed and is missing",
+    ):
+        read_rounds(tmp_path)
+
+
+def test_everything_of_a_checkpoint_comes_back(tmp_path: Path) -> None:
+    config = experiment()
+    adapter = start_adapter(config)
+    frozen = adapter.map(lambda layer: replace(layer, A=layer.A * 2))
+    moments = {"first/a": np.arange(6, dtype=np.float32).reshape(2, 3), "second": np.float64([0.1])}
+    state = replace(ServerState.start(adapter), round=12, frozen=frozen, method_state=moments)
+    clients = (ClientRecord("a", 4, 10, False, 3, 15), ClientRecord("b", held_out=True))
+    checkpoint = Checkpoint(state, clients, 5, 6, 7.25, 1, (Dropped("node 3", "late"),))
+    write_checkpoint(tmp_path, checkpoint, config)
+    again = read_checkpoint(tmp_path)
+    assert replace(again, state=state) == checkpoint
+    assert again.state.adapter == adapter
+    assert again.state.adapter.config == adapter.config
+    assert again.state.frozen == frozen
+    assert again.state.method_state.keys() == moments.keys()
+    for name, value in moments.items():
+        assert again.state.method_state[name].dtype == value.dtype
+        assert np.array_equal(again.state.method_state[name], value)

@@ -1,0 +1,59 @@
+"""A server cannot make a device open a path or import a module; its owner can."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedlora.errors import FederationError
+from fedlora.federation import ClientSetup
+from fedlora.federation.owner import owner_environment, owner_node_config, owners_setup
+from tests.federation.fakes import experiment, raises
+
+KNOWN = {"base": ["watch-cnn"], "data": ["watch"], "task": ["classification"]}
+GOOD = {"base__id": "watch-cnn", "data__id": "watch"}
+
+
+def test_a_registered_name_is_taken_from_a_message() -> None:
+    setup = ClientSetup.of(experiment(**GOOD))
+    assert owners_setup(setup, {}, {}, KNOWN) == setup
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("base", "/etc"),
+        ("base", "../secrets"),
+        ("base", "secrets"),  # a folder of this name may be in the working directory
+        ("base", "os:system"),
+        ("data", "os:system"),
+        ("data", "/home/alice/chats"),
+        ("task", "os:system"),
+        ("base", ""),
+    ],
+)
+def test_anything_else_in_a_message_is_refused(key: str, value: str) -> None:
+    field = "data__task" if key == "task" else f"{key}__id"
+    setup = ClientSetup.of(experiment(**GOOD | {field: value}))
+    with raises(
+        FederationError,
+        f"the server asks for {key} {value!r}, which is not one of {KNOWN[key][0]}; a path or a "
+        f"function is only opened when this device's owner names it: node config {key}='…'",
+    ):
+        owners_setup(setup, {"partition-id": 0}, {}, KNOWN)
+
+
+def test_the_owners_word_wins_over_the_servers() -> None:
+    setup = ClientSetup.of(experiment(base__id="/etc", data__id="/etc", data__task="os:system"))
+    node = {"base": "/models/mine", "data": "mine:chats", "task": "mine:task"}
+    mine = owners_setup(setup, node, {"FEDLORA_BASE": "other"}, KNOWN)
+    assert (mine.base.id, mine.data.id, mine.data.task) == tuple(node.values())
+    environment = {"FEDLORA_BASE": "a", "FEDLORA_DATA": "b", "FEDLORA_TASK": "c"}
+    mine = owners_setup(setup, {}, environment, KNOWN)
+    assert (mine.base.id, mine.data.id, mine.data.task) == ("a", "b", "c")
+
+
+def test_a_simulation_vouches_for_its_own_experiment() -> None:
+    config = experiment(base__id="mine:base", data__id="mine:data", data__task="mine:task")
+    setup = ClientSetup.of(config)
+    assert owners_setup(setup, owner_node_config(config), {}, KNOWN) == setup
+    assert owners_setup(setup, {}, owner_environment(config), KNOWN) == setup

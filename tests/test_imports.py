@@ -1,0 +1,160 @@
+"""Who may import whom: DESIGN's layers, where torch is allowed, and what `import fedlora` costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fedlora
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# From the ground up; a module may import what is in a row below its own.
+ROWS = [
+    {"errors", "files", "imports", "patterns", "randomness"},
+    {"adapter", "targets", "training"},
+    {"aggregation", "privacy", "formats", "store", "metrics"},
+    {"experiment", "personalization", "evaluation", "nn", "bases", "data", "world"},
+    {"simulation", "federation", "export", "device", "ota"},
+    {"agent", "report"},
+    {"cli", "clients", "server", "simulations"},
+]
+ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
+# Inside a row: the module on the left may import those on the right.
+BESIDE: dict[str, set[str]] = {
+    "targets": {"adapter", "patterns"},
+    "adapter": {"patterns"},
+    "training": {"adapter"},
+    "simulation": {"federation"},
+    "personalization": {"evaluation", "nn", "bases", "data", "experiment", "world"},
+    "evaluation": {"nn", "bases", "data"},
+    "world": {"nn", "bases", "data", "experiment"},
+    "experiment": {"bases", "data"},
+    "nn": {"bases", "data"},
+    "bases": set(),
+    "data": {"bases"},
+}
+TORCH = {"nn", "world", "evaluation", "personalization", "export", "simulation"}
+# A base, unit or list of names that everyone may use, in whatever row.
+GROUND = ROWS[0]
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Yield (unit, file): the unit is fedlora's module or package, clients or server."""
+    for path in sorted((ROOT / "fedlora").rglob("*.py")):
+        part = path.relative_to(ROOT / "fedlora").parts[0]
+        yield part.removesuffix(".py"), path
+    for folder in ("clients", "server"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield folder, path
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield every imported dotted name, at any depth in the file, with its line."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node.lineno
+            if node.module == "fedlora":
+                for alias in node.names:
+                    yield f"fedlora.{alias.name}", node.lineno
+
+
+def only_for_types(path: Path) -> set[int]:
+    """Return the lines under ``if TYPE_CHECKING``, which never run."""
+    lines: set[int] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            lines |= {n.lineno for n in ast.walk(node) if hasattr(n, "lineno")}
+    return lines
+
+
+def test_imports_go_down_the_layers_only() -> None:
+    wrong = []
+    for unit, path in sources():
+        if unit in ("__init__", "__main__"):
+            continue
+        assert unit in ROW_OF, f"{unit}: add the new module to a row above"
+        for name, line in imported(path):
+            parts = name.split(".")
+            if parts[0] == "fedlora" and len(parts) > 1:
+                target = parts[1]
+            elif parts[0] in ("clients", "server", "simulations"):
+                target = parts[0]
+            else:
+                continue
+            if target not in ROW_OF or target == unit or target in GROUND:
+                continue
+            down = ROW_OF[target] < ROW_OF[unit]
+            if not down and target not in BESIDE.get(unit, set()):
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert wrong == []
+
+
+def test_torch_is_imported_where_the_design_allows_it_only() -> None:
+    wrong = []
+    for unit, path in sources():
+        allowed = unit in TORCH or path == ROOT / "clients" / "torch_app.py"
+        typing_only = only_for_types(path)
+        for name, line in imported(path):
+            heavy = name.split(".")[0] == "torch" or name.startswith(
+                ("fedlora.nn", "fedlora.world")
+            )
+            if heavy and not allowed and line not in typing_only:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert wrong == []
+
+
+def test_peft_is_never_imported_by_the_library() -> None:
+    assert [
+        p for _, p in sources() for name, _ in imported(p) if name.split(".")[0] == "peft"
+    ] == []
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "modules",
+    ["fedlora", "fedlora, fedlora.experiment, fedlora.data, fedlora.bases, fedlora.targets"],
+)
+def test_the_core_pulls_in_no_heavy_package(modules: str) -> None:
+    heavy = (
+        "torch", "flwr", "ray", "onnxruntime", "tuf", "matplotlib", "dp_accounting", "transformers",
+        "tokenizers", "typer", "peft",
+    )  # fmt: skip
+    code = f"import sys\nimport {modules}\nprint([n for n in {heavy!r} if n in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_the_federation_pulls_in_no_torch() -> None:
+    code = (
+        "import sys\nimport fedlora.federation, server.app, clients.app\n"
+        "print([n for n in ('torch', 'ray', 'transformers') if n in sys.modules])"
+    )
+    assert run_python(code) == "[]"
+
+
+def test_importing_fedlora_takes_less_than_half_a_second() -> None:
+    code = (
+        "import time\nstart = time.process_time()\nimport fedlora\n"
+        "print(time.process_time() - start)"
+    )
+    # Processor time, the best of three: another process must not fail this test.
+    assert min(float(run_python(code)) for _ in range(3)) < 0.5
+
+
+def test_the_public_names_are_sorted_and_there() -> None:
+    assert sorted(fedlora.__all__) == fedlora.__all__
+    assert all(hasattr(fedlora, name) for name in fedlora.__all__)
