@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
@@ -65,6 +67,7 @@ def layers(draw, count=1):
 # --- one layer
 
 
+@settings(deadline=None)
 @given(layers())
 def test_delta_weight_is_the_sum_over_the_rank(drawn):
     (lora,) = drawn
@@ -72,6 +75,7 @@ def test_delta_weight_is_the_sum_over_the_rank(drawn):
     assert lora.delta_weight.dtype == np.float32
 
 
+@settings(deadline=None)
 @given(layers(), st.floats(-2, 2))
 def test_scaled_and_normalized_keep_their_promise(drawn, factor):
     (lora,) = drawn
@@ -81,6 +85,7 @@ def test_scaled_and_normalized_keep_their_promise(drawn, factor):
     np.testing.assert_allclose(normalized.delta_weight, dense(lora), rtol=1e-5, atol=1e-5)
 
 
+@settings(deadline=None)
 @given(layers())
 def test_norm_is_that_of_the_dense_matrix(drawn):
     (lora,) = drawn
@@ -300,6 +305,17 @@ def test_layouts_are_compared_and_the_stranger_is_named():
     ):
         mine.require_same_layout(other, "client 'c7'")
     mine.require_same_layout(other, "client 'c7'", ranks=False)
+
+
+@pytest.mark.parametrize("through", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_adapter_can_be_sent_to_another_process(through, variant):
+    adapter = small_adapter(variant)
+    again = through(adapter)
+    assert again == adapter
+    assert again.config == adapter.config
+    assert again.base == adapter.base
+    assert not any(layer.A.flags.writeable for layer in again.layers.values())
 
 
 # --- the config

@@ -82,6 +82,20 @@ def test_link_is_not_taken_for_our_file(tmp_path):
         replace_folder(tmp_path / "a", build("1"))
 
 
+def test_what_a_link_points_to_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "file-link").symlink_to("file")
+    for text in "12":
+        replace_folder(tmp_path / "link", build(text))
+        write_atomic(tmp_path / "file-link", text.encode())
+    assert tree(tmp_path / "real") == {"x": "2"}
+    assert (tmp_path / "file").read_text() == "2"
+    assert sorted(os.listdir(tmp_path)) == ["file", "file-link", "link", "real"]
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_owned_names_may_go(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "round-3.npz").write_text("old")

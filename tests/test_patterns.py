@@ -7,7 +7,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.patterns import literal_pattern, match_cost, pattern_table, suffixes, total_cost
@@ -23,6 +23,7 @@ PATTERNS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(PATTERNS, max_size=5, unique=True), PATHS)
 def test_first_match_is_that_of_peft(patterns, path):
     # The slow twin: get_pattern_key of PEFT 0.21.
@@ -30,6 +31,7 @@ def test_first_match_is_that_of_peft(patterns, path):
     assert pattern_table(tuple(patterns)).find(path) == min(hits, default=None)
 
 
+@settings(deadline=None)
 @given(PATHS, PATHS)
 def test_literal_pattern_matches_only_its_path(path, other):
     assert (pattern_table((literal_pattern(path),)).find(other) == 0) is (path == other)

@@ -8,6 +8,7 @@ stand in the safetensors metadata, since PEFT warns about unknown keys in its co
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "decode_peft", "encode_peft", "read_pe
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+MODEL_CARD = "README.md"
 _PREFIX = "base_model.model."
 _SUFFIXES = {
     ".lora_A.weight": "A",
@@ -93,6 +95,8 @@ def write_peft(adapter: Adapter, folder: Path, provenance: Mapping[str, Any] | N
     def build(fresh: Path) -> None:
         (fresh / CONFIG_NAME).write_bytes(config)
         (fresh / WEIGHTS_NAME).write_bytes(weights)
+        if (folder / MODEL_CARD).is_file():  # PEFT writes one, and people edit it
+            shutil.copyfile(folder / MODEL_CARD, fresh / MODEL_CARD)
 
     replace_folder(folder, build)
 

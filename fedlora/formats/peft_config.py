@@ -25,7 +25,7 @@ from fedlora.patterns import literal_pattern, suffixes
 
 __all__ = ["MAX_CONFIG_BYTES", "parse_config", "peft_keys"]
 
-MAX_CONFIG_BYTES = 1 << 19
+MAX_CONFIG_BYTES = 1 << 18
 
 _PEFT_DEFAULTS: dict[str, Any] = {
     "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": None, "use_rslora": False,

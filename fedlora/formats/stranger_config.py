@@ -15,7 +15,7 @@ __all__ = ["MAX_PATH", "build_config", "is_cheap", "is_module_path"]
 
 MAX_REGEX_CHARACTERS = 8192  # of all regular expressions that are not plain names
 MAX_PATH = 512  # characters of a module path
-MAX_PARTS = 64
+MAX_PARTS = 32
 MAX_MATCH_COST = 1e6  # see fedlora.patterns.match_cost; about 0.05 s
 
 
@@ -119,7 +119,7 @@ _TYPES: dict[str, _Check] = {
     "layers_pattern": (
         "names of lists of blocks",
         lambda value: (
-            _is_names(value) and len(value) <= 16 and all(map(_BLOCK_NAME.fullmatch, value))
+            _is_names(value) and len(value) <= 4 and all(map(_BLOCK_NAME.fullmatch, value))
         ),
     ),
     "rank_pattern": _TABLE,

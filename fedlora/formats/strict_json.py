@@ -17,7 +17,12 @@ from fedlora.errors import FormatError
 __all__ = ["canonical_json", "is_label", "parse_json", "pretty_json", "shown"]
 
 # Counted before parsing, in strings too; they keep a file of a megabyte from costing a second.
-_LIMITS = (("lists", b"[", 20_000), ("objects", b"{", 10_000), ("keys", b":", 45_000))
+_LIMITS = (
+    ("lists", b"[", 20_000),
+    ("objects", b"{", 10_000),
+    ("keys", b":", 45_000),
+    ("values", b",", 60_000),
+)
 MAX_INTEGER = 1 << 64
 _REPR = reprlib.Repr()
 _REPR.maxlist = _REPR.maxdict = _REPR.maxtuple = 10

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from fedlora.adapter import LoraConfig
-from fedlora.errors import ConfigError, FormatError, UnsupportedError
+from fedlora.errors import ConfigError, FormatError, RunError, UnsupportedError
 from fedlora.files import interrupted_folder
 from fedlora.formats import load_adapter, read_info, save_adapter
 from tests.formats.adapters import small_adapter
@@ -28,6 +31,27 @@ def test_folder_that_exists_is_written_as_a_folder(tmp_path):
     (tmp_path / "v1.2").mkdir()
     save_adapter(small_adapter(), tmp_path / "v1.2")
     assert load_adapter(tmp_path / "v1.2") == small_adapter()
+
+
+def test_model_card_is_kept_and_anything_else_stops_the_writing(tmp_path):
+    save_adapter(small_adapter(seed=1), tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_text("mine")
+    save_adapter(small_adapter(), tmp_path / "a")
+    assert (tmp_path / "a" / "README.md").read_text() == "mine"
+    assert load_adapter(tmp_path / "a") == small_adapter()
+    (tmp_path / "a" / "tokenizer.json").write_text("mine")
+    with raises(RunError, "found 'tokenizer.json', which would be lost"):
+        save_adapter(small_adapter(seed=1), tmp_path / "a")
+    assert load_adapter(tmp_path / "a") == small_adapter()
+
+
+def test_formats_need_neither_torch_nor_the_safetensors_library():
+    code = (
+        "import sys, fedlora.formats, fedlora.cli.adapters; "
+        "print([m for m in ('torch', 'safetensors', 'flwr') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 def test_onnx_adapter_is_not_there_yet(tmp_path):

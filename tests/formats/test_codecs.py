@@ -45,6 +45,7 @@ def test_rows_do_not_share_a_scale(codec):
     np.testing.assert_allclose(dequantize(integers, scales), rows, rtol=1e-6)
 
 
+@settings(deadline=None)
 @given(rows=arrays(np.int8, array_shapes(min_dims=2, max_dims=2, max_side=7),
                    elements=st.integers(-8, 7)))  # fmt: skip
 def test_nibbles_come_back(rows):
@@ -69,6 +70,7 @@ def test_scale_that_is_none_is_refused(scale):
         dequantize(np.zeros((1, 1), np.int8), np.array([scale], np.float32))
 
 
+@settings(deadline=None)
 @given(arrays(np.float32, 5, elements=st.floats(-65504, 65504, width=32)))
 def test_half_precision_error_is_bounded(values):
     error = np.abs(to_half(values, "x").astype(np.float64) - values)

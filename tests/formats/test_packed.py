@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 from fedlora.adapter import Adapter, LoraConfig, LoraLayer
 from fedlora.errors import (
@@ -22,10 +23,12 @@ from fedlora.errors import (
 from fedlora.formats import load_adapter, read_info, save_adapter
 from fedlora.formats.codecs import CODECS
 from fedlora.formats.packed import decode_packed, encode_packed
+from fedlora.formats.peft import decode_peft, encode_peft
 from fedlora.formats.tensors import dump_tensors, parse_tensors
 from tests.formats.adapters import keyboard_adapter, small_adapter
 from tests.golden.make_packed_files import ADAPTERS, FOLDER, packed_bytes
 from tests.matching import raises
+from tests.test_adapter import layers
 
 VARIANTS = ("lora", "rslora", "dora", "rsdora")
 
@@ -54,6 +57,22 @@ def test_fp32_comes_back_bit_for_bit(variant):
     assert packed.adapter.base == adapter.base
     assert (packed.codec, packed.tokenizer) == ("fp32", "cd" * 32)
     assert packed.provenance == {"round": 3, "ε": 1.5}
+
+
+@settings(deadline=None)
+@given(layers(count=1), layers(count=1))
+def test_any_shape_comes_back_from_both_formats(first, second):
+    config = LoraConfig(rank=3, lora_alpha=2)
+    adapter = Adapter({"a.0": first[0], "b": second[0]}, config)
+    assert decode_packed(parse_tensors(encode_packed(adapter))).adapter == adapter
+    for codec in CODECS[1:]:
+        again = decode_packed(parse_tensors(encode_packed(adapter, codec))).adapter
+        adapter.require_same_layout(again, codec)
+    encoded, weights = encode_peft(adapter)
+    again, _ = decode_peft(encoded, parse_tensors(weights))
+    adapter.require_same_layout(again, "peft")
+    for path in adapter:  # a sign of the scaling may have moved into B
+        np.testing.assert_array_equal(again.delta_weight(path), adapter.delta_weight(path))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -199,7 +199,7 @@ MALFORMED = {
     "long regexes": ({"rank_pattern": {"(a)" * 3000: 1}}, FormatError, "at most 8192 characters"),
     "rank table": ({"rank_pattern": {"fc": "1"}}, FormatError, "rank_pattern: expected an object"),
     "rank fraction": ({"rank_pattern": {"fc": 1.5}}, FormatError, "rank_pattern['fc']: expected"),
-    "many block lists": ({"layers_pattern": ["h"] * 17}, FormatError, "layers_pattern: expected"),
+    "many block lists": ({"layers_pattern": ["h"] * 5}, FormatError, "layers_pattern: expected"),
     "layers": ({"layers_to_transform": ["0"]}, FormatError, "layers_to_transform: expected"),
     "blocks": ({"layers_pattern": ["h("]}, FormatError, "layers_pattern: expected names of lists"),
     "another rank": ({"r": 3}, ShapeMismatchError, "layer 'embed': expected rank 3 as in adapter"),
@@ -244,21 +244,21 @@ def test_much_of_everything_is_fast(tmp_path):
     """As many names, patterns, indices and layers as the limits on sizes allow."""
     tensors = {}
     for i in range(800):
-        path = ".".join(["m"] * 50 + [str(i)])
+        path = ".".join(["m"] * 30 + [str(i)])
         tensors[f"base_model.model.{path}.lora_A.weight"] = np.ones((1, 1), np.float32)
         tensors[f"base_model.model.{path}.lora_B.weight"] = np.ones((1, 1), np.float32)
     config = {
         "peft_type": "LORA", "r": 1,
-        "target_modules": [str(i) for i in range(800)] + ["m"] * 30_000,
-        "exclude_modules": ["x"] * 10_000,
-        "layers_to_transform": list(range(20_000)), "layers_pattern": ["m"] * 16,
+        "target_modules": [str(i) for i in range(800)] + ["m"] * 15_000,
+        "exclude_modules": ["x"] * 5_000,
+        "layers_to_transform": list(range(10_000)), "layers_pattern": ["m"] * 4,
         "alpha_pattern": {f"a{i}": 2 for i in range(3000)},
     }  # fmt: skip
     _write(tmp_path, config, dump_tensors(tensors))
     before = time.thread_time()
     with raises(LayerMismatchError, "800 layer(s) of the file are not in target_modules"):
         load_adapter(tmp_path)
-    assert time.thread_time() - before < 0.4  # four times the bound: a file of 600 kB
+    assert time.thread_time() - before < 0.2  # about 0.08 s: twice the bound of a small file
 
 
 def test_a_pattern_for_each_of_many_layers_is_fast(tmp_path):
@@ -320,7 +320,7 @@ TENSORS = {
     "nothing": (lambda tensors: tensors.clear(), LayerMismatchError, "found no tensor"),
     "long path": (_put(f"base_model.model.{'a' * 600}.lora_A.weight", F([[1]])), FormatError,
                   "at most 512 printable characters"),
-    "deep path": (_put(f"base_model.model.{'a.' * 64}b.lora_A.weight", F([[1]])), FormatError,
+    "deep path": (_put(f"base_model.model.{'a.' * 32}b.lora_A.weight", F([[1]])), FormatError,
                   "expected the path of a module"),
     "control characters": (_put("base_model.model.a\x1b[31m.lora_A.weight", F([[1]])),
                            FormatError, "printable characters"),
