@@ -28,7 +28,7 @@ def test_a_message_stands_between_two_separators(tokenizer: Tokenizer) -> None:
 
 def test_word_starts_are_the_first_token_and_those_with_a_space(tokenizer: Tokenizer) -> None:
     examples = encode_messages(["unbelievable see  you"], tokenizer)
-    tokens = [tokenizer.id_to_token(int(i)) for i in examples.targets[0]]
+    tokens = [tokenizer.id_to_token(int(i)) or "" for i in examples.targets[0]]
     assert examples.word_starts is not None
     starts = [t for t, s in zip(tokens, examples.word_starts[0], strict=True) if s]
     assert starts == [tokens[0], *[t for t in tokens[1:] if t.startswith("Ġ")]]
