@@ -45,6 +45,10 @@ class BaseConfig:
     """The frozen network."""
 
     id: str  # registry, a local Hugging Face folder, or "module:function"
+    num_classes: int | None = None  # put a new head for so many classes on a language model
+
+    def __post_init__(self) -> None:
+        _at_least("base.num_classes", self.num_classes, 2)
 
 
 @dataclass(frozen=True, slots=True)

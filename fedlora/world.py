@@ -11,8 +11,11 @@ from torch import nn
 
 from fedlora.adapter import Adapter, LoraConfig
 from fedlora.data import FederatedData, load_data
+from fedlora.errors import ConfigError
 from fedlora.experiment import BaseConfig, DataConfig
-from fedlora.nn import Task, extract_adapter, get_task, inject_lora, load_base
+from fedlora.nn import Base, Task, extract_adapter, get_task, inject_lora, load_base
+
+NEW_HEAD = "zero_head"  # what `load_base` calls it
 
 __all__ = ["World", "open_world", "shared_world", "thread_world"]
 
@@ -38,7 +41,7 @@ def open_world(base: BaseConfig, data: DataConfig, lora: LoraConfig, seed: int) 
 
     Raises what `load_base`, `load_data` and `inject_lora` raise.
     """
-    loaded = load_base(base.id)
+    loaded = load_base(base.id, num_classes=base.num_classes)
     population = load_data(
         data.id,
         task=data.task,
@@ -50,8 +53,33 @@ def open_world(base: BaseConfig, data: DataConfig, lora: LoraConfig, seed: int) 
         max_length=data.max_length,
         partition=data.partition,
     )
+    _require_head(loaded, base, data, population)
     inject_lora(loaded.model, lora, seed, base=loaded.card.fingerprint)
-    return World(loaded.model, get_task(data.task), population, extract_adapter(loaded.model))
+    initial = extract_adapter(loaded.model)
+    for path, layer in initial.layers.items():
+        if path == NEW_HEAD and layer.rank < layer.out_features:
+            raise ConfigError(
+                f"lora: expected a rank of at least {layer.out_features}, the number of classes, "
+                f"for the new head {path!r}, found {layer.rank}; set lora.rank_pattern.{path}"
+            )
+    return World(loaded.model, get_task(data.task), population, initial)
+
+
+def _require_head(loaded: Base, base: BaseConfig, data: DataConfig, people: FederatedData) -> None:
+    """Raise unless the base has a head for the classes of the data."""
+    classes = len(people.labels or ())
+    if data.task != "classification" or not classes:
+        return
+    if loaded.card.task == "next-token":
+        raise ConfigError(
+            f"base {base.id!r} predicts tokens, and {data.id!r} has {classes} classes; "
+            f"set base.num_classes = {classes} to put a new head on it"
+        )
+    if base.num_classes not in (None, classes):
+        raise ConfigError(
+            f"base.num_classes: expected {classes}, the classes of {data.id!r}, found "
+            f"{base.num_classes}"
+        )
 
 
 # The last world of this process, for callers that take turns: nobody may rely on the factors that

@@ -92,7 +92,7 @@ def _start(
     if initial is None:
         from fedlora.bases import load_card
 
-        card = load_card(config.base.id)
+        card = load_card(config.base.id, config.base.num_classes)
         initial = initial_adapter(card.layers, config.lora, config.seed, card.fingerprint)
     held_out = draw_held_out(answers, config.data.held_out_clients, config.seed)
     clients = tuple(

@@ -26,6 +26,7 @@ __all__ = ["Batch", "Task", "get_task"]
 Batch: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
 NOT_COUNTED = -100  # a target that is no part of the loss
+PACKED_TOKENS = 512  # at most so many share a row: attention grows with their square
 SCORED_LOGITS = 1 << 24  # at most about this many logits exist at once while scoring: 64 MB
 
 
@@ -151,14 +152,34 @@ def _logits_at(model: nn.Module, inputs: Tensor, counted: Tensor) -> Tensor:
     """Logits (n, vocabulary) at the n counted positions of the flattened batch.
 
     The head is by far the largest product of a small language model: a model that can return its
-    hidden states (`hidden_only`) computes the head at counted positions only.
+    hidden states (`hidden_only`) computes the head at counted positions only. And half of a batch
+    of short texts is padding: where texts can share a row (`segments`), none of it is computed.
     """
-    if "hidden_only" in _arguments(type(model).forward):
-        hidden = model(inputs, hidden_only=True)
+    arguments = _arguments(type(model).forward)
+    if "hidden_only" in arguments:
+        rows: dict[str, Tensor] = {}
+        if "segments" in arguments:
+            inputs, counted, rows = _packed(inputs, counted)
+        hidden = model(inputs, hidden_only=True, **rows)
         logits: Tensor = model.lm_head(hidden.flatten(0, 1)[counted])  # type: ignore[operator]
         return logits.float()
     # Padding is on the right, where a causal model does not look: no mask.
     return _logits(model, inputs, masked=False).flatten(0, 1)[counted]
+
+
+def _packed(inputs: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Put a small batch's texts in one row without their padding, each a segment of its own.
+
+    Return inputs (1, n), counted (n,) and the model's argument `segments` (1, n); a larger batch
+    comes back as it is. A text ends with its last counted target, behind which a causal model has
+    nothing to say.
+    """
+    by_row = counted.view(inputs.shape)
+    needed = by_row.flip(1).cumsum(1).flip(1) > 0
+    row, column = needed.nonzero(as_tuple=True)
+    if not 0 < len(row) <= PACKED_TOKENS:
+        return inputs, counted, {}
+    return inputs[row, column][None], by_row[row, column], {"segments": row[None]}
 
 
 def _options(model: nn.Module, inputs: Tensor, masked: bool) -> dict[str, Any]:

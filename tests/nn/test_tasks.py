@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedlora.adapter import LoraConfig
 from fedlora.errors import ConfigError, UnknownNameError
@@ -191,3 +192,23 @@ def test_an_unknown_task_names_the_nearest() -> None:
     with pytest.raises(UnknownNameError) as error:
         get_task("next_token")
     assert str(error.value) == "unknown task 'next_token'; did you mean 'next-token'?"
+
+
+def test_texts_that_share_a_row_are_scored_as_if_each_were_alone():
+    """Packed without padding: 1e-5 for rotary positions that start elsewhere."""
+    model = Llama(LlamaConfig(50, 16, 2, 2, 1, 24))
+    generator = np.random.default_rng(0)
+    lengths = [5, 1, 9, 3]
+    inputs = np.zeros((4, 9), np.int64)
+    targets = np.full((4, 9), -100, np.int64)
+    alone = []
+    for row, length in enumerate(lengths):
+        inputs[row, :length] = generator.integers(1, 50, length)
+        targets[row, :length] = generator.integers(1, 50, length)
+        targets[row, 0] = -100 if length > 1 else targets[row, 0]  # not every target counts
+        logits = model(torch.from_numpy(inputs[row : row + 1, :length]))[0]
+        wanted = torch.from_numpy(targets[row, :length])
+        alone.append(F.cross_entropy(logits, wanted, reduction="sum"))
+    counted = int((targets >= 0).sum())
+    loss = get_task("next-token").loss(model, {"inputs": inputs, "targets": targets})
+    assert loss.item() == pytest.approx(sum(alone).item() / counted, abs=1e-5)
