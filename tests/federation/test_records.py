@@ -245,7 +245,7 @@ def test_a_forged_reply_is_refused_and_the_client_named(name: str) -> None:
 def test_one_number_that_is_not_finite_is_refused_and_the_client_named(bad: float) -> None:
     sent = adapter(1)
     encoded = encode_adapter(sent, BOTH, 3)
-    buffer = np.frombuffer(encoded.array.data, np.float32, offset=128).copy()
+    buffer = np.frombuffer(encoded.factors["factors"].data, np.float32, offset=128).copy()
     buffer[5] = bad
     from fedlora.federation.layout import digest
 
