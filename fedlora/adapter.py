@@ -11,7 +11,8 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -94,6 +95,13 @@ class LoraConfig:
     def __hash__(self) -> int:
         return hash((self.rank, self.lora_alpha, self.target_modules, self.variant, self.layers))
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a MappingProxyType cannot be pickled or copied
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        plain: dict[str, Any] = {
+            name: dict(v) if isinstance(v, Mapping) else v for name, v in values.items()
+        }
+        return partial(LoraConfig, **plain), ()
+
     @property
     def uses_rslora(self) -> bool:
         return self.variant in ("rslora", "rsdora")
@@ -170,6 +178,9 @@ class LoraLayer:
                     f"magnitude: expected ({self.out_features},), found {self.magnitude.shape}"
                 )
 
+    def __reduce__(self) -> tuple[Any, ...]:  # through the checks: unpickled arrays are writable
+        return LoraLayer, (self.A, self.B, self.scaling, self.magnitude, self.kind)
+
     @property
     def rank(self) -> int:
         return int(self.A.shape[0])
@@ -219,7 +230,7 @@ class LoraLayer:
             return self
         q_out, r_out = np.linalg.qr(self.B.astype(np.float64))
         q_in, r_in = np.linalg.qr(self._flat_A().T)
-        left, values, right = np.linalg.svd(r_out @ r_in.T)
+        left, values, right = np.linalg.svd(r_out @ r_in.T, full_matrices=False)
         root = np.sqrt(values[:rank])
         B = q_out @ (left[:, :rank] * root)
         A = (root[:, None] * right[:rank]) @ q_in.T
@@ -284,6 +295,9 @@ class Adapter:
     def __hash__(self) -> int:
         return hash(self.fingerprint())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Adapter, (dict(self.layers), self.config, self.base)
+
     def __getitem__(self, path: str) -> LoraLayer:
         return self.layers[path]
 
@@ -322,7 +336,7 @@ class Adapter:
         return self.map(lambda layer: layer.scaled(factor))
 
     def normalized(self) -> Adapter:
-        """Fold every scaling into its B; the config says so (alpha = rank)."""
+        """Fold every scaling into its B; the config still describes how the adapter was made."""
         return self.map(LoraLayer.normalized)
 
     def truncated(self, rank: int) -> Adapter:

@@ -27,7 +27,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
     Raises `RunError` when the file system refuses.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     with _named_errors(target):
         if target.is_dir():
             raise RunError(f"{target}: expected a file to write, found a folder; name a file in it")
@@ -59,7 +59,7 @@ def replace_folder(
     entries must be a plain file that the new folder has too, or match a pattern of `owned`.
     Raises `RunError` otherwise, and when the file system refuses.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # not the link, but what it points to
     with _named_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _recover(target)
@@ -90,6 +90,9 @@ def interrupted_folder(target: str | os.PathLike[str]) -> Path:
 
 
 def _recover(target: Path) -> None:
+    for entry in target.parent.iterdir():
+        if entry.name.startswith(f".{target.name}.new-"):
+            shutil.rmtree(entry, ignore_errors=True)
     old = interrupted_folder(target)
     if old.exists():
         if target.exists():

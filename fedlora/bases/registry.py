@@ -30,7 +30,7 @@ __all__ = [
 
 Kind = Literal["bundled", "fetched", "folder", "function"]
 FETCHABLE = {
-    "smollm2-135m": "SmolLM2-135M-Instruct, a language model (Apache-2.0), 98 MB to download",
+    "smollm2-135m": "SmolLM2-135M-Instruct, a Llama language model; 98 MB to download",
 }
 
 

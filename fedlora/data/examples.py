@@ -133,11 +133,10 @@ def draw_batches(
     every example comes once a pass. With `local_steps` the passes follow one another without a seam
     and every batch has ``min(batch_size, n)`` rows, so that engines can rely on one shape.
 
-    >>> import numpy as np
-    >>> examples = Examples(np.arange(10, dtype=np.int64).reshape(5, 2) + 1, np.zeros(5, np.int64))
+    >>> examples = Examples(np.arange(5.0)[:, None], np.arange(5))
     >>> config = TrainConfig(local_steps=2, batch_size=3)
-    >>> [b["inputs"][:, 0].tolist() for b in draw_batches(examples, config, 0, "alice", 1)]
-    [[7, 3, 5], [9, 1, 9]]
+    >>> [batch["targets"].tolist() for batch in draw_batches(examples, config, 0, "alice", 1)]
+    [[0, 3, 1], [2, 4, 2]]
     """
     if len(examples) == 0:
         return

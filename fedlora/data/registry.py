@@ -53,7 +53,7 @@ DATA = {
             "watch",
             "classification",
             10,
-            4685,
+            4099,
             "BSD-3-Clause",
             "Seven exercises from a smartwatch, 5 persons x 2 wrists (group base: 5 others)",
             ("base", "clients"),

@@ -194,7 +194,7 @@ def encode_adapter(adapter: Adapter, factors: frozenset[Factor], round: int) -> 
     layout = ConfigRecord(
         {
             "segments": [str(segment) for segment in segments],
-            "kinds": [layer.kind for layer in layers],
+            "kinds": [str(layer.kind) for layer in layers],
             "scalings": [layer.scaling for layer in layers],
             "base": adapter.base or "",
             "round": round,

@@ -50,42 +50,10 @@ def load_adapter(
 
 def read_info(path: str | os.PathLike[str], *, sha256: str | None = None) -> AdapterFile:
     """Read an adapter with all that its file says; see `load_adapter`."""
-    target = Path(path)
-    suffix = target.suffix.lower()
-    if suffix == ".onnx_adapter":
-        raise _no_onnx_adapter(target)
-    if suffix in _PICKLES and not target.is_dir():
-        raise FormatError(
-            f"{target}: expected a PEFT folder or a .safetensors file, found {suffix!r}; a pickle "
-            "can run code and is never opened, so save the adapter as safetensors"
-        )
-    if not target.is_file():
-        if sha256 is not None:
-            raise ConfigError(f"{target}: sha256 is of a packed file; a folder has none")
-        found = read_peft(target)
-        return AdapterFile(found.adapter, "peft", "fp32", found.num_bytes, None, found.provenance)
-    if target.name == WEIGHTS_NAME and sha256 is None:
-        raise FormatError(f"{target}: name the folder that it is in, {target.parent}, instead")
-    if sha256 is None:
-        file = read_tensors(target)
-    else:
-        data = read_bytes(target, MAX_FILE_BYTES)
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != sha256.lower():
-            raise DigestMismatchError(
-                f"{target}: expected SHA-256 {sha256[:12]}…, found {digest[:12]}…; it is not the "
-                "file that was announced, do not use it"
-            )
-        file = parse_tensors(data, str(target))
-    packed = decode_packed(file, str(target))
-    return AdapterFile(
-        packed.adapter,
-        "packed",
-        packed.codec,
-        target.stat().st_size,
-        packed.tokenizer,
-        packed.provenance,
-    )
+    try:
+        return _read(Path(path), sha256)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def save_adapter(
@@ -125,6 +93,44 @@ def save_adapter(
             f"{target}: expected no suffix (a PEFT folder) or .safetensors (a packed file), found "
             f"{suffix!r}; end the path with a slash to mean a folder"
         )
+
+
+def _read(target: Path, sha256: str | None) -> AdapterFile:
+    suffix = target.suffix.lower()
+    if suffix == ".onnx_adapter":
+        raise _no_onnx_adapter(target)
+    if suffix in _PICKLES and not target.is_dir():
+        raise FormatError(
+            f"{target}: expected a PEFT folder or a .safetensors file, found {suffix!r}; a pickle "
+            "can run code and is never opened, so save the adapter as safetensors"
+        )
+    if not target.is_file():
+        if sha256 is not None:
+            raise ConfigError(f"{target}: sha256 is of a packed file; a folder has none")
+        found = read_peft(target)
+        return AdapterFile(found.adapter, "peft", "fp32", found.num_bytes, None, found.provenance)
+    if target.name == WEIGHTS_NAME and sha256 is None:
+        raise FormatError(f"{target}: name the folder that it is in, {target.parent}, instead")
+    if sha256 is None:
+        file = read_tensors(target)
+    else:
+        data = read_bytes(target, MAX_FILE_BYTES)
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != sha256.lower():
+            raise DigestMismatchError(
+                f"{target}: expected SHA-256 {sha256[:12]}…, found {digest[:12]}…; it is not the "
+                "file that was announced, do not use it"
+            )
+        file = parse_tensors(data, str(target))
+    packed = decode_packed(file, str(target))
+    return AdapterFile(
+        packed.adapter,
+        "packed",
+        packed.codec,
+        target.stat().st_size,
+        packed.tokenizer,
+        packed.provenance,
+    )
 
 
 def _no_onnx_adapter(path: Path) -> UnsupportedError:

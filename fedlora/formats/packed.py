@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,15 +37,15 @@ from fedlora.formats.codecs import (
     to_half,
     unpack_nibbles,
 )
-from fedlora.formats.stranger_config import build_config
-from fedlora.formats.strict_json import canonical_json, parse_json
-from fedlora.formats.tensors import TensorFile, dump_tensors, read_tensors
+from fedlora.formats.stranger_config import MAX_PATH, build_config, is_module_path
+from fedlora.formats.strict_json import canonical_json, is_label, parse_json, shown
+from fedlora.formats.tensors import TensorFile, dump_tensors, parse_tensors, read_tensors
 
 __all__ = ["PackedFile", "decode_packed", "encode_packed", "read_packed", "write_packed"]
 
 VERSION = 1
-MAX_PATH = 512  # characters of a module path
 _KEYS = {"version", "config", "base", "tokenizer", "sha256", "codec", "layers", "provenance"}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _LAYER_KEYS = {"kind", "A", "B", "scaling"}
 
 
@@ -66,8 +67,10 @@ def write_packed(
     tokenizer: str | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a file atomically; see `encode_packed`."""
-    write_atomic(path, encode_packed(adapter, codec, tokenizer, provenance))
+    """Write a file atomically; see `encode_packed`. What could not be read is not written."""
+    data = encode_packed(adapter, codec, tokenizer, provenance)
+    decode_packed(parse_tensors(data, str(path)), str(path))
+    write_atomic(path, data)
 
 
 def read_packed(path: Path) -> PackedFile:
@@ -131,7 +134,7 @@ def decode_packed(file: TensorFile, where: str = "packed adapter") -> PackedFile
     digest = hashlib.sha256(file.data).hexdigest()
     if digest != header["sha256"]:
         raise DigestMismatchError(
-            f"{where}: expected tensors with SHA-256 {str(header['sha256'])[:12]}…, found "
+            f"{where}: expected tensors with SHA-256 {header['sha256'][:12]}…, found "
             f"{digest[:12]}…; the file is damaged or was changed, get it again"
         )
     config = _config_from_json(header["config"], list(header["layers"]), where)
@@ -210,45 +213,49 @@ def _magnitude(file: TensorFile, name: str, codec: str, B: Array) -> Array:
 
 
 def _header(file: TensorFile, where: str) -> dict[str, Any]:
-    if "fedlora" not in file.metadata:
-        raise FormatError(
-            f"{where}: expected metadata 'fedlora', found none; weights of a PEFT adapter are read "
-            "by naming their folder, which has the config"
-        )
     if file.metadata.keys() != {"fedlora"}:
-        raise FormatError(f"{where}: expected one metadata key, found {len(file.metadata)}")
+        raise FormatError(
+            f"{where}: expected one metadata key, 'fedlora', found {shown(sorted(file.metadata))}; "
+            "weights of a PEFT adapter are read by naming their folder, which has the config"
+        )
     value = parse_json(file.metadata["fedlora"].encode("utf-8"), f"{where}, metadata 'fedlora'")
     if isinstance(value, dict) and value.get("version", VERSION) != VERSION:
         raise FormatError(
             f"{where}: expected version {VERSION} of the packed format, found "
-            f"{str(value['version'])[:20]!r}; update fedlora"
+            f"{shown(value['version'])}; update fedlora"
         )
     if not isinstance(value, dict) or value.keys() != _KEYS:
         raise FormatError(f"{where}: expected metadata with {', '.join(sorted(_KEYS))}")
-    for key, fits in _FIELDS.items():
+    for key, (expected, fits) in _FIELDS.items():
         if not fits(value[key]):
-            raise FormatError(f"{where}: {key}: found {str(value[key])[:80]!r}, which is no {key}")
+            raise FormatError(f"{where}: {key}: expected {expected}, found {shown(value[key])}")
     for path, about in value["layers"].items():
-        if not 0 < len(path) <= MAX_PATH or not path.isprintable() or not _is_layer(about):
+        if not is_module_path(path) or not _is_layer(about):
             raise FormatError(
-                f"{where}, layer {path[:200]!r}: expected kind, scaling and the shapes of A and B, "
-                f"found {str(about)[:120]}"
+                f"{where}, layer {path[:200]!r}: expected a path of at most {MAX_PATH} "
+                "printable characters, with kind, scaling and the shapes of A and B, "
+                f"found {shown(about)}"
             )
     return value
 
 
-def _is_text(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and len(value) <= 256)
-
-
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "config": lambda value: isinstance(value, dict),
-    "base": _is_text,
-    "tokenizer": _is_text,
-    "sha256": lambda value: isinstance(value, str),
-    "codec": lambda value: isinstance(value, str) and value in CODECS,
-    "layers": lambda value: isinstance(value, dict) and len(value) > 0,
-    "provenance": lambda value: isinstance(value, dict),
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "config": ("an object", lambda value: isinstance(value, dict)),
+    "base": ("a fingerprint or null", is_label),
+    "tokenizer": ("a SHA-256 or null", is_label),
+    "sha256": (
+        "64 hexadecimal digits",
+        lambda value: isinstance(value, str) and _SHA256.fullmatch(value) is not None,
+    ),
+    "codec": (
+        f"one of {', '.join(CODECS)}",
+        lambda value: isinstance(value, str) and value in CODECS,
+    ),
+    "layers": (
+        "an object with at least one layer",
+        lambda value: isinstance(value, dict) and len(value) > 0,
+    ),
+    "provenance": ("an object", lambda value: isinstance(value, dict)),
 }
 
 
@@ -290,8 +297,12 @@ def _check_names(
 
 
 def _config_to_json(config: LoraConfig) -> dict[str, Any]:
+    """Return the fields as JSON; whole alphas stand as floats: equal configs, equal bytes."""
     value = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {key: dict(v) if isinstance(v, Mapping) else v for key, v in value.items()}
+    value = {key: dict(v) if isinstance(v, Mapping) else v for key, v in value.items()}
+    alphas = {key: float(alpha) for key, alpha in config.alpha_pattern.items()}
+    floats = {key: float(value[key]) for key in ("lora_alpha", "lora_dropout")}
+    return {**value, **floats, "alpha_pattern": alphas}
 
 
 def _config_from_json(value: dict[str, Any], paths: list[str], where: str) -> LoraConfig:

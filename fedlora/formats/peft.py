@@ -8,6 +8,7 @@ stand in the safetensors metadata, since PEFT warns about unknown keys in its co
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,14 +27,21 @@ from fedlora.errors import (
 )
 from fedlora.files import interrupted_folder, replace_folder
 from fedlora.formats.peft_config import MAX_CONFIG_BYTES, parse_config, peft_keys
-from fedlora.formats.strict_json import canonical_json, parse_json, pretty_json
-from fedlora.formats.tensors import TensorFile, dump_tensors, read_bytes, read_tensors
+from fedlora.formats.stranger_config import MAX_PATH, is_module_path
+from fedlora.formats.strict_json import canonical_json, is_label, parse_json, pretty_json
+from fedlora.formats.tensors import (
+    TensorFile,
+    dump_tensors,
+    parse_tensors,
+    read_bytes,
+    read_tensors,
+)
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "decode_peft", "encode_peft", "read_peft", "write_peft"]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-MAX_PATH = 512  # characters of a module path
+MODEL_CARD = "README.md"
 _PREFIX = "base_model.model."
 _SUFFIXES = {
     ".lora_A.weight": "A",
@@ -77,12 +85,18 @@ def read_peft(folder: Path) -> PeftFolder:
 
 
 def write_peft(adapter: Adapter, folder: Path, provenance: Mapping[str, Any] | None = None) -> None:
-    """Write a folder that PEFT loads; it replaces an existing one, see `replace_folder`."""
+    """Write a folder that PEFT loads; it replaces an existing one, see `replace_folder`.
+
+    What could not be read is not written.
+    """
     config, weights = encode_peft(adapter, provenance)
+    decode_peft(config, parse_tensors(weights, str(folder)), str(folder))
 
     def build(fresh: Path) -> None:
         (fresh / CONFIG_NAME).write_bytes(config)
         (fresh / WEIGHTS_NAME).write_bytes(weights)
+        if (folder / MODEL_CARD).is_file():  # PEFT writes one, and people edit it
+            shutil.copyfile(folder / MODEL_CARD, fresh / MODEL_CARD)
 
     replace_folder(folder, build)
 
@@ -151,7 +165,7 @@ def _group(tensors: TensorFile, where: str) -> dict[str, dict[str, str]]:
                 f"{_PREFIX}PATH.lora_A.weight; fedlora holds A, B and DoRA magnitudes only"
             )
         path = name[len(_PREFIX) : -len(end)]
-        if not 0 < len(path) <= MAX_PATH or not path.isprintable():
+        if not is_module_path(path):
             raise FormatError(
                 f"{where}: expected the path of a module of at most {MAX_PATH} printable "
                 f"characters, found {path[:200]!r}"
@@ -211,7 +225,7 @@ def _parse_metadata(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
         not isinstance(value, dict)
         or value.keys() != {"version", "base", "provenance", "scalings"}
         or value["version"] != 1
-        or not isinstance(value["base"], str | None)
+        or not is_label(value["base"])
         or not isinstance(value["provenance"], dict)
         or not isinstance(value["scalings"], dict)
     ):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fedlora.adapter import Adapter, LoraConfig
@@ -19,13 +19,13 @@ from fedlora.errors import (
     UnsupportedError,
     nearest,
 )
-from fedlora.formats.stranger_config import build_config, is_cheap, shown
-from fedlora.formats.strict_json import parse_json
+from fedlora.formats.stranger_config import build_config, is_cheap
+from fedlora.formats.strict_json import parse_json, shown
 from fedlora.patterns import literal_pattern, suffixes
 
 __all__ = ["MAX_CONFIG_BYTES", "parse_config", "peft_keys"]
 
-MAX_CONFIG_BYTES = 1 << 19
+MAX_CONFIG_BYTES = 1 << 18
 
 _PEFT_DEFAULTS: dict[str, Any] = {
     "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": None, "use_rslora": False,
@@ -174,14 +174,15 @@ def _selects(config: LoraConfig, paths: Iterable[str]) -> bool:
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
         return False  # PEFT refuses the two together
     paths = list(paths)
-    return is_cheap(config, paths) and all(_peft_selects(config, path) for path in paths)
+    return is_cheap(config, paths) and all(map(_peft_selector(config), paths))
 
 
 def _check_targets(config: LoraConfig, paths: list[str], where: str) -> None:
     """Raise when layers of the file are not targets, or names in target_modules have no layer."""
     targets = config.target_modules
     if targets != "all-linear" and is_cheap(config, paths):
-        strangers = [path for path in paths if not _peft_selects(config, path)]
+        selects = _peft_selector(config)
+        strangers = [path for path in paths if not selects(path)]
         if strangers:
             raise LayerMismatchError(
                 f"{where}: {len(strangers)} layer(s) of the file are not in target_modules, "
@@ -196,31 +197,31 @@ def _check_targets(config: LoraConfig, paths: list[str], where: str) -> None:
             )
 
 
-def _peft_selects(config: LoraConfig, path: str) -> bool:
-    """PEFT's check_target_module_exists."""
-    excluded = config.extra.get("exclude_modules") or ()
-    if isinstance(excluded, str):
-        if re.fullmatch(excluded, path):
-            return False
-    elif not set(excluded).isdisjoint(suffixes(path)):
-        return False
+def _peft_selector(config: LoraConfig) -> Callable[[str], bool]:
+    """Return PEFT's check_target_module_exists as a function of the path."""
     targets = config.target_modules
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    if path in targets:
-        return True
-    if set(targets).isdisjoint(suffixes(path)):
-        return False
-    wanted = config.layers_to_transform
-    if not wanted:
-        return True
-    patterns = config.layers_pattern
-    if patterns:
-        tries = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in patterns]
-    else:
-        tries = [r".*?\.[^.]*\.(\d+)\."]
-    found = next((match for regex in tries if (match := re.match(regex, path))), None)
-    return found is not None and int(found[1]) in wanted
+    excluded = config.extra.get("exclude_modules") or ()
+    wanted = frozenset(config.layers_to_transform or ())
+    names = frozenset() if isinstance(targets, str) else frozenset(targets)
+    excluded_names = frozenset() if isinstance(excluded, str) else frozenset(excluded)
+    blocks = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in config.layers_pattern]
+    blocks = blocks or [r".*?\.[^.]*\.(\d+)\."]
+
+    def selects(path: str) -> bool:
+        if isinstance(excluded, str) and re.fullmatch(excluded, path):
+            return False
+        if not excluded_names.isdisjoint(suffixes(path)):
+            return False
+        if isinstance(targets, str):
+            return re.fullmatch(targets, path) is not None
+        if path in names:  # a whole path is a target in any block
+            return True
+        if names.isdisjoint(suffixes(path)):
+            return False
+        found = next((match for block in blocks if (match := re.match(block, path))), None)
+        return not wanted or (found is not None and int(found[1]) in wanted)
+
+    return selects
 
 
 def _check_keys(value: Mapping[str, Any], where: str) -> None:

@@ -8,11 +8,14 @@ from typing import Any
 
 from fedlora.adapter import LoraConfig
 from fedlora.errors import ConfigError, FormatError
+from fedlora.formats.strict_json import shown
 from fedlora.patterns import compile_regex, is_plain, total_cost
 
-__all__ = ["build_config", "is_cheap", "shown"]
+__all__ = ["MAX_PATH", "build_config", "is_cheap", "is_module_path"]
 
 MAX_REGEX_CHARACTERS = 8192  # of all regular expressions that are not plain names
+MAX_PATH = 512  # characters of a module path
+MAX_PARTS = 32
 MAX_MATCH_COST = 1e6  # see fedlora.patterns.match_cost; about 0.05 s
 
 
@@ -49,6 +52,11 @@ def build_config(
         raise FormatError(f"{where}: {error}") from None
 
 
+def is_module_path(path: str) -> bool:
+    """Whether a path is one that a model may have, and that can be shown and searched."""
+    return 0 < len(path) <= MAX_PATH and path.count(".") < MAX_PARTS and path.isprintable()
+
+
 def is_cheap(config: LoraConfig, paths: Sequence[str]) -> bool:
     """Whether target_modules and exclude_modules can be matched without much work.
 
@@ -56,12 +64,6 @@ def is_cheap(config: LoraConfig, paths: Sequence[str]) -> bool:
     """
     patterns = [config.target_modules, config.extra.get("exclude_modules")]
     return total_cost([p for p in patterns if isinstance(p, str)], paths) <= MAX_MATCH_COST
-
-
-def shown(value: Any) -> str:
-    """Return the beginning of ``repr(value)``, for an error."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _check_patterns(patterns: list[str], paths: Sequence[str], where: str) -> None:
@@ -116,7 +118,9 @@ _TYPES: dict[str, _Check] = {
     ),
     "layers_pattern": (
         "names of lists of blocks",
-        lambda value: _is_names(value) and all(map(_BLOCK_NAME.fullmatch, value)),
+        lambda value: (
+            _is_names(value) and len(value) <= 4 and all(map(_BLOCK_NAME.fullmatch, value))
+        ),
     ),
     "rank_pattern": _TABLE,
     "alpha_pattern": _TABLE,

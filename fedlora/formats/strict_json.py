@@ -9,14 +9,25 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from typing import Any, NoReturn
 
 from fedlora.errors import FormatError
 
-__all__ = ["canonical_json", "parse_json", "pretty_json"]
+__all__ = ["canonical_json", "is_label", "parse_json", "pretty_json", "shown"]
 
-MAX_CONTAINERS = 30_000
+# Counted before parsing, in strings too; they keep a file of a megabyte from costing a second.
+_LIMITS = (
+    ("lists", b"[", 20_000),
+    ("objects", b"{", 10_000),
+    ("keys", b":", 45_000),
+    ("values", b",", 60_000),
+)
 MAX_INTEGER = 1 << 64
+_REPR = reprlib.Repr()
+_REPR.maxlist = _REPR.maxdict = _REPR.maxtuple = 10
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+_REPR.maxlevel = 3
 _SURROGATE = re.compile(rb"\\u[dD][89abAB]", re.IGNORECASE)
 
 
@@ -26,11 +37,11 @@ def parse_json(data: bytes, where: str, *, max_depth: int | None = 8) -> Any:
     `max_depth` counts nested lists and objects; with None the caller checks the structure and the
     numbers itself. Raises `FormatError`.
     """
-    containers = data.count(b"[") + data.count(b"{")
-    if containers > MAX_CONTAINERS:
-        raise FormatError(
-            f"{where}: expected at most {MAX_CONTAINERS:,} lists and objects, found {containers:,}"
-        )
+    for what, sign, limit in _LIMITS:
+        if data.count(sign) > limit:
+            raise FormatError(
+                f"{where}: expected at most {limit:,} {what}, found {data.count(sign):,}"
+            )
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -47,8 +58,8 @@ def parse_json(data: bytes, where: str, *, max_depth: int | None = 8) -> Any:
     except ValueError as error:
         raise FormatError(f"{where}: expected JSON, found {_short(error)}") from None
     if too_deep:
-        limit = "few" if max_depth is None else f"at most {max_depth}"
-        raise FormatError(f"{where}: expected JSON of {limit} levels of nesting, found more")
+        depth = "few" if max_depth is None else f"at most {max_depth}"
+        raise FormatError(f"{where}: expected JSON of {depth} levels of nesting, found more")
     return value
 
 
@@ -71,6 +82,16 @@ def _dump(value: Any, **layout: Any) -> bytes:
         return text.encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"cannot be written as JSON: {_short(error)}") from None
+
+
+def is_label(value: Any) -> bool:
+    """Whether a value is None or a short text that can be shown, such as a fingerprint."""
+    return value is None or (isinstance(value, str) and len(value) <= 256 and value.isprintable())
+
+
+def shown(value: Any) -> str:
+    """Return ``repr(value)``, shortened without forming the whole of it, for an error's text."""
+    return _REPR.repr(value)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import reprlib
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.errors import FormatError
-from fedlora.formats.strict_json import parse_json
+from fedlora.formats.strict_json import parse_json, shown
 
 __all__ = ["TensorFile", "dump_tensors", "parse_tensors", "read_bytes", "read_tensors"]
 
@@ -39,8 +38,6 @@ _WIDTHS = {
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16",
           np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8"}  # fmt: skip
-_REPR = reprlib.Repr()  # of a hostile value only the beginning
-_REPR.maxlist, _REPR.maxstring, _REPR.maxlevel = MAX_DIMENSIONS + 1, 80, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,28 +165,28 @@ def _entry(name: str, fields: Any, where: str) -> Entry:
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError(
             f"{where}, tensor {name[:200]!r}: expected dtype, shape and data_offsets, "
-            f"found {_shown(fields)}"
+            f"found {shown(fields)}"
         )
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _WIDTHS:
         raise FormatError(
-            f"{where}, tensor {name[:200]!r}: expected a known dtype, found {_shown(dtype)}"
+            f"{where}, tensor {name[:200]!r}: expected a known dtype, found {shown(dtype)}"
         )
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise FormatError(
             f"{where}, tensor {name[:200]!r}: expected a shape of at most {MAX_DIMENSIONS} whole "
-            f"numbers from 0 to 2**40, found {_shown(shape)}"
+            f"numbers from 0 to 2**40, found {shown(shape)}"
         )
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise FormatError(
             f"{where}, tensor {name[:200]!r}: expected data_offsets [begin, end], "
-            f"found {_shown(offsets)}"
+            f"found {shown(offsets)}"
         )
     expected = math.prod(shape) * _WIDTHS[dtype]  # Python's integers do not overflow
     if offsets[1] - offsets[0] != expected:
         raise FormatError(
             f"{where}, tensor {name[:200]!r}: expected {expected:,} bytes for {dtype} "
-            f"{_shown(shape)}, found data_offsets {offsets}"
+            f"{shown(shape)}, found data_offsets {offsets}"
         )
     return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
@@ -214,7 +211,3 @@ def _check_tiling(entries: Mapping[str, Entry], size: int, where: str) -> None:
             f"{where}: expected {reached:,} bytes of tensors, found {size:,}; "
             "the file is cut off or something is appended"
         )
-
-
-def _shown(value: Any) -> str:
-    return _REPR.repr(value)

@@ -134,32 +134,39 @@ class LoraLinear(LoraModule):
     def __init__(self, base_layer: nn.Module, layer: LoraLayer, dropout: float) -> None:
         super().__init__(base_layer, layer, dropout)
         self.transposed = _is_transposed_linear(base_layer)
-        # Only then is calling the module the same as `F.linear` with its parameters.
-        self.is_plain = type(base_layer) is nn.Linear and base_layer.weight.dtype == torch.float32
+        self.is_plain = _is_plain_linear(base_layer)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) to (..., out_features)."""
+        # Past `nn.Module.__getattr__`, which would take a third of a small layer's time.
+        factors: dict[str, Any] = self._parameters
+        A, B, base = factors["lora_A"], factors["lora_B"], self._modules["base_layer"]
         if self.merged:
-            return _call(self.base_layer, x, *args, **kwargs)
-        if self.magnitude is not None:
-            return self._dora(x, *args, **kwargs)
-        A, B = self.lora_A, self.lora_B
-        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        if self.is_plain and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            return _call(base, x, *args, **kwargs)
+        dora, dropping = factors["magnitude"] is not None, self.training and self.dropout > 0
+        usual = self.is_plain and x.dtype == torch.float32
+        if usual and not (dora and dropping) and not torch.is_autocast_enabled(x.device.type):
             # One product added in place instead of three passes over the output, which the frozen
-            # product's gradient does not need. An autograd.Function that also fuses the backward
-            # gained only another 3 %, and could not be differentiated twice.
-            base = self.base_layer
-            y = F.linear(x.reshape(-1, A.shape[1]), base.weight, base.bias)
-            h = torch.mm(dropped.reshape(-1, A.shape[1]), A.t())
-            return y.addmm_(h, B.t(), alpha=self.scaling).view(*x.shape[:-1], B.shape[0])
-        result = _call(self.base_layer, x, *args, **kwargs)
+            # product's gradient does not need. An autograd.Function that fuses the backward
+            # too was no faster inside a whole model, and cannot be differentiated twice.
+            frozen: dict[str, Any] = base._parameters  # type: ignore[union-attr]
+            rows = x.reshape(-1, A.shape[1])
+            y = F.linear(rows, frozen["weight"], None if dora else frozen["bias"])
+            h = torch.mm(F.dropout(rows, self.dropout) if dropping else rows, A.t())
+            y = y.addmm_(h, B.t(), alpha=self.scaling)
+            if dora:
+                y = y * self._dora_scale()
+                y = y if frozen["bias"] is None else y + frozen["bias"]
+            return y.view(*x.shape[:-1], B.shape[0])
+        result = _call(base, x, *args, **kwargs)
+        if dora:
+            return self._dora(x, result)
+        dropped = F.dropout(x, self.dropout) if dropping else x
         low = F.linear(F.linear(dropped.to(A.dtype), A), B) * self.scaling
         return (result + low).to(result.dtype)
 
-    def _dora(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _dora(self, x: Tensor, result: Tensor) -> Tensor:
         base, A, B = self.base_layer, self.lora_A, self.lora_B
-        result = _call(base, x, *args, **kwargs)
         weight = self._flat_weight().to(A.dtype)
         inputs = x.to(A.dtype)
         scale = self._dora_scale()
@@ -320,6 +327,17 @@ def _is_transposed_linear(module: nn.Module) -> bool:
         and isinstance(weight, Tensor)
         and weight.ndim == 2
         and weight.shape[1] == getattr(module, "nf", None)
+    )
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is no more than `F.linear` with its float32 parameters."""
+    return (
+        type(module) is nn.Linear
+        and module.weight.dtype == torch.float32
+        and "forward" not in vars(module)  # accelerate replaces it
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
     )
 
 

@@ -39,8 +39,8 @@ def train_local(
     `batches` if None); `seed` drives dropout. How many batches there are is up to the caller: see
     `TrainConfig.steps_for`.
 
-    Raises `ConfigError` when the model has no LoRA or it is merged, and `NonFiniteError` with the
-    step when a loss is not finite.
+    Raises `ConfigError` when the model has no LoRA, it is merged, or there is nothing to train, and
+    `NonFiniteError` with the step when a loss is not finite.
     """
     task = get_task(task) if isinstance(task, str) else task
     layers = list(lora_modules(model).values())
@@ -48,6 +48,8 @@ def train_local(
         raise ConfigError(
             "train_local: the adapter is merged into the base; call unmerge_lora first"
         )
+    if rule.trained == {"magnitude"} and layers[0].magnitude is None:
+        raise ConfigError("train_local: the rule trains magnitude only, and the adapter has none")
     losses: list[float] = []
     seen = 0
     with _training(model, layers, rule, seed) as parameters:
@@ -56,6 +58,11 @@ def train_local(
         for batch in batches:
             seen += len(batch["inputs"])
             loss = task.loss(model, batch)
+            if not loss.requires_grad:
+                raise ConfigError(
+                    f"train_local: the loss of task {task.name!r} does not depend on the adapter; "
+                    f"does {type(model).__name__} read its layers' weights without calling them?"
+                )
             losses.append(_finite(float(loss.detach()), len(losses) + 1))
             loss.backward()  # type: ignore[no-untyped-call]
             if config.max_grad_norm is not None:

@@ -104,14 +104,14 @@ def next_token_score(model: nn.Module, batch: Batch) -> dict[str, float]:
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean nats over the batch's examples."""
     inputs, targets = _tensors(model, batch)
-    return F.cross_entropy(_logits(model, inputs), targets)
+    return F.cross_entropy(_logits(model, inputs, masked=True), targets)
 
 
 @torch.no_grad()
 def classification_score(model: nn.Module, batch: Batch) -> dict[str, float]:
     """Sums of nats, examples and examples whose most probable class is the right one."""
     inputs, targets = _tensors(model, batch)
-    logits = _logits(model, inputs)
+    logits = _logits(model, inputs, masked=True)
     nats = F.cross_entropy(logits, targets, reduction="none").double()
     correct = logits.argmax(-1) == targets
     return {
@@ -141,8 +141,8 @@ def _tensor(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device)
 
 
-def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    out = model(inputs, **_options(model, inputs))
+def _logits(model: nn.Module, inputs: Tensor, *, masked: bool) -> Tensor:
+    out = model(inputs, **_options(model, inputs, masked))
     logits: Tensor = out if isinstance(out, Tensor) else out.logits
     return logits.float()
 
@@ -157,20 +157,23 @@ def _logits_at(model: nn.Module, inputs: Tensor, counted: Tensor) -> Tensor:
         hidden = model(inputs, hidden_only=True)
         logits: Tensor = model.lm_head(hidden.flatten(0, 1)[counted])  # type: ignore[operator]
         return logits.float()
-    return _logits(model, inputs).flatten(0, 1)[counted]
+    # Padding is on the right, where a causal model does not look: no mask.
+    return _logits(model, inputs, masked=False).flatten(0, 1)[counted]
 
 
-def _options(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
-    """Arguments that transformers' models want: no cache, and a mask over the padding."""
+def _options(model: nn.Module, inputs: Tensor, masked: bool) -> dict[str, Any]:
+    """Arguments that transformers' models want: no cache, and a mask over the padding.
+
+    Batches are padded with 0, so only a model whose padding is 0 can be given a mask.
+    """
     arguments = _arguments(type(model).forward)
     options: dict[str, Any] = {}
     if "use_cache" in arguments:
         options["use_cache"] = False
-    # Right padding needs no mask where attention looks back only, and an encoder's pads are 0.
-    config = getattr(model, "config", None)
-    is_encoder = getattr(config, "pad_token_id", None) == 0 and "token_type_ids" in arguments
-    if "attention_mask" in arguments and is_encoder and not inputs.is_floating_point():
-        options["attention_mask"] = (inputs != 0).long()
+    if masked and "attention_mask" in arguments:
+        config = getattr(model, "config", None)
+        if getattr(config, "pad_token_id", None) == 0 and not inputs.is_floating_point():
+            options["attention_mask"] = (inputs != 0).long()
     return options
 
 

@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -54,15 +53,15 @@ class Recipe:
     heads: int = 4
     key_value_heads: int = 4
     intermediate_size: int = 704
-    dropout: float = 0.07
-    steps: int = 2592  # six epochs
+    dropout: float = 0.1
+    steps: int = 3057  # 7.2 epochs
     join_probability: float = 0.3  # that a message goes on in the row of the sender's last one
     window: int = 96  # positions of a training row; a longer message is cut and goes on in another
     windows: int = 20  # rows of a step: one fixed shape, since oneDNN compiles for each new one
     learning_rate: float = 6e-3
     falling_share: float = 0.4  # of the steps, the last ones: the learning rate falls to zero
     warmup_steps: int = 100
-    weight_decay: float = 0.1
+    weight_decay: float = 0.3
     average_decay: float = 0.995  # of the running mean of the weights, which is what is kept
     bf16: bool = True
     compiled: bool = True  # by torch.compile: a fifth faster after a minute, needs a C++ compiler
@@ -117,11 +116,11 @@ def train(
         encode(tokenizer, [m.text for m in messages]) for messages in corpus.training.values()
     ]
     generator = torch.Generator().manual_seed(recipe.seed)
-    steps = recipe.steps if minutes is None else sys.maxsize
+    steps = recipe.steps if minutes is None else None  # None: not decided yet
     level = 60 * (minutes or 0.0) * (1.0 - recipe.falling_share)  # seconds at the full rate
     start, losses, epoch = time.monotonic(), list[float](), 0
     for step, packed in enumerate(packed_steps(senders, recipe, generator), start=1):
-        if steps == sys.maxsize and time.monotonic() - start > level:
+        if steps is None and time.monotonic() - start > level:
             steps = math.ceil(step / (1.0 - recipe.falling_share))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -132,14 +131,14 @@ def train(
             optimizer.zero_grad(set_to_none=True)
         update_average(average, model, min(recipe.average_decay, step / (step + 10)))
         if packed.epoch > epoch or step == steps:
-            line = {"step": step, "steps": steps, "epochs_begun": packed.epoch}
             means = _progress(losses, average, tokenizer, corpus)
-            print(json.dumps(line | means | {"minutes": (time.monotonic() - start) / 60}))
-            sys.stdout.flush()
+            line = {"step": step, "steps": steps, "epochs": packed.epoch, **means}
+            line["minutes"] = (time.monotonic() - start) / 60
+            print(json.dumps(line), flush=True)
             losses, epoch = [], packed.epoch
         if step == steps:
             break
-    return average.eval(), replace(recipe, steps=steps)
+    return average.eval(), replace(recipe, steps=step)
 
 
 def _progress(
@@ -201,9 +200,11 @@ def make_optimizers(model: Llama, recipe: Recipe) -> list[torch.optim.Optimizer]
     return [muon, torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))]
 
 
-def learning_rate_share(step: int, steps: int, recipe: Recipe) -> float:
-    """Linear warm-up, a level, then a line to almost zero at the last step."""
+def learning_rate_share(step: int, steps: int | None, recipe: Recipe) -> float:
+    """Linear warm-up, a level, then a line to almost zero at the last step, if that is known."""
     rising = step / recipe.warmup_steps
+    if steps is None:
+        return min(1.0, rising)
     falling = (steps - step + 1) / (recipe.falling_share * steps)
     return min(1.0, rising, falling)
 

@@ -2,7 +2,7 @@
 
 The files are committed, so that reading them is tested where PEFT and torch are not installed, and
 so that a change of PEFT's format shows as a difference. `outputs.json` beside each adapter holds
-the base's weights after PEFT merged the adapter, minus those before.
+the base's weights after PEFT merged the adapter, minus those before; for DoRA, the magnitudes.
 """
 
 from __future__ import annotations
@@ -56,10 +56,19 @@ def main() -> None:
         if isinstance(config["target_modules"], list):
             config["target_modules"].sort()  # PEFT writes a set, in any order
         config_path.write_text(json.dumps(config, indent=2, sort_keys=True))
+        magnitudes = {
+            key.removeprefix("base_model.model.").split(".")[0]: parameter.flatten().tolist()
+            for key, parameter in model.named_parameters()
+            if "magnitude" in key
+        }
         after = model.merge_and_unload().state_dict()
-        deltas = {key: (after[key] - before[key]).tolist() for key in sorted(after)
-                  if not torch.equal(after[key], before[key])}  # fmt: skip
-        (FOLDER / name / "outputs.json").write_text(json.dumps(deltas, indent=1))
+        deltas = {
+            key.removesuffix(".weight"): (after[key] - before[key]).tolist()
+            for key in sorted(after)
+            if not torch.equal(after[key], before[key])
+        }
+        outputs = {"magnitudes": magnitudes} if magnitudes else {"deltas": deltas}
+        (FOLDER / name / "outputs.json").write_text(json.dumps(outputs, indent=1))
 
 
 if __name__ == "__main__":

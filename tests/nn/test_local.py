@@ -236,6 +236,24 @@ def test_a_merged_model_is_not_trained() -> None:
         train(model)
 
 
+def test_a_model_that_bypasses_its_layers_is_refused() -> None:
+    class Bypass(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.first.weight)
+
+    with pytest.raises(ConfigError) as error:
+        train(injected(Bypass))
+    assert str(error.value) == (
+        "train_local: the loss of task 'classification' does not depend on the adapter; does "
+        "Bypass read its layers' weights without calling them?"
+    )
+
+
+def test_a_rule_that_trains_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="trains magnitude only, and the adapter has none"):
+        train(injected(), rule=LocalRule(frozenset({"magnitude"})))
+
+
 def test_an_own_task_is_followed() -> None:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return model(torch.from_numpy(batch["inputs"])).square().mean()

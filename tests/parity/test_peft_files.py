@@ -18,7 +18,7 @@ peft = pytest.importorskip("peft")
 from fedlora.adapter import Adapter, LoraConfig, LoraLayer, stack  # noqa: E402
 from fedlora.errors import LayerMismatchError  # noqa: E402
 from fedlora.formats import load_adapter, save_adapter  # noqa: E402
-from tests.formats.matching import raises  # noqa: E402
+from tests.matching import raises  # noqa: E402
 from tests.parity.peft_models import TOKENS, logits, mixed, tiny_gpt2, tiny_llama  # noqa: E402
 
 LINEAR = ["up", "down"]
