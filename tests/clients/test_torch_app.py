@@ -90,7 +90,11 @@ def test_the_server_draws_the_same_start_as_torch_injects(world: Any, tmp_path: 
 def test_the_whole_app_in_process_is_the_server_app_bit_for_bit(tmp_path: Path) -> None:
     state = run_federation(InProcessGrid(client_app, 10), CONFIG, tmp_path / "a")
     (tmp_path / "x.toml").write_text(CONFIG.to_toml())
-    settings = {"experiment": str(tmp_path / "x.toml"), "out": str(tmp_path / "b"), "min-clients": 10}
+    settings = {
+        "experiment": str(tmp_path / "x.toml"),
+        "out": str(tmp_path / "b"),
+        "min-clients": 10,
+    }
     context = Context(1, 1, {}, RecordDict(), settings)
     load_app("serverapp")(grid=InProcessGrid(load_app("clientapp"), 10), context=context)
     again = read_checkpoint(tmp_path / "b").state
@@ -119,9 +123,7 @@ def test_an_adapter_for_another_base_is_refused(world: Any) -> None:
 
 
 def test_a_frozen_adapter_is_refused_as_long_as_torch_cannot_train_beside_one(world: Any) -> None:
-    with raises(
-        UnsupportedError, "training beside a frozen adapter is not supported in torch yet"
-    ):
+    with raises(UnsupportedError, "training beside a frozen adapter is not supported in torch yet"):
         open_trainer(SETUP, NODE).train(
             Broadcast(world.initial, world.initial),
             CONFIG.federation.train,
@@ -154,7 +156,7 @@ def test_a_device_can_name_its_client(world: Any) -> None:
 
 def test_a_path_in_a_message_is_not_opened(tmp_path: Path) -> None:
     setup = replace(SETUP, base=replace(SETUP.base, id=str(tmp_path)))
-    with pytest.raises(FederationError, match="^the server asks for base '/"):
+    with pytest.raises(FederationError, match=r"^the server asks for base '/"):
         open_trainer(setup, NODE)
 
 
@@ -181,6 +183,7 @@ def test_without_torch_the_app_says_which_extra_it_needs(monkeypatch: pytest.Mon
         "clients.app.find_spec", lambda name: None if name == "torch" else find(name)
     )
     assert _query(NODE).error.reason == (
-        "MissingExtraError: training in torch needs packages that are not installed: run pip install "
+        "MissingExtraError: training in torch needs packages that are not installed: run pip "
+        "install "
         "'fedlora[train]'"
     )

@@ -194,7 +194,9 @@ FORGERIES: dict[str, tuple[Callable[[RecordDict], None], type[FedloraError], str
         "expected the server's scalings, found others",
     ),
     "a layout that is a text": (
-        _set("layout", "segments", "fc|A|2x2"), FederationError, "layout.segments is not of type str",
+        _set("layout", "segments", "fc|A|2x2"),
+        FederationError,
+        "layout.segments is not of type str",
     ),
     "another key in the layout": (
         _set("layout", "more", 1),
@@ -202,7 +204,9 @@ FORGERIES: dict[str, tuple[Callable[[RecordDict], None], type[FedloraError], str
         "expected a record 'layout' with segments, kinds, scalings, base, round, digest",
     ),
     "no metrics": (
-        lambda content: content.pop("metrics"), FederationError, "expected the metrics loss and steps",
+        lambda content: content.pop("metrics"),
+        FederationError,
+        "expected the metrics loss and steps",
     ),
     "no examples": (
         _set("metrics", "num-examples", 0),

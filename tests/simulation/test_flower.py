@@ -125,7 +125,9 @@ LOGS = {
         RunError,
         "Flower's simulation is finished:failed: KeyError: 'x'",
     ),
-    "none at all": ("INFO: start\n\n", RunError, "Flower's simulation is finished:failed: INFO: start"),
+    "none at all": (
+        "INFO: start\n\n", RunError, "Flower's simulation is finished:failed: INFO: start",
+    ),
 }  # fmt: skip
 
 
