@@ -106,6 +106,26 @@ def test_a_broadcast_comes_back_bit_for_bit_with_its_frozen_part() -> None:
     assert received.trainable.base == trainable.base
 
 
+def test_a_broadcast_is_read_again_when_its_bytes_or_its_layout_differ() -> None:
+    setup = ClientSetup.of(experiment())
+
+    def received(encoded: Any) -> Adapter:
+        content = train_content(ConfigRecord(), ConfigRecord(), encoded)
+        return decode_broadcast(content, setup).trainable
+
+    one, two = encode_adapter(adapter(1), BOTH, 1), encode_adapter(adapter(2), BOTH, 1)
+    assert received(one) is received(one)
+    assert received(two) == adapter(2)
+    one.layout["scalings"] = [1.0, 2.0, 3.0]
+    assert received(one)["conv"].scaling == 3.0
+    one.layout["digest"] = "0" * 64
+    with raises(
+        FederationError,
+        "message from the server, factors: the factors are not those that their digest was made of",
+    ):
+        received(one)
+
+
 def test_every_message_has_records_of_its_own() -> None:
     encoded, order = encode_adapter(adapter(), BOTH, 1), ConfigRecord({"round": 1})
     one, two = (train_content(ConfigRecord(), order, encoded) for _ in range(2))
