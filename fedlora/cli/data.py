@@ -36,10 +36,12 @@ def list_sets(
     if as_json:
         typer.echo(json.dumps([asdict(info) for info in found], indent=2, ensure_ascii=False))
         return
-    table = Table("data", "task", "clients", "examples", "licence", "what it is")
+    table = Table()
+    for title in ("data", "task", "clients", "examples", "licence"):
+        table.add_column(title, no_wrap=True)
     for info in found:
-        table.add_row(
-            info.id, info.task, str(info.clients), f"{info.examples:,}", info.licence,
-            info.description,
-        )  # fmt: skip
+        numbers = (str(info.clients), f"{info.examples:,}")
+        table.add_row(info.id, info.task, *numbers, info.licence)
     Console().print(table)
+    for info in found:
+        typer.echo(f"{info.id}: {info.description}")

@@ -34,12 +34,17 @@ def list_models(
     if as_json:
         typer.echo(json.dumps([asdict(info) for info in found], indent=2))
         return
-    table = Table("base", "parameters", "task", "licence", "here", "what it is")
+    table = Table()
+    for title in ("base", "parameters", "task", "licence", "here"):
+        table.add_column(title, no_wrap=True)
     for info in found:
         parameters = "" if info.parameters is None else f"{info.parameters:,}"
-        here = "yes" if info.ready else f"fedlora models fetch {info.id}"
-        table.add_row(info.id, parameters, info.task, info.licence, here, info.description)
+        here = "yes" if info.ready else "no"
+        table.add_row(info.id, parameters, info.task, info.licence, here)
     Console().print(table)
+    for info in found:
+        command = "" if info.ready else f" (get it: fedlora models fetch {info.id})"
+        typer.echo(f"{info.id}: {info.description}{command}")
 
 
 @app.command()

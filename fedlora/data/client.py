@@ -36,13 +36,17 @@ class FederatedData:
     labels: tuple[str, ...] | None = None  # names of the classes; classification only
     notes: tuple[str, ...] = ()  # what a report must say about this data
     _kept: dict[str, ClientData] = field(default_factory=dict, init=False, repr=False)
+    _known: frozenset[str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_known", frozenset(self.client_ids))
 
     def __len__(self) -> int:
         return len(self.client_ids)
 
     def client(self, client_id: str) -> ClientData:
         """Return one client's data. Raises `UnknownNameError`, `DataError`."""
-        if client_id not in self._index:
+        if client_id not in self._known:
             raise unknown_name(f"client of {self.id}", client_id, self.client_ids)
         original = client_id.partition("#")[0]
         if original not in self._kept:
@@ -53,7 +57,3 @@ class FederatedData:
     def clients(self) -> Iterator[ClientData]:
         """Yield every client's data, in the order of `client_ids`."""
         return map(self.client, self.client_ids)
-
-    @property
-    def _index(self) -> frozenset[str]:
-        return frozenset(self.client_ids)

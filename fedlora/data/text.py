@@ -80,8 +80,8 @@ def encode_messages(
 
     tokens = [separator] + message + [separator]; inputs = tokens[:-1], targets = tokens[1:], both
     cut to `max_length`. `word_starts` marks the targets that begin a word: the first one and those
-    with a leading space, never the separator. `characters` counts the message's characters whose
-    tokens are targets; the separator spells none, but its nats count.
+    with a leading space, never the separator. `characters` counts what the targets spell, the end
+    of the message as one character: it is predicted like the others, and it is one key.
     """
     separator, starts = separator_id(tokenizer), _word_starts(tokenizer)
     ids = _encode(tokenizer, messages)
@@ -89,11 +89,11 @@ def encode_messages(
     width = int(lengths.max(initial=1))
     inputs = np.zeros((len(ids), width), np.int64)
     targets = np.full((len(ids), width), IGNORED, np.int64)
-    characters = np.array([len(message) for message in messages], np.int64)
+    characters = np.array([len(message) + 1 for message in messages], np.int64)
     for index, (row, length) in enumerate(zip(ids, lengths, strict=True)):
         inputs[index, :length] = [separator, *row[: length - 1]]
         targets[index, :length] = [*row, separator][:length]
-        if len(row) > length:
+        if len(row) >= length:  # cut: the end is not among the targets
             offsets = tokenizer.encode(messages[index], add_special_tokens=False).offsets
             characters[index] = offsets[length - 1][1]
     word_starts = starts[np.where(targets == separator, 0, targets)] & (targets >= 0)

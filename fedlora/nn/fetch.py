@@ -64,7 +64,7 @@ def _convert(id: str, weights: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
     card = card_of(
-        model.float().eval(),
+        model,
         id,
         "next-token",
         tokenizer="tokenizer.json",

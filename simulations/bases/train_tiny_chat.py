@@ -3,7 +3,7 @@
     python -m simulations.bases.train_tiny_chat --out runs/tiny-chat
 
 Deterministic on one machine and thread: the seed draws the split, the weights, the order and the
-dropout. On Linux the allocator's huge pages save a third of the time:
+dropout. On Linux the allocator's huge pages save a quarter of the time:
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1000000000:\
 glibc.malloc.trim_threshold=4000000000:glibc.malloc.top_pad=268435456
@@ -266,7 +266,7 @@ def packed_steps(
     """Random rows packed into windows, epoch after epoch, for ever.
 
     A row goes into the first window with room. One that finds none waits for the next step; with
-    16 waiting, the step is full (97 % of its positions predict a token).
+    16 waiting, the step is full (99 % of its positions predict a token).
     """
     windows: list[list[list[int]]] = [[] for _ in range(recipe.windows)]
     room = [recipe.window] * recipe.windows

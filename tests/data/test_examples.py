@@ -112,8 +112,11 @@ def test_seed_client_and_round_each_change_the_batches(other: tuple[int, str, in
 def test_batches_are_as_many_as_the_config_says_and_use_examples_evenly(
     count: int, size: int, steps: int, use_epochs: bool
 ) -> None:
-    chosen = {"local_epochs": steps} if use_epochs else {"local_steps": steps}
-    config = TrainConfig(batch_size=size, **chosen)
+    config = TrainConfig(
+        local_epochs=steps if use_epochs else None,
+        local_steps=None if use_epochs else steps,
+        batch_size=size,
+    )
     batches = rows(draw_batches(numbered(count), config, 0, "c", 1))
     assert len(batches) == config.steps_for(count)
     uses = np.bincount([row for batch in batches for row in batch], minlength=count)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedlora.data import (
     Examples,
+    FederatedData,
     dirichlet_partition,
     group_partition,
     iid_partition,
@@ -100,15 +101,15 @@ def test_repartitioned_data_keeps_train_and_test_apart() -> None:
     assert dealt.notes[1] == f"{without} of 30 clients have no test examples"
 
 
-def test_dirichlet_needs_labels(small_text: object) -> None:
+def test_dirichlet_needs_labels(small_text: FederatedData) -> None:
     with pytest.raises(ConfigError, match="'dirichlet' needs labels"):
-        repartitioned(small_text, "dirichlet", 0.5, 2, 0)  # type: ignore[arg-type]
+        repartitioned(small_text, "dirichlet", 0.5, 2, 0)
 
 
-def test_repartitioned_text_is_padded_to_the_widest(small_text: object) -> None:
-    dealt = repartitioned(small_text, "iid", 0.5, 2, 0)  # type: ignore[arg-type]
+def test_repartitioned_text_is_padded_to_the_widest(small_text: FederatedData) -> None:
+    dealt = repartitioned(small_text, "iid", 0.5, 2, 0)
     tokens = sum(int((c.train.targets != -100).sum()) for c in dealt.clients())
-    assert tokens == sum(int((c.train.targets != -100).sum()) for c in small_text.clients())  # type: ignore[attr-defined]
+    assert tokens == sum(int((c.train.targets != -100).sum()) for c in small_text.clients())
 
 
 def test_an_unknown_partition_is_refused() -> None:

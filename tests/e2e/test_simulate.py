@@ -14,6 +14,7 @@ from fedlora import load_adapter
 from fedlora.errors import ConfigError, RunError
 from fedlora.experiment import ExperimentConfig
 from fedlora.simulation import simulate
+from fedlora.simulation.folder import read_rows
 
 SHORT = {
     "data.clients": 4,
@@ -61,7 +62,7 @@ def test_summary_has_the_documented_keys(run):
 
 
 def test_held_out_clients_are_never_sampled(run):
-    rounds = [json.loads(line) for line in (run.folder / "rounds.jsonl").open()]
+    rounds = read_rows(run.folder / "rounds.jsonl")
     sampled = {client for row in rounds for client in row["cohort"]}
     held_out = {row["client"] for row in run.clients if row["held_out"]}
     assert len(held_out) == 1
@@ -69,7 +70,7 @@ def test_held_out_clients_are_never_sampled(run):
 
 
 def test_own_takes_as_many_steps_as_the_client_took_in_all(run):
-    rounds = [json.loads(line) for line in (run.folder / "rounds.jsonl").open()]
+    rounds = read_rows(run.folder / "rounds.jsonl")
     for row in run.clients:
         took_part = sum(row["client"] in line["cohort"] for line in rounds)
         assert row["rounds"] == took_part
@@ -109,7 +110,7 @@ def test_a_killed_run_resumes_bit_for_bit(run, tmp_path):
     )  # fmt: skip
     summary = json.loads(done.stdout)
     assert load_adapter(out / "adapter") == run.adapter
-    rows = [json.loads(line) for line in (out / "clients.jsonl").open()]
+    rows = read_rows(out / "clients.jsonl")
     assert [row["scores"] for row in rows] == [row["scores"] for row in run.clients]
     for key in SUMMARY_KEYS - {"seconds"}:
         assert summary[key] == run.summary[key]
