@@ -451,6 +451,8 @@ def _frozen(value: npt.ArrayLike, name: str) -> Array:
 
 
 def _float32(array: npt.NDArray[Any]) -> Array:
+    if array.dtype == np.float32:  # nothing can overflow
+        return np.array(array, order="C")
     with np.errstate(over="ignore", invalid="ignore"):  # an overflow is reported as infinity
         return np.array(array, dtype=np.float32, order="C")
 

@@ -46,10 +46,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"federation.lerning_rate": 0.1},
         "federation.lerning_rate: unknown key; did you mean 'learning_rate'?",
     ),
-    "a table misspelt": ({"federatoin.rounds": 3}, "federatoin: unknown key; did you mean 'federation'?"),
+    "a table misspelt": (
+        {"federatoin.rounds": 3}, "federatoin: unknown key; did you mean 'federation'?",
+    ),
     "a key in the wrong table": (
         {"data.rounds": 3},
-        "data.rounds: unknown key; known: clients, held_out_clients, id, max_length, partition, task, "
+        "data.rounds: unknown key; known: clients, held_out_clients, id, max_length, partition, "
+        "task, "
         "test_share, validation_share",
     ),
     "the name of a class in the code": (
@@ -82,11 +85,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "nothing to test on": (
         {"data.test_share": 0.0},
-        "data.test_share must be over 0, and test_share + validation_share under 1; found 0.0 and 0.0",
+        "data.test_share must be over 0, and test_share + validation_share under 1; found 0.0 "
+        "and 0.0",
     ),
     "nothing to train on": (
         {"data.test_share": 0.5, "data.validation_share": 0.5},
-        "data.test_share must be over 0, and test_share + validation_share under 1; found 0.5 and 0.5",
+        "data.test_share must be over 0, and test_share + validation_share under 1; found 0.5 "
+        "and 0.5",
     ),
     "steps and epochs": (
         {"federation.local_epochs": 2},
@@ -95,7 +100,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "neither steps nor epochs": (
         {"federation.local_steps": None},
-        "federation: expected exactly one of local_steps and local_epochs, found local_steps=None and "
+        "federation: expected exactly one of local_steps and local_epochs, found "
+        "local_steps=None and "
         "local_epochs=None",
     ),
     "a learning rate of nothing": (
@@ -111,7 +117,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "DoRA": (
         {"lora.variant": "dora"},
-        "lora.variant: expected 'lora' or 'rslora' in a federation, found 'dora'; fedit averages A and "
+        "lora.variant: expected 'lora' or 'rslora' in a federation, found 'dora'; fedit "
+        "averages A and "
         "B alone",
     ),
     "a key under a value": ({"name.x": 1}, "name.x: 'name' is a value, not a table"),
@@ -221,7 +228,7 @@ def test_the_bundled_experiments_are_valid_and_found_by_name(name: str) -> None:
 
 
 def test_an_experiment_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="^unknown experiment 'wach'; did you mean 'watch'"):
+    with pytest.raises(UnknownNameError, match=r"^unknown experiment 'wach'; did you mean 'watch'"):
         find_experiment("wach")
     with raises(ConfigError, f"{tmp_path}/x.toml: no such experiment file"):
         find_experiment(f"{tmp_path}/x.toml")

@@ -102,11 +102,12 @@ def with_factors(adapter: Adapter, factors: Mapping[tuple[str, Factor], Array]) 
     """Return `adapter` with the given factors in place of its own."""
     layers = {}
     for path, layer in adapter.layers.items():
-        layers[path] = replace(
-            layer,
-            A=factors.get((path, "A"), layer.A),
-            B=factors.get((path, "B"), layer.B),
-            magnitude=factors.get((path, "magnitude"), layer.magnitude),
+        layers[path] = LoraLayer(
+            factors.get((path, "A"), layer.A),
+            factors.get((path, "B"), layer.B),
+            layer.scaling,
+            factors.get((path, "magnitude"), layer.magnitude),
+            layer.kind,
         )
     return replace(adapter, layers=layers)
 

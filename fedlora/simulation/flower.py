@@ -38,7 +38,8 @@ __all__ = ["run_in_flower"]
 
 START_SECONDS = 60.0  # for the SuperLink to answer
 STOP_SECONDS = 10.0  # for it to end by itself after SIGTERM
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.5  # between looks at rounds.jsonl
+STATUS_SECONDS = 10.0  # between questions for the status of the run
 
 _OFFLINE = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -81,7 +82,7 @@ def run_in_flower(
             found = re.search(r"started run (\d+)", output)
             if found is None:
                 raise FederationError(f"flwr run: not started: {_last_line(output)}")
-            _wait(link, found.group(1), out, end, on_round)
+            _wait(link, found.group(1), out, config.federation.rounds, end, on_round)
 
 
 def _stage(app: Path, config: ExperimentConfig, folder: Path) -> Path:
@@ -167,22 +168,30 @@ def _wait(
     link: _Link,
     run_id: str,
     out: Path,
+    rounds: int,
     end: float,
     on_round: Callable[[RoundRecord], None] | None,
 ) -> None:
-    """Wait for the end of a run, which only ``flwr list`` tells truly, and report its rounds."""
+    """Report the rounds and wait for the end, which only ``flwr list`` tells truly.
+
+    It costs a second of the processor, so it is asked rarely until the last round is written.
+    """
     seen = len(read_rounds(out))
+    ask_again = 0.0
     while True:
-        status = _status(link, run_id)
-        if on_round is not None:
-            records = read_rounds(out)
-            for record in records[seen:]:
+        records = read_rounds(out)
+        for record in records[seen:]:
+            if on_round is not None:
                 on_round(record)
-            seen = max(seen, len(records))
-        if status == "finished:completed":
-            return
-        if status.startswith("finished"):
-            raise _failure(link.flwr("log", run_id, "--show"), status)
+        seen = len(records)
+        done = bool(records) and records[-1].round >= rounds
+        if done or time.monotonic() > ask_again:
+            ask_again = time.monotonic() + STATUS_SECONDS
+            status = _status(link, run_id)
+            if status == "finished:completed":
+                return
+            if status.startswith("finished"):
+                raise _failure(link.flwr("log", run_id, "--show"), status)
         if link.process.poll() is not None:
             raise FederationError("Flower's SuperLink ended in the middle of the run")
         if time.monotonic() > end:

@@ -213,12 +213,14 @@ REFUSALS: dict[str, tuple[dict[str, object], type[FedloraError], str]] = {
     "another rank": (
         {"adapter": adapter(2, rank=3)},
         ShapeMismatchError,
-        "client 'c1', layer 'conv': expected A (2, 6, 3) and B (5, 2), found A (3, 6, 3) and B (5, 3)",
+        "client 'c1', layer 'conv': expected A (2, 6, 3) and B (5, 2), found A (3, 6, 3) and B "
+        "(5, 3)",
     ),
     "rank 1, which would broadcast": (
         {"adapter": adapter(2, rank=1)},
         ShapeMismatchError,
-        "client 'c1', layer 'conv': expected A (2, 6, 3) and B (5, 2), found A (1, 6, 3) and B (5, 1)",
+        "client 'c1', layer 'conv': expected A (2, 6, 3) and B (5, 2), found A (1, 6, 3) and B "
+        "(5, 1)",
     ),
     "a layer too many": (
         {"adapter": _layers(head=adapter(2)["fc"])},
@@ -248,7 +250,8 @@ REFUSALS: dict[str, tuple[dict[str, object], type[FedloraError], str]] = {
     "another scaling": (
         {"adapter": _scaled()},
         FederationError,
-        "client 'c1', layer 'conv': expected scaling 1.5 as the server has, found 3; factors can only "
+        "client 'c1', layer 'conv': expected scaling 1.5 as the server has, found 3; factors "
+        "can only "
         "be averaged under one scaling",
     ),
     "DoRA": (
@@ -277,5 +280,7 @@ def test_the_methods_say_what_they_are() -> None:
 def test_an_unknown_method_or_option_is_refused() -> None:
     with raises(UnknownNameError, "unknown method 'fedti'; did you mean 'fedit'?"):
         method("fedti")
-    with pytest.raises(ConfigError, match="^method 'fedit': .*unexpected keyword argument 'rank'$"):
+    with pytest.raises(
+        ConfigError, match=r"^method 'fedit': .*unexpected keyword argument 'rank'$"
+    ):
         method("fedit", rank=3)

@@ -156,7 +156,7 @@ def test_a_device_can_name_its_client(world: Any) -> None:
 
 def test_a_path_in_a_message_is_not_opened(tmp_path: Path) -> None:
     setup = replace(SETUP, base=replace(SETUP.base, id=str(tmp_path)))
-    with pytest.raises(FederationError, match="^the server asks for base '/"):
+    with pytest.raises(FederationError, match=r"^the server asks for base '/"):
         open_trainer(setup, NODE)
 
 
@@ -183,6 +183,7 @@ def test_without_torch_the_app_says_which_extra_it_needs(monkeypatch: pytest.Mon
         "clients.app.find_spec", lambda name: None if name == "torch" else find(name)
     )
     assert _query(NODE).error.reason == (
-        "MissingExtraError: training in torch needs packages that are not installed: run pip install "
+        "MissingExtraError: training in torch needs packages that are not installed: run pip "
+        "install "
         "'fedlora[train]'"
     )

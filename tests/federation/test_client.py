@@ -226,6 +226,7 @@ def test_the_guard_stops_a_count_when_weights_are_equal() -> None:
     check_answer(answer, share_num_examples=True)
     with raises(
         FederationError,
-        "refused to send 'num_examples' in record client: only client_id, rank may leave this client",
+        "refused to send 'num_examples' in record client: only client_id, rank may leave this "
+        "client",
     ):
         check_answer(answer, share_num_examples=False)

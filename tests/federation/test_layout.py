@@ -69,7 +69,7 @@ def test_segments_are_sorted_by_path_with_a_before_b() -> None:
         "conv|A|2x3x2",
         "conv|B|6x2",
     ]
-    assert [str(s) for s in segments_of(adapter, {"B"})][0] == "body.0.fc|B|5x2"
+    assert str(segments_of(adapter, {"B"})[0]) == "body.0.fc|B|5x2"
 
 
 def test_the_digest_covers_layout_and_numbers() -> None:

@@ -106,6 +106,26 @@ def test_a_broadcast_comes_back_bit_for_bit_with_its_frozen_part() -> None:
     assert received.trainable.base == trainable.base
 
 
+def test_a_broadcast_is_read_again_when_its_bytes_or_its_layout_differ() -> None:
+    setup = ClientSetup.of(experiment())
+
+    def received(encoded: Any) -> Adapter:
+        content = train_content(ConfigRecord(), ConfigRecord(), encoded)
+        return decode_broadcast(content, setup).trainable
+
+    one, two = encode_adapter(adapter(1), BOTH, 1), encode_adapter(adapter(2), BOTH, 1)
+    assert received(one) is received(one)
+    assert received(two) == adapter(2)
+    one.layout["scalings"] = [1.0, 2.0, 3.0]
+    assert received(one)["conv"].scaling == 3.0
+    one.layout["digest"] = "0" * 64
+    with raises(
+        FederationError,
+        "message from the server, factors: the factors are not those that their digest was made of",
+    ):
+        received(one)
+
+
 def test_every_message_has_records_of_its_own() -> None:
     encoded, order = encode_adapter(adapter(), BOTH, 1), ConfigRecord({"round": 1})
     one, two = (train_content(ConfigRecord(), order, encoded) for _ in range(2))
@@ -194,7 +214,9 @@ FORGERIES: dict[str, tuple[Callable[[RecordDict], None], type[FedloraError], str
         "expected the server's scalings, found others",
     ),
     "a layout that is a text": (
-        _set("layout", "segments", "fc|A|2x2"), FederationError, "layout.segments is not of type str",
+        _set("layout", "segments", "fc|A|2x2"),
+        FederationError,
+        "layout.segments is not of type str",
     ),
     "another key in the layout": (
         _set("layout", "more", 1),
@@ -202,7 +224,9 @@ FORGERIES: dict[str, tuple[Callable[[RecordDict], None], type[FedloraError], str
         "expected a record 'layout' with segments, kinds, scalings, base, round, digest",
     ),
     "no metrics": (
-        lambda content: content.pop("metrics"), FederationError, "expected the metrics loss and steps",
+        lambda content: content.pop("metrics"),
+        FederationError,
+        "expected the metrics loss and steps",
     ),
     "no examples": (
         _set("metrics", "num-examples", 0),
@@ -245,7 +269,7 @@ def test_a_forged_reply_is_refused_and_the_client_named(name: str) -> None:
 def test_one_number_that_is_not_finite_is_refused_and_the_client_named(bad: float) -> None:
     sent = adapter(1)
     encoded = encode_adapter(sent, BOTH, 3)
-    buffer = np.frombuffer(encoded.array.data, np.float32, offset=128).copy()
+    buffer = np.frombuffer(encoded.factors["factors"].data, np.float32, offset=128).copy()
     buffer[5] = bad
     from fedlora.federation.layout import digest
 

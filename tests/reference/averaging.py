@@ -1,4 +1,4 @@
-"""FedIT and FFA-LoRA as the papers write them: dense products, plain loops, everything in memory."""
+"""FedIT and FFA-LoRA as the papers write them: dense products, plain loops, all in memory."""
 
 from __future__ import annotations
 

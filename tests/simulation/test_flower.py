@@ -1,0 +1,143 @@
+"""Flower's own simulation: the same result as in this process, and nothing left behind."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora.errors import ConfigError, FederationError, MissingExtraError, RunError
+from fedlora.experiment import ExperimentConfig, app_root
+from fedlora.federation import RoundRecord, read_rounds
+from fedlora.simulation import flower
+from fedlora.simulation.flower import _failure, _last_line, _stage, run_in_flower
+from fedlora.simulation.rounds import run_rounds
+from tests.federation.fakes import raises
+
+TABLE: dict[str, Any] = {
+    "name": "watch",
+    "base": {"id": "watch-cnn"},
+    "data": {"id": "watch", "task": "classification", "clients": 3},
+    "lora": {"rank": 4, "lora_alpha": 8},
+    "federation": {"rounds": 2, "cohort": 2, "local_steps": 4, "batch_size": 8},
+}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_flowers_simulation_gives_what_this_process_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MKL_NUM_THREADS", "1")
+    config = ExperimentConfig.from_table(TABLE)
+    here = run_rounds(config, tmp_path / "here", 3)
+    there = ExperimentConfig.from_table(TABLE, {"engine.kind": "flower"})
+    seen: list[RoundRecord] = []
+    ray = run_rounds(there, tmp_path / "ray", 3, on_round=seen.append)
+    assert [record.round for record in seen] == [1, 2]
+    assert ray.clients == here.clients
+    for a, b in zip(read_rounds(tmp_path / "here"), read_rounds(tmp_path / "ray"), strict=True):
+        assert (a.cohort, a.bytes_up, a.dropped) == (b.cohort, b.bytes_up, b.dropped)
+        assert a.loss == pytest.approx(b.loss, abs=1e-6)
+    for path, layer in here.state.adapter.layers.items():
+        # One thread each: the same sums, so in practice 0; DESIGN allows 1e-6.
+        np.testing.assert_allclose(ray.state.adapter[path].A, layer.A, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(ray.state.adapter[path].B, layer.B, rtol=0, atol=1e-6)
+    assert _ours() == []
+
+
+@pytest.mark.slow
+def test_an_error_in_flowers_simulation_comes_back_as_itself(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    config = ExperimentConfig.from_table(TABLE, {"federation.cohort": 4})
+    with raises(
+        ConfigError,
+        "federation.cohort: expected at most 3, the clients that are not held out, found 4",
+    ):
+        run_in_flower(config, tmp_path / "out", 3)
+    assert _ours() == []
+
+
+def _ours() -> list[int]:
+    """Every process that any simulation of this machine's user has left, by its mark."""
+    if sys.platform != "linux":
+        return []
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if b"FEDLORA_SIMULATION=" in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower, "find_spec", lambda name: None)
+    with raises(
+        MissingExtraError,
+        "Flower's own simulation needs packages that are not installed: run pip install "
+        "'fedlora[ray]'",
+    ):
+        run_in_flower(ExperimentConfig.from_table(TABLE), tmp_path, 3)
+
+
+def test_the_staged_app_holds_both_apps_and_the_resolved_experiment(tmp_path: Path) -> None:
+    config = ExperimentConfig.from_table(TABLE)
+    folder = _stage(app_root(), config, tmp_path / "fedlora-app")
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"clients/app.py", "server/app.py", "pyproject.toml"} <= files
+    assert not any("__pycache__" in name for name in files)
+    assert ExperimentConfig.from_toml(folder / "simulations/experiment.toml") == config
+    shutil.rmtree(folder)
+
+
+TRACE = "Traceback (most recent call last):\n  File 'x.py', line 3\n"
+LOGS = {
+    "one of ours": (
+        "INFO: start\n\x1b[91mERROR\x1b[0m: fedlora-error ConfigError: data.id: unknown\n"
+        + TRACE
+        + "fedlora.errors.ConfigError: data.id: unknown\nINFO: end\n",
+        ConfigError,
+        "data.id: unknown",
+    ),
+    "one whose name we do not know": (
+        "fedlora-error NewError: something\n", FederationError, "something",
+    ),
+    "any other": (
+        TRACE + "KeyError: 'x'\n\n\x1b[91mERROR\x1b[0m: Exit Code: 200\n",
+        RunError,
+        "Flower's simulation is finished:failed: KeyError: 'x'",
+    ),
+    "none at all": (
+        "INFO: start\n\n", RunError, "Flower's simulation is finished:failed: INFO: start",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_the_reason_is_taken_from_the_log(name: str) -> None:
+    log, kind, text = LOGS[name]
+    error = _failure(log, "finished:failed")
+    assert type(error) is kind
+    assert str(error) == text
+
+
+def test_an_empty_log_has_a_last_line_too() -> None:
+    assert _last_line("\n\x1b[0m\n") == "nothing was printed"
