@@ -15,7 +15,9 @@ from fedlora.nn import Task, load_adapter_into
 
 __all__ = ["evaluate"]
 
-MAX_TOKENS = 2048  # in one forward pass, padding included
+# Positions in one forward pass. Texts share a row there, and attention grows with its square: on
+# tiny-chat 256 is 1.6 times as fast as 2048.
+TEXT_POSITIONS, FEATURE_POSITIONS = 256, 8192
 
 
 def evaluate(
@@ -33,7 +35,8 @@ def evaluate(
         raise DataError(f"{who}: expected held-out examples to evaluate on, found none")
     load_adapter_into(model, adapter)
     sums: Counter[str] = Counter()
-    for batch in eval_batches(examples, MAX_TOKENS):
+    positions = TEXT_POSITIONS if examples.is_text else FEATURE_POSITIONS
+    for batch in eval_batches(examples, positions):
         sums.update(task.score(model, batch))
     characters = None if examples.characters is None else int(examples.characters.sum())
     values = _measures(sums, characters)
