@@ -58,8 +58,10 @@ def main() -> None:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         _stop(f"{place}{error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        _stop("interrupted", 130)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's silent end of a KeyboardInterrupt
+            _stop("interrupted", 130)
+        raise
 
 
 @app.callback(invoke_without_command=True)
