@@ -10,7 +10,7 @@ from torch import nn
 
 from fedlora.adapter import Adapter
 from fedlora.data import Examples, eval_batches
-from fedlora.errors import DataError, NonFiniteError
+from fedlora.errors import ConfigError, DataError, NonFiniteError
 from fedlora.nn import Task, load_adapter_into
 
 __all__ = ["evaluate"]
@@ -29,7 +29,8 @@ def evaluate(
     ``top1`` and ``top3`` (share of word starts whose next token is the likeliest, or one of the
     three likeliest). Classification: ``accuracy``. `who` opens an error's text.
 
-    Raises `DataError` without examples and `NonFiniteError` when the loss is not finite.
+    Raises `DataError` without examples, `NonFiniteError` when the loss is not finite, and
+    `ConfigError` when a task of the user's own does not score what it has to.
     """
     if len(examples) == 0:
         raise DataError(f"{who}: expected held-out examples to evaluate on, found none")
@@ -38,11 +39,21 @@ def evaluate(
     positions = TEXT_POSITIONS if examples.is_text else FEATURE_POSITIONS
     for batch in eval_batches(examples, positions):
         sums.update(task.score(model, batch))
+    if "nats" not in sums or not {"tokens", "examples"} & sums.keys():
+        raise ConfigError(
+            f"task {task.name!r}: expected its score to return 'nats' and 'tokens' or 'examples', "
+            f"found {', '.join(sorted(sums)) or 'nothing'}"
+        )
     characters = None if examples.characters is None else int(examples.characters.sum())
     values = _measures(sums, characters)
     if not math.isfinite(values["loss"]):
         raise NonFiniteError(
             f"{who}: the held-out loss is {values['loss']}; lower the learning rate"
+        )
+    if task.metric not in values:
+        raise ConfigError(
+            f"task {task.name!r}: expected its score to give its metric {task.metric!r}, found "
+            f"{', '.join(sorted(values))}"
         )
     return values
 

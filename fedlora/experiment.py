@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 import re
 import tomllib
 import types
@@ -107,6 +108,12 @@ class PersonalizationConfig:
     def __post_init__(self) -> None:
         _at_least("personalization.steps", self.steps, 0)
         _at_least("personalization.cross", self.cross, 0)
+        _at_least("personalization.batch_size", self.batch_size, 1)
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigError(
+                "personalization.learning_rate: expected a finite number > 0, found "
+                f"{self.learning_rate!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +139,8 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise ConfigError("name: expected a word for this experiment, found an empty text")
+        if "/" in self.name or "\\" in self.name or self.name in (".", ".."):
+            raise ConfigError(f"name: expected a word and not a path, found {self.name!r}")
         if self.lora.uses_dora:
             raise ConfigError(
                 "lora.variant: expected 'lora' or 'rslora' in a federation, found "

@@ -88,6 +88,6 @@ def _personal_training(config: ExperimentConfig) -> TrainConfig:
         federated,
         local_steps=own.steps,
         local_epochs=None,
-        learning_rate=own.learning_rate or federated.learning_rate,
-        batch_size=own.batch_size or federated.batch_size,
+        learning_rate=(federated.learning_rate if own.learning_rate is None else own.learning_rate),
+        batch_size=federated.batch_size if own.batch_size is None else own.batch_size,
     )

@@ -75,6 +75,11 @@ def _require_head(loaded: Base, base: BaseConfig, data: DataConfig, people: Fede
             f"base {base.id!r} predicts tokens, and {data.id!r} has {classes} classes; "
             f"set base.num_classes = {classes} to put a new head on it"
         )
+    if base.num_classes is None and loaded.card.labels and len(loaded.card.labels) != classes:
+        raise ConfigError(
+            f"base {base.id!r} tells {len(loaded.card.labels)} classes apart, and {data.id!r} has "
+            f"{classes}; use another base for this data"
+        )
     if base.num_classes not in (None, classes):
         raise ConfigError(
             f"base.num_classes: expected {classes}, the classes of {data.id!r}, found "

@@ -104,6 +104,17 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         "local_steps=None and "
         "local_epochs=None",
     ),
+    "a path for a name": (
+        {"name": "../run"}, "name: expected a word and not a path, found '../run'",
+    ),
+    "a personal learning rate of nothing": (
+        {"personalization.learning_rate": 0},
+        "personalization.learning_rate: expected a finite number > 0, found 0.0",
+    ),
+    "a personal batch of nothing": (
+        {"personalization.batch_size": 0},
+        "personalization.batch_size: expected a whole number >= 1, found 0",
+    ),
     "a learning rate of nothing": (
         {"federation.learning_rate": 0},
         "federation: learning_rate: expected a finite number > 0, found 0.0",

@@ -95,14 +95,13 @@ def load_data(
     replacement, with ids such as "u7#2" and a note. None: as many as there are.
     test_share, validation_share: of each client's examples, taken from the end of its time.
     partition: "natural", by person; or "iid" or "dirichlet": pool all clients' examples and deal
-    them out anew, evenly or with labels skewed by Dirichlet(`alpha`).
+    them out anew, evenly or with labels skewed by Dirichlet(`alpha`). "dirichlet:0.3" sets `alpha`.
     group: part of the persons; "base" of "watch" are those that its base was trained on.
 
     Raises `UnknownNameError`, `ConfigError`, `DataError`, and `MissingExtraError` for text.
     """
     _check(test_share, validation_share, max_length, clients)
-    if partition not in PARTITIONS:
-        raise unknown_name("partition", partition, PARTITIONS)
+    partition, alpha = _how_to_partition(partition, alpha)
     reading = partial(
         _Reading, test_share=test_share, validation_share=validation_share, max_length=max_length
     )
@@ -121,6 +120,21 @@ def load_data(
     if partition != "natural":
         return repartitioned(data, partition, alpha, clients or len(data), seed)
     return data if clients is None else _resampled(data, clients, seed)
+
+
+def _how_to_partition(text: str, alpha: float) -> tuple[str, float]:
+    """Split "dirichlet:0.3" into the name and the alpha."""
+    name, colon, number = text.partition(":")
+    if name not in PARTITIONS or (colon and name != "dirichlet"):
+        raise unknown_name("partition", text, (*PARTITIONS, "dirichlet:0.3"))
+    if not colon:
+        return name, alpha
+    try:
+        return name, float(number)
+    except ValueError:
+        raise ConfigError(
+            f"partition: expected a number after 'dirichlet:', found {number!r}"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,7 +152,7 @@ def _parse(text: str, who: str) -> Segment:
         path
         and len(rest) == 2
         and rest[0] in _ORDER
-        and all(s.isascii() and s.isdigit() and 0 < int(s) < 2**31 for s in sizes)
+        and all(s.isascii() and s.isdigit() and len(s) < 11 and 0 < int(s) < 2**31 for s in sizes)
     )
     if not valid:
         raise FederationError(

@@ -162,11 +162,13 @@ def from_record(cls: type[T], record: Mapping[str, Any], who: str) -> T:
     """Build the dataclass `cls` from a record. Raises `FederationError`, which opens with `who`."""
     # The same setup and order come to every virtual client of a process, in every round.
     key = (cls, repr(list(record.items())))
-    if key not in _PARSED:
+    value = _PARSED.get(key)
+    if value is None:
+        value = _parse_record(cls, record, who)
         if len(_PARSED) > 64:
-            _PARSED.clear()
-        _PARSED[key] = _parse_record(cls, record, who)
-    return cast(T, _PARSED[key])
+            _PARSED.clear()  # another thread may do so at any time: nothing is read back here
+        _PARSED[key] = value
+    return cast(T, value)
 
 
 def query_content(setup: ClientSetup) -> RecordDict:

@@ -17,12 +17,13 @@ __all__ = ["draw_cohort", "draw_held_out"]
 def draw_held_out(client_ids: Collection[str], share: float, seed: int) -> tuple[str, ...]:
     """Return the sorted ids of the clients that are never sampled, the nearest number to `share`.
 
-    At least one client is left to train.
+    At least one client is left to train. Copies of a person ("u7", "u7#2") stay together: who is
+    held out must not train under another id. The share is then of the persons.
     """
-    ids = sorted(client_ids)
-    count = min(int(share * len(ids) + 0.5), len(ids) - 1) if ids else 0
-    chosen = rng(seed, "held-out").permutation(len(ids))[:count]
-    return tuple(sorted(ids[index] for index in chosen))
+    people = sorted({client_id.partition("#")[0] for client_id in client_ids})
+    count = min(int(share * len(people) + 0.5), len(people) - 1) if people else 0
+    chosen = {people[i] for i in rng(seed, "held-out").permutation(len(people))[:count]}
+    return tuple(sorted(i for i in client_ids if i.partition("#")[0] in chosen))
 
 
 def draw_cohort(

@@ -150,6 +150,9 @@ def _meet_clients(
             answers[answer.client_id] = (node, answer)
         except FedloraError as error:
             left_out[node] = Dropped(f"node {node}", one_line(str(error)))
+        except Exception as error:  # what a stranger sent must not end everyone's run
+            reason = f"node {node}: an answer that cannot be read ({type(error).__name__})"
+            left_out[node] = Dropped(f"node {node}", reason)
     for node in nodes:
         if node not in seen:
             left_out[node] = Dropped(f"node {node}", "no answer in time")

@@ -203,11 +203,15 @@ class FederatedLora(Strategy):
             if message.has_error():
                 self._drop(current, sent.client_id, message.error.reason or "failed, no reason")
                 continue
-            current.bytes_up += content_bytes(message.content)
             try:
+                current.bytes_up += content_bytes(message.content)
                 reply, weight = self._check(current, sent, message)
             except FedloraError as error:
                 self._drop(current, sent.client_id, str(error))
+                continue
+            except Exception as error:  # what a stranger sent must not end everyone's run
+                reason = f"client {sent.client_id!r}: a reply that cannot be read"
+                self._drop(current, sent.client_id, f"{reason} ({type(error).__name__})")
                 continue
             current.valid[sent.client_id] = reply.steps
             if math.isfinite(reply.loss):

@@ -22,7 +22,16 @@ from typing import Any
 from fedlora.errors import RunError
 from fedlora.files import write_atomic
 
-__all__ = ["EXPERIMENT", "SUMMARY", "append_row", "claim", "free_folder", "locked", "read_rows"]
+__all__ = [
+    "EXPERIMENT",
+    "SUMMARY",
+    "append_row",
+    "claim",
+    "free_folder",
+    "json_line",
+    "locked",
+    "read_rows",
+]
 
 EXPERIMENT = "experiment.toml"
 SUMMARY = "summary.json"
@@ -67,10 +76,15 @@ def locked(folder: Path) -> Iterator[None]:
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append one JSON line and put it on the disk."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    with open(path, "ab") as file:
+        file.write(json_line(row))
         file.flush()
         os.fsync(file.fileno())
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """Return a row as its line of a file."""
+    return json.dumps(row).encode() + b"\n"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -11,9 +11,10 @@ from fedlora.adapter import Adapter
 from fedlora.evaluation import evaluate
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import ClientRecord
+from fedlora.files import write_atomic
 from fedlora.formats import load_adapter, save_adapter
 from fedlora.personalization import compare_adapters
-from fedlora.simulation.folder import append_row, read_rows
+from fedlora.simulation.folder import append_row, json_line, read_rows
 from fedlora.simulation.results import cross_matrix
 from fedlora.simulation.threads import in_order, one_torch_thread, worker_count
 from fedlora.world import World
@@ -40,12 +41,16 @@ def evaluate_clients(
     """Return a row per client in the order of ids; each is in `file` as soon as it is known.
 
     took_part: what each client did in the rounds. keep_own: where to save whose own adapter. Rows
-    that `file` already has are not computed again.
+    of this global adapter that `file` already has are not computed again.
     """
     records = {record.client_id: record for record in took_part}
-    rows = {row["client"]: row for row in read_rows(file)}
+    digest = shared.fingerprint()
+    found = read_rows(file)
+    rows = {row["client"]: row for row in found if row.get("global") == digest}
+    if len(rows) < len(found):  # the run went on for more rounds after they were written
+        write_atomic(file, b"".join(json_line(row) for row in rows.values()))
     clients = [client for client in world.data.client_ids if client in records]
-    kept = {name for name, path in keep_own.items() if path.is_file()}
+    kept = {name for name, path in keep_own.items() if path.is_file() and name in rows}
     todo = [c for c in clients if c not in rows or (c in keep_own and c not in kept)]
 
     def one(local: World, client: str) -> dict[str, Any]:
@@ -65,6 +70,7 @@ def evaluate_clients(
             "client": client,
             "held_out": records[client].held_out,
             "rounds": records[client].rounds,
+            "global": digest,
             "scores": person.scores,
         }
 

@@ -1,6 +1,7 @@
 """From per-client rows to what a run reports: summary.json and the table.
 
-A row is ``{"client", "held_out", "rounds", "scores": {adapter: {measure: value}}}``.
+A row is ``{"client", "held_out", "rounds", "global": its fingerprint, "scores": {adapter: {measure:
+value}}}``.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def table(summary: Mapping[str, Any]) -> str:
             f"own adapter better than the mean of the others' on its person's data: "
             f"{cross['own_beats_others']} of {len(cross['clients'])} clients"
         )
+    lines += [f"note: {note}" for note in summary["extra"].get("notes", ())]
     return "\n".join(lines)
 
 

@@ -14,7 +14,13 @@ from fedlora import __version__
 from fedlora.adapter import Adapter
 from fedlora.errors import ConfigError, RunError
 from fedlora.experiment import ExperimentConfig, find_experiment
-from fedlora.federation.checkpoint import RoundRecord, has_checkpoint, read_checkpoint
+from fedlora.federation.checkpoint import (
+    Checkpoint,
+    RoundRecord,
+    has_checkpoint,
+    read_checkpoint,
+    read_rounds,
+)
 from fedlora.files import write_atomic
 from fedlora.formats import load_adapter, save_adapter
 from fedlora.simulation.folder import EXPERIMENT, SUMMARY, claim, free_folder, locked, read_rows
@@ -106,13 +112,15 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     provenance = {"run": config.name, "round": state.round, "method": config.federation.method}
     for target in ("adapter", "adapter.safetensors"):
         save_adapter(state.adapter, folder / target, provenance=provenance)
-    crossed = [c.client_id for c in took_part if not c.held_out][: config.personalization.cross]
+    # A skewed partition may leave a client without held-out examples: it only takes part.
+    tested = [c for c in took_part if len(world.data.client(c.client_id).test)]
+    crossed = [c.client_id for c in tested if not c.held_out][: config.personalization.cross]
     own = {client: folder / "own" / f"{quote(client, safe='')}.safetensors" for client in crossed}
     rows = evaluate_clients(
         world,
         config,
         state.adapter,
-        took_part=took_part,
+        took_part=tested,
         file=clients_file,
         keep_own=own,
         report=lambda *args: report("clients", *args),
@@ -129,7 +137,10 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
         "fedlora_version": __version__,
         "privacy": None,
     }
-    summary["extra"]["notes"] = list(world.data.notes)
+    summary["extra"]["notes"] = [
+        *world.data.notes,
+        *_notes(checkpoint, read_rounds(folder), len(took_part) - len(tested)),
+    ]
     if own:
         summary["extra"]["cross"] = cross_evaluate(
             world, config, own, lambda *args: report("cross", *args)
@@ -137,6 +148,18 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     summary["seconds"] = round(seconds(), 3)
     write_atomic(folder / SUMMARY, json.dumps(summary, indent=2).encode())
     return Run(folder, state.adapter, summary, rows)
+
+
+def _notes(checkpoint: Checkpoint, rounds: list[RoundRecord], untested: int) -> list[str]:
+    """Return what a reader of the result must know of clients that it does not hold."""
+    notes = []
+    if out := checkpoint.left_out:
+        notes.append(f"{len(out)} clients were left out from the start; {out[0].reason}")
+    if lost := [dropped for record in rounds for dropped in record.dropped]:
+        notes.append(f"{len(lost)} replies did not count; the last: {lost[-1].reason}")
+    if untested:
+        notes.append(f"{untested} clients without held-out examples are not evaluated")
+    return notes
 
 
 def _show_rounds(

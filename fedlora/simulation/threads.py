@@ -29,7 +29,7 @@ def worker_count(config: ExperimentConfig) -> int:
 
     One with dropout, which torch draws from a single generator for the whole process.
     """
-    return 1 if config.lora.lora_dropout else os.cpu_count() or 1
+    return 1 if config.lora.lora_dropout else _usable_cores()
 
 
 def in_order(work: Callable[[S], T], items: Iterable[S], workers: int) -> Iterator[T]:
@@ -49,6 +49,13 @@ def in_order(work: Callable[[S], T], items: Iterable[S], workers: int) -> Iterat
                 ahead += [pool.submit(work, item) for item in islice(source, 1)]
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _usable_cores() -> int:
+    """Return the cores that this process may run on: a container or taskset may allow only some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager

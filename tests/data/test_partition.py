@@ -117,5 +117,14 @@ def test_an_unknown_partition_is_refused() -> None:
         load_data("watch", partition="dirichle")
 
 
+def test_alpha_stands_behind_the_name() -> None:
+    dealt = load_data("watch", partition="dirichlet:0.05", clients=30)
+    assert dealt.notes == load_data("watch", partition="dirichlet", alpha=0.05, clients=30).notes
+    with pytest.raises(ConfigError, match="expected a number after 'dirichlet:', found 'x'"):
+        load_data("watch", partition="dirichlet:x")
+    with pytest.raises(UnknownNameError, match="unknown partition 'iid:3'"):
+        load_data("watch", partition="iid:3")
+
+
 def _bytes(parts: list[Examples]) -> list[bytes]:
     return sorted(row.tobytes() for part in parts for row in part.inputs)

@@ -136,3 +136,8 @@ def test_a_text_that_is_no_segment_is_refused(text: str) -> None:
         FederationError, f"server: expected a layout of 'path|A|8x768' texts, found {text!r}"
     ):
         parse_segments([text], "server")
+
+
+def test_a_size_of_thousands_of_digits_is_refused() -> None:
+    with pytest.raises(FederationError, match="expected a layout"):
+        parse_segments(["fc|A|" + "9" * 5000], "client 'c'")

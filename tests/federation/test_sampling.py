@@ -64,3 +64,12 @@ def test_held_out_clients_are_the_nearest_number_to_the_share(share: float, coun
 def test_one_client_is_always_left_to_train() -> None:
     assert draw_held_out(["only"], 0.9, 0) == ()
     assert draw_held_out([], 0.9, 0) == ()
+
+
+def test_copies_of_a_person_are_held_out_together() -> None:
+    ids = [f"c{i}" for i in range(10)] + [f"c{i}#{k}" for i in range(10) for k in (2, 3)]
+    held_out = draw_held_out(ids, 0.2, 0)
+    people = {client_id.partition("#")[0] for client_id in held_out}
+    assert len(people) == 2
+    assert len(held_out) == 6
+    assert not people & {i.partition("#")[0] for i in set(ids) - set(held_out)}

@@ -73,6 +73,10 @@ def _says(record: dict[str, Any]) -> Any:
             "node 1003: client 'c3': expected num-examples >= 1, found -50",
         ),
         (
+            _says({"client_id/" + "/".join("a" * 100_000): 1}),
+            "node 1003: an answer that cannot be read (RecursionError)",
+        ),
+        (
             _says({"client_id": "c3", "num_examples": 5, "age": 44}),
             "node 1003: age: unknown key; known: client_id, num_examples, rank",
         ),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, Error, Message
+from flwr.app import Array, ConfigRecord, Error, Message
 
 from fedlora.adapter import Adapter
 from fedlora.errors import FederationError
@@ -112,6 +112,11 @@ def _unknown_sender(reply: Message) -> list[Message]:
     return [reply]
 
 
+def _uncountable(reply: Message) -> list[Message]:
+    reply.content["more"] = ConfigRecord({"empty": []})  # Flower fails to count its bytes
+    return [reply]
+
+
 # What client c3 does in the round, and what the record says of it.
 FAULTS: dict[str, tuple[Callable[[Message], list[Message]], list[tuple[str, str]]]] = {
     "fails": (lambda reply: [_error(reply)], [("c3", "node lost")]),
@@ -142,6 +147,10 @@ FAULTS: dict[str, tuple[Callable[[Message], list[Message]], list[tuple[str, str]
                 "client 'c3': expected num-examples 13 as at the start of the run, found 1000000",
             )
         ],
+    ),
+    "sends what Flower cannot count": (
+        _uncountable,
+        [("c3", "client 'c3': a reply that cannot be read (IndexError)")],
     ),
     "is somebody else": (
         _unknown_sender,

@@ -57,3 +57,9 @@ def test_table_has_a_line_an_adapter_and_the_paired_gains():
     assert lines[6].startswith("1 held-out clients")
     assert "global better than base by: +0.2000 accuracy (95 % interval +0.2000 to" in lines[12]
     assert lines[14] == "personal better than global for 50.0% of the clients"
+
+
+def test_table_ends_with_the_notes():
+    summary = results(ROWS, metric="accuracy", higher_is_better=True)
+    summary["extra"]["notes"] = ["2 replies did not count; the last: node lost"]
+    assert table(summary).splitlines()[-1] == "note: 2 replies did not count; the last: node lost"
