@@ -103,6 +103,7 @@ class PersonalizationConfig:
     steps: int = 24
     learning_rate: float | None = None  # None: the federation's
     batch_size: int | None = None  # None: the federation's
+    save: bool = True  # keep everyone's personal adapter in the run's folder
     cross: int = 0  # clients whose own adapters are also evaluated on one another's data
 
     def __post_init__(self) -> None:

@@ -95,6 +95,11 @@ def _query(content: RecordDict, open_trainer: OpenTrainer) -> RecordDict:
 def _train(content: RecordDict, open_trainer: OpenTrainer) -> RecordDict:
     setup = _read(ClientSetup, content, "setup")
     order = _read(TrainOrder, content, "train")
+    if not order.uploaded <= order.rule.trained:
+        raise FederationError(
+            f"message from the server: expected to upload some of {sorted(order.rule.trained)}, "
+            f"what this round trains, found {sorted(order.uploaded)}"
+        )
     broadcast = decode_broadcast(content, setup)
     trainer = open_trainer(setup)
     result = trainer.train(broadcast, order.train, order.rule, order.round, order.seed)

@@ -6,6 +6,7 @@ checkpoint/       the server's state after the last round
 clients.jsonl     a line a client, in the order in which they were evaluated
 adapter/          the global adapter as a PEFT folder
 adapter.safetensors   the same as one packed file
+personal/, own/   personal adapters of all clients; own ones of those in the cross matrix
 summary.json      written last: its presence means that the run is done
 """
 
@@ -31,10 +32,12 @@ __all__ = [
     "json_line",
     "locked",
     "read_rows",
+    "require_free",
 ]
 
 EXPERIMENT = "experiment.toml"
 SUMMARY = "summary.json"
+LOCK = ".lock"
 
 
 def free_folder(name: str) -> Path:
@@ -42,20 +45,29 @@ def free_folder(name: str) -> Path:
     number = 1
     while True:
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        if not folder.exists() or not any(folder.iterdir()):
+        if is_free(folder):
             return folder
         number += 1
 
 
-def claim(folder: Path, toml: str) -> None:
-    """Make `folder` the run of the experiment `toml`.
+def is_free(folder: Path) -> bool:
+    """Whether a run may start in `folder`: it is missing, empty, or a run that never got going."""
+    return not folder.exists() or (
+        folder.is_dir() and {path.name for path in folder.iterdir()} <= {EXPERIMENT, LOCK}
+    )
 
-    Raises `RunError` when it holds anything already, with the line that resumes it if it is a run.
-    """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+
+def require_free(folder: Path) -> None:
+    """Raise `RunError` unless `is_free`, with the line that resumes it if it is a run."""
+    if not is_free(folder):
         is_run = (folder / EXPERIMENT).is_file()
         todo = f"go on with: fedlora simulate --resume {folder}" if is_run else "name another --out"
         raise RunError(f"{folder}: expected a new or empty folder, found a file or content; {todo}")
+
+
+def claim(folder: Path, toml: str) -> None:
+    """Make `folder` the run of the experiment `toml`. Raises `RunError`; see `require_free`."""
+    require_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / EXPERIMENT, toml.encode())
@@ -66,7 +78,8 @@ def claim(folder: Path, toml: str) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder against another process. The lock ends with the process, however it ends."""
-    with open(folder / ".lock", "w") as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as file:
         try:
             _lock(file.fileno())
         except OSError:

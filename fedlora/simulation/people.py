@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from fedlora.adapter import Adapter
+from fedlora.errors import NonFiniteError
 from fedlora.evaluation import evaluate
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import ClientRecord
@@ -35,13 +36,15 @@ def evaluate_clients(
     took_part: Sequence[ClientRecord],
     file: Path,
     keep_own: Mapping[str, Path],
+    keep_personal: Mapping[str, Path],
     report: Report,
     seconds: Callable[[], float],
 ) -> list[dict[str, Any]]:
     """Return a row per client in the order of ids; each is in `file` as soon as it is known.
 
-    took_part: what each client did in the rounds. keep_own: where to save whose own adapter. Rows
-    of this global adapter that `file` already has are not computed again.
+    took_part: what each client did in the rounds. keep_own, keep_personal: where to save whose
+    adapter. Rows of this global adapter that `file` already has are not computed again. A client
+    whose training diverges has "failed" with the reason in place of "scores".
     """
     records = {record.client_id: record for record in took_part}
     digest = shared.fingerprint()
@@ -54,25 +57,30 @@ def evaluate_clients(
     todo = [c for c in clients if c not in rows or (c in keep_own and c not in kept)]
 
     def one(local: World, client: str) -> dict[str, Any]:
-        person = compare_adapters(
-            local.model,
-            local.data.client(client),
-            local.task,
-            config,
-            initial=local.initial,
-            shared=shared,
-            federated_steps=records[client].steps,
-        )
-        if client in keep_own:
-            keep_own[client].parent.mkdir(exist_ok=True)
-            save_adapter(person.own, keep_own[client])
-        return {
+        row = {
             "client": client,
             "held_out": records[client].held_out,
             "rounds": records[client].rounds,
             "global": digest,
-            "scores": person.scores,
         }
+        try:
+            person = compare_adapters(
+                local.model,
+                local.data.client(client),
+                local.task,
+                config,
+                initial=local.initial,
+                shared=shared,
+                federated_steps=records[client].steps,
+            )
+        except NonFiniteError as error:
+            return row | {"failed": f"client {client!r}: {error}"}
+        for adapter, files in ((person.own, keep_own), (person.personal, keep_personal)):
+            if client in files:
+                files[client].parent.mkdir(exist_ok=True)
+                provenance = {"run": config.name, "client": client, "global": digest}
+                save_adapter(adapter, files[client], provenance=provenance)
+        return row | {"scores": person.scores}
 
     done = len(clients) - len(todo)
     report(done, len(clients), "")

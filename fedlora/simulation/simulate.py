@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,15 @@ from fedlora.federation.checkpoint import (
 )
 from fedlora.files import write_atomic
 from fedlora.formats import load_adapter, save_adapter
-from fedlora.simulation.folder import EXPERIMENT, SUMMARY, claim, free_folder, locked, read_rows
+from fedlora.simulation.folder import (
+    EXPERIMENT,
+    SUMMARY,
+    claim,
+    free_folder,
+    locked,
+    read_rows,
+    require_free,
+)
 from fedlora.simulation.people import cross_evaluate, evaluate_clients
 from fedlora.simulation.results import results, table
 from fedlora.simulation.rounds import run_rounds
@@ -67,7 +75,11 @@ def simulate(
     """
     report = progress or (lambda stage, done, total, words: None)
     config, folder = _prepare(experiment, overrides or {}, out, resume)
+    if resume is None:
+        require_free(folder)
     with locked(folder):
+        if resume is None:
+            claim(folder, config.to_toml())
         return _run(config, folder, report)
 
 
@@ -91,13 +103,13 @@ def _prepare(
     else:
         config = ExperimentConfig.from_toml(find_experiment(str(experiment)), overrides)
     folder = free_folder(config.name) if out is None else Path(out)
-    claim(folder, config.to_toml())
     return config, folder
 
 
 def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
-    if (folder / SUMMARY).is_file():
-        return _finished(folder)
+    done = _finished(folder) if (folder / SUMMARY).is_file() else None
+    if done is not None and done.summary["rounds"] == config.federation.rounds:
+        return done
     clients_file = folder / "clients.jsonl"
     before = _seconds_before(folder, clients_file)
     started = time.monotonic()
@@ -115,7 +127,8 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     # A skewed partition may leave a client without held-out examples: it only takes part.
     tested = [c for c in took_part if len(world.data.client(c.client_id).test)]
     crossed = [c.client_id for c in tested if not c.held_out][: config.personalization.cross]
-    own = {client: folder / "own" / f"{quote(client, safe='')}.safetensors" for client in crossed}
+    own = _files(folder / "own", crossed)
+    everyone = [c.client_id for c in tested] if config.personalization.save else []
     rows = evaluate_clients(
         world,
         config,
@@ -123,14 +136,15 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
         took_part=tested,
         file=clients_file,
         keep_own=own,
+        keep_personal=_files(folder / "personal", everyone),
         report=lambda *args: report("clients", *args),
         seconds=seconds,
     )
-    task = world.task
+    task, scored = world.task, [row for row in rows if "scores" in row]
     summary = {
         "name": config.name,
         "rounds": state.round,
-        **results(rows, metric=task.metric, higher_is_better=task.higher_is_better),
+        **results(scored, metric=task.metric, higher_is_better=task.higher_is_better),
         "bytes_up": checkpoint.bytes_up,
         "bytes_down": checkpoint.bytes_down,
         "seed": config.seed,
@@ -140,7 +154,9 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     summary["extra"]["notes"] = [
         *world.data.notes,
         *_notes(checkpoint, read_rounds(folder), len(took_part) - len(tested)),
+        *(f"not in the means: {row['failed']}" for row in rows if "failed" in row),
     ]
+    own = {client: path for client, path in own.items() if path.is_file()}
     if own:
         summary["extra"]["cross"] = cross_evaluate(
             world, config, own, lambda *args: report("cross", *args)
@@ -148,6 +164,10 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     summary["seconds"] = round(seconds(), 3)
     write_atomic(folder / SUMMARY, json.dumps(summary, indent=2).encode())
     return Run(folder, state.adapter, summary, rows)
+
+
+def _files(folder: Path, clients: Sequence[str]) -> dict[str, Path]:
+    return {client: folder / f"{quote(client, safe='')}.safetensors" for client in clients}
 
 
 def _notes(checkpoint: Checkpoint, rounds: list[RoundRecord], untested: int) -> list[str]:

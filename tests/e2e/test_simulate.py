@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from fedlora import load_adapter
-from fedlora.errors import ConfigError, RunError
+from fedlora.errors import ConfigError, DataError, RunError
 from fedlora.experiment import ExperimentConfig
+from fedlora.formats import read_info
 from fedlora.simulation import simulate
 from fedlora.simulation.folder import read_rows
 
@@ -40,7 +41,8 @@ def run(tmp_path_factory):
 def test_a_run_leaves_everything_in_its_folder(run):
     names = {path.name for path in run.folder.iterdir()} - {".lock"}
     assert names == {
-        "experiment.toml", "rounds.jsonl", "checkpoint", "clients.jsonl", "own", "adapter",
+        "experiment.toml", "rounds.jsonl", "checkpoint", "clients.jsonl", "own",
+        "personal", "adapter",
         "adapter.safetensors", "summary.json",
     }  # fmt: skip
     config = ExperimentConfig.from_toml(run.folder / "experiment.toml")
@@ -74,6 +76,30 @@ def test_own_takes_as_many_steps_as_the_client_took_in_all(run):
     for row in run.clients:
         took_part = sum(row["client"] in line["cohort"] for line in rounds)
         assert row["rounds"] == took_part
+
+
+def test_everyones_personal_adapter_is_kept_and_names_its_global(run):
+    files = sorted((run.folder / "personal").iterdir())
+    assert [file.stem for file in files] == [row["client"] for row in run.clients]
+    info = read_info(files[0])
+    assert info.provenance["global"] == run.adapter.fingerprint()
+    assert info.adapter != run.adapter
+
+
+def test_a_start_that_failed_leaves_its_folder_free(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match=r"federation\.cohort: expected at most"):
+        simulate("watch", overrides=SHORT | {"federation.cohort": 9}, out=out)
+    again = simulate("watch", overrides=SHORT | {"federation.rounds": 1}, out=out)
+    assert again.summary["rounds"] == 1
+
+
+def test_a_client_that_diverges_is_named_and_left_out_of_the_means(tmp_path):
+    wild = SHORT | {"personalization.learning_rate": 1e30, "personalization.steps": 4}
+    with pytest.raises(DataError, match="at least one client, found 0 values"):
+        simulate("watch", overrides=wild, out=tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "clients.jsonl")
+    assert all(row["failed"].startswith(f"client {row['client']!r}: ") for row in rows)
 
 
 def test_cross_matrix_has_the_own_scores_on_its_diagonal(run):

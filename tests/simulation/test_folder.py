@@ -11,6 +11,7 @@ from fedlora.simulation.folder import append_row, claim, free_folder, locked, re
 
 def test_a_claimed_folder_is_refused_with_the_line_that_resumes_it(tmp_path):
     claim(tmp_path / "run", 'name = "x"\n')
+    append_row(tmp_path / "run" / "rounds.jsonl", {"round": 1})
     with pytest.raises(RunError) as error:
         claim(tmp_path / "run", 'name = "x"\n')
     assert str(error.value) == (
@@ -30,6 +31,8 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(free_folder("watch")) == "runs/watch"
     claim(free_folder("watch"), "")
+    assert str(free_folder("watch")) == "runs/watch", "a run that never got going is no run"
+    append_row(free_folder("watch") / "rounds.jsonl", {"round": 1})
     assert str(free_folder("watch")) == "runs/watch-2"
 
 
