@@ -83,6 +83,7 @@ def test_a_refusal_is_one_line_on_stderr(arguments, code, texts, run):
 def test_a_folder_with_a_run_is_refused_with_the_line_that_resumes_it(run):
     Path("mine").mkdir()
     Path("mine", "experiment.toml").touch()
+    Path("mine", "rounds.jsonl").touch()
     code, out, err = run("simulate", "watch", "--out", "mine")
     assert (code, out) == (1, "")
     assert err.endswith("; go on with: fedlora simulate --resume mine\n")
