@@ -219,3 +219,22 @@ def _kill_when(arguments: list[str], file: Path) -> None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+
+
+def test_a_new_head_is_trained_as_low_rank_factors(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_HOME", str(tmp_path / "home"))
+    small = {
+        "data.clients": 3,
+        "data.held_out_clients": 0.0,
+        "lora.target_modules": ["q_proj", "zero_head"],
+        "federation.rounds": 1,
+        "federation.cohort": 2,
+        "personalization.steps": 2,
+    }
+    run = simulate("punctuation", overrides=small, out=tmp_path / "run")
+    assert run.adapter["zero_head"].out_features == 5
+    assert run.summary["own"]["loss"] < run.summary["base"]["loss"]
+    with pytest.raises(ConfigError, match=r"has 5 classes; set base\.num_classes = 5"):
+        simulate("punctuation", overrides=small | {"base.num_classes": None}, out=tmp_path / "no")
+    with pytest.raises(ConfigError, match="expected a rank of at least 5, the number of classes"):
+        simulate("punctuation", overrides=small | {"lora.rank": 4}, out=tmp_path / "no")
