@@ -6,7 +6,6 @@ the inputs as its first argument and returns logits, or an object that has them 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedlora.errors import ConfigError, unknown_name
+from fedlora.imports import import_function, is_function
 
 __all__ = ["Batch", "Task", "get_task"]
 
@@ -51,18 +51,11 @@ def get_task(name: str) -> Task:
     Raises `UnknownNameError` for another name, and `ConfigError` when the function cannot be
     imported or returns no `Task`.
     """
-    if ":" not in name:
-        if name not in TASKS:
-            raise unknown_name("task", name, (*TASKS, "module:function"))
+    if name in TASKS:
         return TASKS[name]
-    where, _, function = name.partition(":")
-    try:
-        make = getattr(importlib.import_module(where), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"task: expected the 'module:function' of a task, found {name!r}: {error}"
-        ) from error
-    task = make() if callable(make) else make
+    if not is_function(name):
+        raise unknown_name("task", name, (*TASKS, "module:function"))
+    task = import_function(name, "task")()
     if not isinstance(task, Task):
         raise ConfigError(
             f"task: expected {name!r} to return a fedlora.nn.Task, found {type(task).__name__}"
