@@ -71,7 +71,7 @@ def test_held_out_clients_are_never_sampled(run):
     assert not sampled & held_out
 
 
-def test_own_takes_as_many_steps_as_the_client_took_in_all(run):
+def test_rows_say_in_how_many_rounds_a_client_took_part(run):
     rounds = read_rows(run.folder / "rounds.jsonl")
     for row in run.clients:
         took_part = sum(row["client"] in line["cohort"] for line in rounds)
