@@ -26,12 +26,21 @@ from torch.optim.sgd import sgd
 from fedlora.adapter import Adapter, Array, LoraLayer
 from fedlora.errors import ConfigError, FedloraError, NonFiniteError
 from fedlora.nn.batched import LayerStack, batched_layers, why_not_batched
-from fedlora.nn.inject import lora_modules
-from fedlora.nn.local import evaluating, not_finite
+from fedlora.nn.inject import load_adapter_into, lora_modules
+from fedlora.nn.local import evaluating, not_finite, train_local
 from fedlora.nn.tasks import Batch, Task
 from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
 
-__all__ = ["POSITIONS", "Job", "Trained", "group_jobs", "train_cohort", "train_group", "why_alone"]
+__all__ = [
+    "POSITIONS",
+    "Job",
+    "Trained",
+    "group_jobs",
+    "train_alone",
+    "train_cohort",
+    "train_group",
+    "why_alone",
+]
 
 # Positions (rows times their length) in one pass. Below, a step is overhead; above, nothing is
 # gained and the activations leave the cache.
@@ -49,7 +58,9 @@ class Job:
     config: TrainConfig
     rule: LocalRule = LocalRule()  # noqa: RUF009 - frozen
     positions: int = 1  # rows times length of a batch, for forming groups: a guess will do
-    num_examples: int = 0
+    num_examples: int = 0  # that the client has
+    shape: tuple[int, ...] = ()  # of one row of features, which a group shares; () for text
+    seed: int = 0  # drives dropout, where the client is trained alone
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,8 +143,8 @@ def group_jobs(jobs: Sequence[Job], positions: int = POSITIONS) -> list[list[int
         job = jobs[index]
         return round(math.log(max(job.positions, 1), 1.25)), -job.steps, index
 
-    def same(job: Job) -> frozenset[Factor]:
-        return job.rule.trained
+    def same(job: Job) -> tuple[frozenset[Factor], tuple[int, ...]]:
+        return job.rule.trained, job.shape
 
     groups: list[list[int]] = []
     widest = 0
@@ -151,13 +162,38 @@ def group_jobs(jobs: Sequence[Job], positions: int = POSITIONS) -> list[list[int
 def train_group(model: nn.Module, jobs: Sequence[Job], task: Task) -> list[Trained]:
     """Train the jobs of one group together; results in their order.
 
-    The jobs' rules train the same factors; everything else may differ from job to job. A client
+    The jobs' rules train the same factors, and rows of features have one shape; everything else may
+    differ from job to job. A client
     whose loss is not finite comes back with its `error`.
     """
     order = sorted(range(len(jobs)), key=lambda k: (-jobs[k].steps, _settings(jobs[k].config), k))
     group = _Group(model, [jobs[index] for index in order], task)
     results = dict(zip(order, group.train(), strict=True))
     return [results[index] for index in range(len(jobs))]
+
+
+def train_alone(model: nn.Module, job: Job, task: Task) -> Trained:
+    """Train one job by `train_local`; the same result, and any model and task will do."""
+    load_adapter_into(model, job.start)
+    try:
+        result = train_local(
+            model,
+            job.batches,
+            job.config,
+            task=task,
+            rule=job.rule,
+            num_examples=job.num_examples,
+            seed=job.seed,
+        )
+    except NonFiniteError as error:
+        return Trained(job, np.zeros(0, np.float32), math.nan, 0, error)
+    parts = [
+        layer.A if name == "A" else layer.B
+        for layer in result.adapter.layers.values()
+        for name in _trained(job)
+    ]
+    row = np.concatenate([part.reshape(-1) for part in parts])
+    return Trained(job, row, result.loss, result.steps)
 
 
 class _Group:
