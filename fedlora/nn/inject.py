@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "base_fingerprint",
     "extract_adapter",
     "inject_lora",
+    "keeping_adapter",
     "layer_specs",
     "load_adapter_into",
     "lora_modules",
@@ -149,6 +151,32 @@ def require_fitting(model: nn.Module, adapter: Adapter, who: str) -> None:
             f"was injected with {injection.config.variant!r}; inject it with the adapter's config"
         )
     _require_same_layers(injection.layers, adapter, who)
+
+
+@contextmanager
+def keeping_adapter(model: nn.Module) -> Iterator[None]:
+    """Give the model its adapter back after this block: the same parameters with their gradients.
+
+    Inside, the model has copies of them to load and train.
+    """
+    injection = _injection(model)
+    kept = [
+        (module, dict(module._parameters), module.scaling, module.dropout)
+        for module in injection.layers.values()
+    ]
+    config = injection.config
+    try:
+        for module, factors, *_ in kept:
+            for name, factor in factors.items():
+                if factor is not None:
+                    copied = nn.Parameter(factor.detach().clone(), factor.requires_grad)
+                    module._parameters[name] = copied
+        yield
+    finally:
+        for module, factors, scaling, dropout in kept:
+            module._parameters.update(factors)
+            module.scaling, module.dropout = scaling, dropout
+        injection.config = config
 
 
 def remove_lora(model: nn.Module) -> None:
