@@ -38,6 +38,7 @@ from fedlora.nn import (
 from fedlora.nn.cohort import (
     Job,
     Trained,
+    _Group,
     group_jobs,
     train_alone,
     train_cohort,
@@ -53,8 +54,9 @@ from tests.nn.models import Many, Mlp, TiedLm, same_state, seeded, state
 CLASSES, TOKENS = get_task("classification"), get_task("next-token")
 SGD = TrainConfig(local_steps=10, learning_rate=0.1, optimizer="sgd")
 ADAMW = TrainConfig(local_steps=10, learning_rate=1e-2)
-# Float32 sums in another order. AdamW's steps are as large for a small gradient, rounding included.
-CLOSE = {"sgd": 1e-6, "adamw": 1e-5}
+# Float32 sums in another order, in models whose weights are of size 1 and losses up to 14. AdamW's
+# steps are as large for a small gradient, rounding included.
+CLOSE = {"sgd": 5e-6, "adamw": 2e-5}
 
 
 class TinyLlama(Llama):
@@ -142,8 +144,8 @@ def job(
     **options: Any,
 ) -> Job:
     examples = sum(len(batch["inputs"]) for batch in batches)
-    size = max((batch["inputs"][..., 0].size for batch in batches), default=1)
-    return Job(name, start, batches, len(batches), config, positions=size, num_examples=examples, **options)  # fmt: skip
+    options["positions"] = max((batch["inputs"][..., 0].size for batch in batches), default=1)
+    return Job(name, start, batches, len(batches), config, num_examples=examples, **options)
 
 
 def alone(model: nn.Module, one: Job, task: Task = CLASSES) -> TrainResult:
@@ -175,7 +177,7 @@ def check(
         assert largest_difference(result.adapter, expected.adapter) <= tolerance
         assert result.steps == expected.steps
         assert result.num_examples == expected.num_examples
-        assert result.loss == pytest.approx(expected.loss, abs=1e-6, nan_ok=True)
+        assert result.loss == pytest.approx(expected.loss, rel=2e-6, abs=1e-6, nan_ok=True)
         assert result.adapter.config == one.start.config
     return found
 
@@ -260,7 +262,7 @@ def test_results_are_bit_equal_every_time() -> None:
         min_size=1, max_size=5,
     )
 )  # fmt: skip
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_any_cohort(clients: list[tuple[int, int, int, bool]]) -> None:
     model = injected()
     jobs = [
@@ -348,9 +350,8 @@ def test_the_proximal_term_written_by_hand() -> None:
     one = job(start, batches, config, rule=LocalRule(proximal_weight=mu))
     plain = job(start, batches, config)
     local = alone(model, one).adapter["first"]
-    pulled, free = (
-        trained.adapter()["first"] for trained in train_cohort(model, [one, plain], CLASSES)
-    )
+    together = train_cohort(model, [one, plain], CLASSES)
+    pulled, free = (trained.adapter()["first"] for trained in together)
     for found in (local, pulled):  # float32 against float64
         np.testing.assert_allclose(found.A, A.detach(), rtol=0, atol=1e-6)
         np.testing.assert_allclose(found.B, B.detach(), rtol=0, atol=1e-6)
@@ -424,13 +425,19 @@ def test_a_client_with_one_sample() -> None:
 
 
 def test_ranks_are_padded_with_zeros_that_stay_zero() -> None:
-    """A larger neighbour changes no more than the order of sums, and padding adds exact zeros."""
     model = injected()
-    for config in MIXED:
-        small = job(started(model, 0, rank=1), features(10), config)
-        large = job(started(model, 1, rank=6), features(10, seed=1), config)
-        found = check(model, [small, large])[0].adapter()
-        assert {layer.rank for layer in found.layers.values()} == {1}
+    jobs = [
+        job(started(model, k, rank=(1, 6, 2)[k]), features(10, seed=k), config)
+        for k, config in enumerate((MIXED[1], MIXED[4], MIXED[4]))
+    ]
+    group = _Group(model, jobs, CLASSES)
+    found = group.train()
+    for k, rank in enumerate((1, 6, 2)):
+        assert {layer.rank for layer in found[k].adapter().layers.values()} == {rank}
+        for stack in group.stacks.values():
+            for name in ("A", "B"):
+                assert stack.all(name)[k, :rank].all()
+                assert not stack.all(name)[k, rank:].any()
 
 
 def test_results_are_rows_of_the_trained_factors_by_path() -> None:
@@ -527,8 +534,8 @@ def test_the_probe_takes_no_batch_away_and_runs_once() -> None:
     found = train_cohort(model, jobs, CLASSES)
     assert sorted(drawn) == [0, 0, 0, 1, 1, 1]
     assert [trained.job for trained in found] == jobs
-    expected = train_cohort(model, [replace(j, batches=features(3, seed=k)) for k, j in enumerate(jobs)], CLASSES)  # fmt: skip
-    assert adapters(found) == adapters(expected)
+    lists = [job(started(model, k), features(3, seed=k)) for k in (0, 1)]
+    assert adapters(found) == adapters(train_cohort(model, lists, CLASSES))
 
     calls = []
 
@@ -537,10 +544,9 @@ def test_the_probe_takes_no_batch_away_and_runs_once() -> None:
         return CLASSES.loss(model, batch)
 
     task = replace(CLASSES, loss=counted)  # only the probe asks for the loss of one
-    again = [job(started(model, k), features(3, seed=k)) for k in (0, 1)]
-    train_cohort(model, again, task)
+    train_cohort(model, lists, task)
     once = len(calls)
-    train_cohort(model, again, task)
+    train_cohort(model, lists, task)
     assert 0 < once == len(calls)
 
 
