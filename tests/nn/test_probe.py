@@ -110,6 +110,17 @@ class TimeFirst(TiedLm):
         return out
 
 
+class LongestFirst(TiedLm):
+    """Rows sorted by length, which other data of the same lengths does not change."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        lengths = (ids != 0).sum(1)
+        order = (-lengths).argsort(stable=True)
+        hidden = self.mix(self.embed(ids)[order])[order.argsort()]
+        out: Tensor = self.lm_head(hidden)
+        return out
+
+
 class Merged(nn.Module):
     """Texts without their padding, one behind another in one row."""
 
@@ -207,6 +218,12 @@ LEAKS: dict[str, tuple[Callable[[], nn.Module], str, str | tuple[str, ...]]] = {
         in_writing(sorted_rows),
         "classification",
         "layer 'middle' (Written)",  # by chance already in order, or not
+    ),
+    "sorting texts by length": (
+        LongestFirst,
+        "next-token",
+        "the model itself (LongestFirst) does not keep each client's rows in their place in "
+        "dimension 0",
     ),
     "reversing rows": (
         in_writing(lambda x: x.flip(0)),
