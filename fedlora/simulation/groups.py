@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedlora.adapter import Adapter, Array
@@ -10,7 +9,7 @@ from fedlora.data import Examples, draw_batches
 from fedlora.errors import FedloraError
 from fedlora.federation import ClientSetup
 from fedlora.federation.records import TrainOrder
-from fedlora.nn.cohort import Job, Trained, train_alone, train_group
+from fedlora.nn.cohort import Job, train_alone, train_group
 from fedlora.randomness import rng
 from fedlora.world import World
 
@@ -32,11 +31,11 @@ class GroupOrder:
 class Outcome:
     """One client's training."""
 
-    row: Array  # the trained factors one after another, by path, A before B
+    row: Array  # (n,) the trained factors one after another, by path, A before B
     loss: float
     steps: int
     num_examples: int
-    error: FedloraError | None
+    error: FedloraError | None = None
 
 
 def train_order(world: World, order: GroupOrder) -> list[Outcome]:
@@ -47,13 +46,10 @@ def train_order(world: World, order: GroupOrder) -> list[Outcome]:
         for client, start in zip(order.clients, starts, strict=True)
     ]
     if order.alone:
-        trained: Sequence[Trained] = [train_alone(world.model, job, world.task) for job in jobs]
+        trained = [train_alone(world.model, job, world.task) for job in jobs]
     else:
         trained = train_group(world.model, jobs, world.task)
-    return [
-        Outcome(result.row, result.loss, result.steps, result.job.num_examples, result.error)
-        for result in trained
-    ]
+    return [Outcome(t.row, t.loss, t.steps, t.job.num_examples, t.error) for t in trained]
 
 
 def job_of(examples: Examples, client: str, start: Adapter, order: TrainOrder) -> Job:

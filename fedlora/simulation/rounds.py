@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from flwr.serverapp import Grid
+
 from fedlora.errors import RunError
 from fedlora.experiment import ExperimentConfig, app_root
 from fedlora.federation import Checkpoint, RoundRecord, read_checkpoint, run_federation
 from fedlora.federation.owner import owner_node_config
+from fedlora.simulation.cohort_grid import CohortGrid
 from fedlora.simulation.flower import run_in_flower
 from fedlora.simulation.grid import InProcessGrid
 from fedlora.simulation.threads import one_torch_thread, worker_count
@@ -40,14 +43,18 @@ def run_rounds(
         run_in_flower(config, out, num_clients, on_round=on_round)
     else:
         with _quiet_flower(), one_torch_thread():
-            grid = InProcessGrid(
-                load_app("clientapp"),
-                num_clients,
-                owner_node_config(config),
-                workers=worker_count(config),
-            )
+            grid = _grid(config, out, num_clients)
             run_federation(grid, config, out, on_round=on_round)
     return read_checkpoint(out)
+
+
+def _grid(config: ExperimentConfig, out: Path, num_clients: int) -> Grid:
+    workers = worker_count(config)
+    if config.engine.kind == "cohort":
+        return CohortGrid(num_clients, workers=workers, private=out / "private")
+    return InProcessGrid(
+        load_app("clientapp"), num_clients, owner_node_config(config), workers=workers
+    )
 
 
 def load_app(component: Literal["clientapp", "serverapp"]) -> Any:

@@ -1,0 +1,237 @@
+"""A Flower `Grid` whose virtual clients train in groups: the unchanged ServerApp and Strategy on it.
+
+A round's messages are read in windows. The clients of a window are sorted into groups that go
+through the base together (`fedlora.nn.cohort`), several groups at a time, each in a thread of its
+own or on a Ray worker. Replies stream back as groups are done, in an order that depends on nothing
+but the messages: neither the number of cores nor that of workers changes a result, and memory does
+not grow with the cohort.
+
+The clients are all the caller's own, so no message passes through a ClientApp. What a client says
+is made by the same functions as on a device, and passes the same guard.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Message
+
+from fedlora.adapter import Adapter, Array
+from fedlora.errors import BaseMismatchError, FederationError, UnsupportedError
+from fedlora.federation import ClientSetup
+from fedlora.federation.client import error_reply
+from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
+from fedlora.flat import RowForm, segments_of
+from fedlora.nn.cohort import POSITIONS, group_jobs, why_alone
+from fedlora.simulation.grid import VirtualGrid
+from fedlora.simulation.groups import GroupOrder, Outcome, job_of, train_order
+from fedlora.simulation.slab import PersonalSlab
+from fedlora.simulation.threads import in_order
+from fedlora.training import Factor
+from fedlora.world import World, thread_world
+
+__all__ = ["CohortGrid"]
+
+_log = logging.getLogger(__name__)
+
+WINDOW = 1024  # messages that are sorted into groups together
+WINDOW_BYTES = 1 << 26  # and the bytes of their factors, if that is fewer
+
+Train = Callable[[GroupOrder], list[Outcome]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Client:
+    """One client's task of a round."""
+
+    message: Message
+    number: int  # its place in the data
+    name: str
+    task: TrainTask
+    start: Adapter  # the broadcast, with the factors that the client keeps to itself
+
+
+class CohortGrid(VirtualGrid):
+    """Train `num_clients` virtual clients in groups, `workers` groups at a time.
+
+    train: carries out a group, in the calling thread; None: in this process.
+    private: the folder for the factors that clients train and do not share; None: a method that
+    has such factors is refused. positions: token positions, or rows of features, of a pass.
+    """
+
+    def __init__(
+        self,
+        num_clients: int,
+        *,
+        workers: int = 1,
+        train: Train | None = None,
+        private: Path | None = None,
+        positions: int = POSITIONS,
+    ) -> None:
+        super().__init__(num_clients)
+        self._workers, self._positions = workers, positions
+        self._train = train or _train_here
+        self._private = private
+        self._slabs: dict[tuple[str, ...], PersonalSlab] = {}
+        self._alone: dict[ClientSetup, bool] = {}
+        self._opened: tuple[ClientSetup, World] | None = None
+
+    def replies(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Yield a reply to each message, group by group."""
+        for done in in_order(lambda work: work(), self._works(messages), self._workers):
+            yield from done
+        for slab in self._slabs.values():
+            slab.flush()
+
+    def _works(self, messages: Iterable[Message]) -> Iterator[Callable[[], list[Message]]]:
+        """Read messages, and yield what has to be done, a group's work each."""
+        source = iter(messages)
+        size = WINDOW
+        while window := list(islice(source, size)):
+            clients: list[_Client] = []
+            answers: list[Message] = []
+            for message in window:
+                try:
+                    if message.metadata.message_type == "train":
+                        clients.append(self._read(message))
+                    else:
+                        answers.append(self._answer(message))
+                except Exception as error:
+                    answers.append(error_reply(message, error))
+            if answers:
+                yield lambda answers=answers: answers  # type: ignore[misc]
+            for client in clients:  # before any group runs: a probe may need the model for itself
+                self._is_alone(client.task.setup)
+            for group in self._groups(clients):
+                yield lambda group=group: self._train_group(group)  # type: ignore[misc]
+            if clients:
+                size = min(WINDOW, max(64, WINDOW_BYTES // clients[0].start.num_bytes))
+
+    def _answer(self, message: Message) -> Message:
+        setup = read_query(message.content)
+        data = self._world(setup).data
+        name = data.client_ids[self.number_of(message)]
+        count = len(data.client(name).train) if setup.share_num_examples else 0
+        return Message(answer_query(setup, name, None, count), reply_to=message)
+
+    def _read(self, message: Message) -> _Client:
+        task = read_task(message.content)
+        world, sent = self._world(task.setup), task.broadcast
+        if sent.frozen is not None:
+            raise UnsupportedError("training beside a frozen adapter is not supported in torch yet")
+        if sent.trainable.base != world.initial.base:
+            raise BaseMismatchError("the server's adapter is for another base than this run's")
+        number = self.number_of(message)
+        start = self._with_private(task, number)
+        return _Client(message, number, world.data.client_ids[number], task, start)
+
+    def _groups(self, clients: Sequence[_Client]) -> Iterator[list[_Client]]:
+        """Yield the groups of a window; clients of one group have the same setup and order."""
+        rest = list(clients)
+        while rest:
+            task = rest[0].task
+            same = [c for c in rest if c.task.order == task.order and c.task.setup == task.setup]
+            rest = [c for c in rest if c.task.order != task.order or c.task.setup != task.setup]
+            data = self._world(task.setup).data
+            jobs = [job_of(data.client(c.name).train, c.name, c.start, task.order) for c in same]
+            for group in group_jobs(jobs, self._positions):
+                yield [same[index] for index in group]
+
+    def _train_group(self, group: Sequence[_Client]) -> list[Message]:
+        """Train a group and return its replies."""
+        task, starts = group[0].task, tuple(client.start for client in group)
+        if all(start is starts[0] for start in starts):
+            starts = starts[:1]
+        names = tuple(client.name for client in group)
+        order = GroupOrder(task.setup, task.order, names, starts, self._is_alone(task.setup))
+        try:
+            outcomes = self._train(order)
+        except Exception as error:
+            if len(group) == 1:
+                return [error_reply(group[0].message, error)]
+            # One client's data or settings may be at fault, and the others' work is not.
+            return [reply for client in group for reply in self._train_group([client])]
+        return [self._reply(*pair) for pair in zip(group, outcomes, strict=True)]
+
+    def _reply(self, client: _Client, outcome: Outcome) -> Message:
+        try:
+            if outcome.error is not None:
+                raise outcome.error
+            content = answer_task(
+                client.task,
+                self._keep_private(client, outcome.row),
+                num_examples=outcome.num_examples,
+                loss=outcome.loss,
+                steps=outcome.steps,
+            )
+        except Exception as error:
+            return error_reply(client.message, error)
+        return Message(content, reply_to=client.message)
+
+    def _is_alone(self, setup: ClientSetup) -> bool:
+        """Whether the clients of this run are trained one at a time; says so once."""
+        if setup not in self._alone:
+            world = self._world(setup)
+            reason = why_alone(world.model, world.task)
+            if reason is not None:
+                _log.warning("clients are trained one at a time: %s", reason)
+            self._alone[setup] = reason is not None
+        return self._alone[setup]
+
+    def _world(self, setup: ClientSetup) -> World:
+        """Return the run's world, for the thread that reads the messages."""
+        if self._opened is None or self._opened[0] is not setup:
+            world = thread_world(setup.base, setup.data, setup.lora, setup.seed)
+            if len(world.data) != self.num_clients:
+                raise FederationError(
+                    f"expected data of {self.num_clients} clients, one a node, found "
+                    f"{len(world.data)}"
+                )
+            self._opened = setup, world
+        return self._opened[1]
+
+    def _with_private(self, task: TrainTask, number: int) -> Adapter:
+        """Return what the client starts from: its own private factors in the broadcast."""
+        sent, kept = task.broadcast.trainable, _kept(task)
+        if not kept:
+            return sent
+        row = self._slab(task).read(number, task.order.round)
+        return sent if row is None else RowForm.of(sent, kept).read(row.tobytes())
+
+    def _keep_private(self, client: _Client, row: Array) -> Array:
+        """Keep the private part of a trained row, and return the part that is uploaded."""
+        task, kept = client.task, _kept(client.task)
+        if not kept:
+            return row
+        segments = segments_of(client.start, task.order.rule.trained)
+        private = np.concatenate([np.full(s.size, s.factor in kept) for s in segments])
+        self._slab(task).write(client.number, task.order.round, row[private])
+        shared: Array = row[~private]
+        return shared
+
+    def _slab(self, task: TrainTask) -> PersonalSlab:
+        segments = segments_of(task.broadcast.trainable, _kept(task))
+        texts = tuple(map(str, segments))
+        if texts not in self._slabs:
+            if self._private is None:
+                raise FederationError(
+                    f"{', '.join(sorted(_kept(task)))}: expected a folder for factors that clients "
+                    "train and do not share, found none"
+                )
+            self._slabs[texts] = PersonalSlab(self._private, self.num_clients, segments)
+        return self._slabs[texts]
+
+
+def _kept(task: TrainTask) -> frozenset[Factor]:
+    """Return the factors that a client trains and does not share."""
+    return (task.order.rule.trained - task.order.uploaded) & {"A", "B"}
+
+
+def _train_here(order: GroupOrder) -> list[Outcome]:
+    setup = order.setup
+    return train_order(thread_world(setup.base, setup.data, setup.lora, setup.seed), order)
