@@ -123,6 +123,17 @@ class EngineConfig:
 
     # Many clients in one pass, one client a core, or Flower's own simulation (Ray).
     kind: Literal["cohort", "sequential", "flower"] = "cohort"
+    # Ray workers for groups of clients: their number, or all processors of a cluster. 0: threads.
+    workers: int | Literal["cluster"] = 0
+
+    def __post_init__(self) -> None:
+        if self.workers != "cluster":
+            _at_least("engine.workers", self.workers, 0)
+        if self.workers and self.kind != "cohort":
+            raise ConfigError(
+                f"engine.workers is the cohort engine's: set engine.kind = 'cohort', found "
+                f"{self.kind!r}, or remove it"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A Flower `Grid` whose virtual clients train in groups: the unchanged ServerApp and Strategy on it.
+"""A Flower `Grid` whose clients train in groups: the unchanged ServerApp and Strategy on it.
 
 A round's messages are read in windows. The clients of a window are sorted into groups that go
 through the base together (`fedlora.nn.cohort`), several groups at a time, each in a thread of its
