@@ -7,9 +7,9 @@
                   "frozen" + "frozen-layout"                 the part that stays (if there is one)
             up    "factors" + "layout", "metrics"            the uploaded factors only
 
-Factors travel as one flat float32 buffer with its layout (`fedlora.federation.layout`). Every value
-that arrives is checked against its type, and every layout against the one that is expected; an
-error names the sender.
+Factors travel as one flat float32 buffer with its layout (`fedlora.federation.buffers`); the answer
+to a training message is in `fedlora.federation.replies`. Every value that arrives is checked
+against its type, and every layout against the one that is expected; an error names the sender.
 """
 
 from __future__ import annotations

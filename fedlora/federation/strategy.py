@@ -55,8 +55,8 @@ class _Round:
     number: int
     cohort: tuple[str, ...]
     started: float
-    awaited: dict[int, _Sent] = field(default_factory=dict)  # by node id
-    answered: set[int] = field(default_factory=set)
+    awaited: dict[int, _Sent] = field(default_factory=dict)  # by node id, until it answers
+    answered: dict[int, str] = field(default_factory=dict)  # node id -> client id
     dropped: list[Dropped] = field(default_factory=list)
     valid: dict[str, int] = field(default_factory=dict)  # client id -> steps
     loss_sum: float = 0.0
@@ -137,7 +137,7 @@ class FederatedLora(Strategy):
             state = replace(state, round=current.number)  # nothing changes but the number
         else:
             state = self.method.aggregate(state, itertools.chain([first], updates))
-        for sent in (s for node, s in current.awaited.items() if node not in current.answered):
+        for sent in current.awaited.values():
             self._drop(current, sent.client_id, "no reply in time")
         self._finish(current, replace(self.checkpoint, state=state), updated=first is not None)
         loss = _mean_loss(current)
@@ -195,14 +195,15 @@ class FederatedLora(Strategy):
         """Yield an update per valid reply; drop the others, each with its reason."""
         for message in replies:
             node = message.metadata.src_node_id
-            sent = current.awaited.get(node)
+            sent = current.awaited.pop(node, None)
+            if sent is None and node in current.answered:
+                client = current.answered[node]
+                self._drop(current, client, "a second reply in one round; the first counts")
+                continue
             if sent is None:
                 self._drop(current, f"node {node}", "was not asked in this round")
                 continue
-            if node in current.answered:
-                self._drop(current, sent.client_id, "a second reply in one round; the first counts")
-                continue
-            current.answered.add(node)
+            current.answered[node] = sent.client_id
             if message.has_error():
                 self._drop(current, sent.client_id, message.error.reason or "failed, no reason")
                 continue
