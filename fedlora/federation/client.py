@@ -20,6 +20,13 @@ from fedlora.adapter import Adapter
 from fedlora.aggregation import Broadcast
 from fedlora.errors import AdapterError, FederationError, FedloraError, UsageError
 from fedlora.federation._flower_private import CLIENT_ERROR
+from fedlora.federation.private import (
+    kept_factors,
+    kept_segments,
+    read_state,
+    with_kept,
+    write_state,
+)
 from fedlora.federation.records import ClientSetup
 from fedlora.federation.tasks import answer_query, answer_task, read_query, read_task
 from fedlora.flat import pack
@@ -62,9 +69,15 @@ def handle_query(message: Message, open_trainer: OpenTrainer) -> Message:
     return _answer(message, lambda: _query(message.content, open_trainer))
 
 
-def handle_train(message: Message, open_trainer: OpenTrainer) -> Message:
-    """Train for one round; the reply holds the uploaded factors and the declared metrics."""
-    return _answer(message, lambda: _train(message.content, open_trainer))
+def handle_train(
+    message: Message, open_trainer: OpenTrainer, state: RecordDict | None = None
+) -> Message:
+    """Train for one round; the reply holds the uploaded factors and the declared metrics.
+
+    state: this client's own (`Context.state`), for factors that it trains and does not share; None:
+    such a round is refused.
+    """
+    return _answer(message, lambda: _train(message.content, open_trainer, state))
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -88,12 +101,23 @@ def _query(content: RecordDict, open_trainer: OpenTrainer) -> RecordDict:
     return answer_query(setup, trainer.client_id, trainer.rank, count)
 
 
-def _train(content: RecordDict, open_trainer: OpenTrainer) -> RecordDict:
+def _train(content: RecordDict, open_trainer: OpenTrainer, state: RecordDict | None) -> RecordDict:
     task = read_task(content)
-    order, sent = task.order, task.broadcast.trainable
+    order, broadcast = task.order, task.broadcast
     trainer = open_trainer(task.setup)
-    result = trainer.train(task.broadcast, order.train, order.rule, order.round, order.seed)
-    _require_kept(sent, result.adapter, order.rule)
+    if own := kept_factors(task):
+        if state is None:
+            raise FederationError(
+                f"{', '.join(sorted(own))}: expected a place for factors that are trained and not "
+                "shared, found none"
+            )
+        row = read_state(task, state)
+        if row is not None:
+            broadcast = Broadcast(with_kept(task, row), broadcast.frozen)
+    result = trainer.train(broadcast, order.train, order.rule, order.round, order.seed)
+    _require_kept(broadcast.trainable, result.adapter, order.rule)
+    if own and state is not None:
+        write_state(task, state, pack(result.adapter, kept_segments(task)))
     return answer_task(
         task,
         pack(result.adapter, task.reply.segments),

@@ -18,21 +18,20 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from flwr.app import Message
 
 from fedlora.adapter import Adapter, Array
 from fedlora.errors import BaseMismatchError, FederationError, UnsupportedError
 from fedlora.federation import ClientSetup
 from fedlora.federation.client import error_reply
+from fedlora.federation.private import kept_factors, kept_segments, split_row, with_kept
 from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
-from fedlora.flat import RowForm, segments_of
+from fedlora.flat import Segment
 from fedlora.nn.cohort import POSITIONS, group_jobs, why_alone
 from fedlora.simulation.grid import VirtualGrid
 from fedlora.simulation.groups import GroupOrder, Outcome, job_of, train_order
 from fedlora.simulation.slab import PersonalSlab
 from fedlora.simulation.threads import in_order
-from fedlora.training import Factor
 from fedlora.world import World, thread_world
 
 __all__ = ["CohortGrid"]
@@ -77,7 +76,7 @@ class CohortGrid(VirtualGrid):
         self._workers, self._positions = workers, positions
         self._train = train or _train_here
         self._private = private
-        self._slabs: dict[tuple[str, ...], PersonalSlab] = {}
+        self._slabs: dict[tuple[Segment, ...], PersonalSlab] = {}
         self._alone: dict[ClientSetup, bool] = {}
         self._opened: tuple[ClientSetup, World] | None = None
 
@@ -127,7 +126,7 @@ class CohortGrid(VirtualGrid):
         if sent.trainable.base != world.initial.base:
             raise BaseMismatchError("the server's adapter is for another base than this run's")
         number = self.number_of(message)
-        start = self._with_private(task, number)
+        start = self._start(task, number)
         return _Client(message, number, world.data.client_ids[number], task, start)
 
     def _groups(self, clients: Sequence[_Client]) -> Iterator[list[_Client]]:
@@ -164,7 +163,7 @@ class CohortGrid(VirtualGrid):
                 raise outcome.error
             content = answer_task(
                 client.task,
-                self._keep_private(client, outcome.row),
+                self._uploaded(client, outcome.row),
                 num_examples=outcome.num_examples,
                 loss=outcome.loss,
                 steps=outcome.steps,
@@ -195,41 +194,32 @@ class CohortGrid(VirtualGrid):
             self._opened = setup, world
         return self._opened[1]
 
-    def _with_private(self, task: TrainTask, number: int) -> Adapter:
-        """Return what the client starts from: its own private factors in the broadcast."""
-        sent, kept = task.broadcast.trainable, _kept(task)
-        if not kept:
-            return sent
+    def _start(self, task: TrainTask, number: int) -> Adapter:
+        """Return what the client starts from: the broadcast, with its own factors in it."""
+        if not kept_factors(task):
+            return task.broadcast.trainable
         row = self._slab(task).read(number, task.order.round)
-        return sent if row is None else RowForm.of(sent, kept).read(row.tobytes())
+        return task.broadcast.trainable if row is None else with_kept(task, row)
 
-    def _keep_private(self, client: _Client, row: Array) -> Array:
-        """Keep the private part of a trained row, and return the part that is uploaded."""
-        task, kept = client.task, _kept(client.task)
-        if not kept:
+    def _uploaded(self, client: _Client, row: Array) -> Array:
+        """Return the part of a trained row that the client uploads, and keep the rest for it."""
+        task = client.task
+        if not kept_factors(task):
             return row
-        segments = segments_of(client.start, task.order.rule.trained)
-        private = np.concatenate([np.full(s.size, s.factor in kept) for s in segments])
-        self._slab(task).write(client.number, task.order.round, row[private])
-        shared: Array = row[~private]
-        return shared
+        kept, uploaded = split_row(task, row)
+        self._slab(task).write(client.number, task.order.round, kept)
+        return uploaded
 
     def _slab(self, task: TrainTask) -> PersonalSlab:
-        segments = segments_of(task.broadcast.trainable, _kept(task))
-        texts = tuple(map(str, segments))
-        if texts not in self._slabs:
+        segments = kept_segments(task)
+        if segments not in self._slabs:
             if self._private is None:
                 raise FederationError(
-                    f"{', '.join(sorted(_kept(task)))}: expected a folder for factors that clients "
-                    "train and do not share, found none"
+                    f"{', '.join(sorted(kept_factors(task)))}: expected a folder for factors that "
+                    "are trained and not shared, found none"
                 )
-            self._slabs[texts] = PersonalSlab(self._private, self.num_clients, segments)
-        return self._slabs[texts]
-
-
-def _kept(task: TrainTask) -> frozenset[Factor]:
-    """Return the factors that a client trains and does not share."""
-    return (task.order.rule.trained - task.order.uploaded) & {"A", "B"}
+            self._slabs[segments] = PersonalSlab(self._private, self.num_clients, segments)
+        return self._slabs[segments]
 
 
 def _train_here(order: GroupOrder) -> list[Outcome]:

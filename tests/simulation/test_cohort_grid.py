@@ -16,12 +16,13 @@ from fedlora.aggregation import Method, ServerState, method
 from fedlora.errors import FederationError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation import read_rounds, run_federation
+from fedlora.federation.owner import owner_node_config
 from fedlora.simulation import cohort_grid
 from fedlora.simulation.cohort_grid import CohortGrid
+from fedlora.simulation.grid import InProcessGrid, VirtualGrid
 from fedlora.simulation.groups import GroupOrder, Outcome, train_order
-from fedlora.simulation.rounds import run_rounds
+from fedlora.simulation.rounds import load_app, run_rounds
 from fedlora.world import shared_world, thread_world
-from tests.federation.fakes import raises
 from tests.simulation.small import PEOPLE, config
 
 # float32 sums in another order; SGD, which does not turn noise into signs as Adam's first steps do
@@ -36,7 +37,7 @@ def difference(one: Adapter, other: Adapter) -> float:
     )
 
 
-def federate(grid: CohortGrid, experiment: ExperimentConfig, out: Path, **more: object) -> Adapter:
+def federate(grid: VirtualGrid, experiment: ExperimentConfig, out: Path, **more: object) -> Adapter:
     world = shared_world(experiment.base, experiment.data, experiment.lora, experiment.seed)
     initial = world.initial
     return run_federation(grid, experiment, out, initial=initial, **more).adapter  # type: ignore[arg-type]
@@ -229,6 +230,17 @@ def test_private_factors_survive_a_kill_in_the_middle_of_a_round(tmp_path: Path)
     assert private_rounds(out, 3, private) == expected
 
 
+def test_clients_one_after_another_keep_the_same(tmp_path: Path) -> None:
+    expected = private_rounds(tmp_path / "together", 3, tmp_path / "private")
+    experiment = config(federation__rounds=3, federation__cohort=PEOPLE, engine__kind="sequential")
+    app, node_config = load_app("clientapp"), owner_node_config(experiment)
+    grid = InProcessGrid(app, PEOPLE, node_config)
+    alone = federate(grid, experiment, tmp_path / "alone", method=keeping_B())
+    assert difference(alone, expected) <= CLOSE
+
+
 def test_a_method_with_private_factors_needs_a_place_for_them(tmp_path: Path) -> None:
-    with raises(FederationError, "expected a folder for factors that clients train and do not"):
+    with raises(
+        FederationError, "B: expected a folder for factors that are trained and not shared"
+    ):
         private_rounds(tmp_path, 3, None)
