@@ -240,7 +240,5 @@ def test_clients_one_after_another_keep_the_same(tmp_path: Path) -> None:
 
 
 def test_a_method_with_private_factors_needs_a_place_for_them(tmp_path: Path) -> None:
-    with raises(
-        FederationError, "B: expected a folder for factors that are trained and not shared"
-    ):
+    with pytest.raises(FederationError, match="B: expected a folder for factors that are trained"):
         private_rounds(tmp_path, 3, None)
