@@ -49,7 +49,8 @@ def check_reply(content: RecordDict, form: BufferForm, *, share_num_examples: bo
     texts = cast(list[str], layout["segments"])
     if texts != list(form.texts):  # a list that is the form's own is nothing but what is allowed
         _refuse_others("the layout", texts, frozenset(form.texts))
-    if factors["factors"].shape != (form.size,):
+    array = factors["factors"]
+    if array.shape != (form.size,) or len(array.data) != len(form.header) + 4 * form.size:
         raise FederationError("refused to send factors: their number is not that of the layout")
     allowed = METRICS if share_num_examples else _METRICS_UNCOUNTED
     _refuse_others("the metrics", metrics.keys(), allowed)

@@ -32,6 +32,7 @@ from fedlora.targets import LayerSpec, initial_A, select_targets
 __all__ = [
     "base_fingerprint",
     "extract_adapter",
+    "findings_of",
     "inject_lora",
     "keeping_adapter",
     "layer_specs",
@@ -57,11 +58,12 @@ class _Injection:
     required_grad: list[tuple[nn.Parameter, bool]]
     fast_paths: list[tuple[nn.Module, Any]] = field(default_factory=list)
     originals: dict[str, Tensor] | None = None  # weights of the base while merged
+    findings: dict[Any, Any] = field(default_factory=dict)  # see `findings_of`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Injection:
         """Let an injected model be deep-copied: the config is immutable, and shared."""
         parts = (self.layers, self.required_grad, self.fast_paths, self.originals)
-        return _Injection(self.config, self.base, *copy.deepcopy(parts, memo))
+        return _Injection(self.config, self.base, *copy.deepcopy(parts, memo), self.findings)
 
 
 def inject_lora(
@@ -286,6 +288,11 @@ def base_fingerprint(model: nn.Module) -> str:
 def lora_modules(model: nn.Module) -> Mapping[str, LoraModule]:
     """Return the wrappers of an injected model by the paths of what they wrap."""
     return _injection(model).layers
+
+
+def findings_of(model: nn.Module) -> dict[Any, Any]:
+    """Return what is remembered of an injected model until `remove_lora`; its copies share it."""
+    return _injection(model).findings
 
 
 def _injection(model: nn.Module) -> _Injection:

@@ -60,8 +60,9 @@ def find_leak(
     """Return why clients of this model and task cannot share a pass, and None if they can.
 
     model: with LoRA injected that fits `adapter`, of which only ranks and scalings are used: the
-    factors are drawn, since with B = 0 no gradient of A would tell anything. batches: of two
-    clients. A reason is part of a sentence and names the module by path and type where it can.
+    factors are drawn, since with B = 0 no gradient of A would tell anything. batches: one of each
+    of two clients, or of one alone. A reason is part of a sentence and names the module by path
+    and type where it can.
 
     The model is left as it was, buffers and torch's generator included. Raises what
     `load_adapter_into` raises for an adapter that does not fit.
@@ -70,7 +71,8 @@ def find_leak(
     device = next(iter(lora_modules(model).values())).lora_A.device
     with keeping_adapter(model), _keeping_state(model), evaluating(model), torch.enable_grad():
         probe = _Probe(model, task, (_drawn(adapter, 0), _drawn(adapter, 1)), device)
-        return probe.reason([_small(batch) for batch in batches[:2]])
+        small = [_small(batch) for batch in batches[:2]]
+        return probe.reason(small if len(small) == 2 else [small[0], _changed(small[0])])
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,6 +211,13 @@ LEAKS: dict[str, tuple[Callable[[RecordDict], None], frozenset[str], str]] = {
         BOTH,
         "refused to send factors: their number is not that of the layout",
     ),
+    "bytes behind the numbers": (
+        lambda content: setattr(
+            content["factors"]["factors"], "data", content["factors"]["factors"].data + b"hello"
+        ),
+        BOTH,
+        "refused to send factors: their number is not that of the layout",
+    ),
     "a factor that is not shared": (
         lambda content: None,
         frozenset({"B"}),

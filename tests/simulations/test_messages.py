@@ -93,7 +93,7 @@ def measured(clients: int) -> dict[str, float]:
 def test_a_hundred_thousand_clients_fit_and_cost_no_more_each_than_five_thousand() -> None:
     few, many = measured(5_000), measured(100_000)
     assert many["extra_mb"] < 250
-    # Flower's own objects are timed beside, so that a slow or busy machine asks for no more. They
-    # are about half of the whole; a quadratic step would make it tens of times as much.
-    assert many["ms"] < 4 * many["flower"]
+    # Flower's own objects are timed beside, so that a slow or busy machine asks for no more. The
+    # whole is two to three and a half times as much; with one quadratic step it was over ten.
+    assert many["ms"] < 6 * many["flower"]
     assert many["ms"] / many["flower"] < 2 * few["ms"] / few["flower"]
