@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedlora.adapter import Adapter, Array
 from fedlora.data import Examples, draw_batches
@@ -46,6 +46,8 @@ def train_order(world: World, order: GroupOrder) -> list[Outcome]:
         for client, start in zip(order.clients, starts, strict=True)
     ]
     if order.alone:
+        seeds = [_dropout_seed(order.order, job.client_id) for job in jobs]
+        jobs = [replace(job, seed=seed) for job, seed in zip(jobs, seeds, strict=True)]
         trained = [train_alone(world.model, job, world.task) for job in jobs]
     else:
         trained = train_group(world.model, jobs, world.task)
@@ -65,5 +67,9 @@ def job_of(examples: Examples, client: str, start: Adapter, order: TrainOrder) -
         positions=max(1, round(rows * examples.mean_length)),
         num_examples=len(examples),
         shape=() if examples.is_text else examples.inputs.shape[1:],
-        seed=int(rng(order.seed, "dropout", client, order.round).integers(2**31)),
     )
+
+
+def _dropout_seed(order: TrainOrder, client: str) -> int:
+    """The seed that the ClientApp's trainer uses; see `clients.torch_app`."""
+    return int(rng(order.seed, "dropout", client, order.round).integers(2**31))
