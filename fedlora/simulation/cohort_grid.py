@@ -12,6 +12,7 @@ is made by the same functions as on a device, and passes the same guard.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from fedlora.federation.client import error_reply
 from fedlora.federation.private import kept_factors, kept_segments, split_row, with_kept
 from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
 from fedlora.flat import Segment
-from fedlora.nn.cohort import POSITIONS, group_jobs, why_alone
+from fedlora.nn.cohort import POSITIONS, Job, group_jobs, why_alone
 from fedlora.simulation.grid import VirtualGrid
 from fedlora.simulation.groups import GroupOrder, Outcome, job_of, train_order
 from fedlora.simulation.slab import PersonalSlab
@@ -104,8 +105,8 @@ class CohortGrid(VirtualGrid):
                     answers.append(error_reply(message, error))
             if answers:
                 yield lambda answers=answers: answers  # type: ignore[misc]
-            for client in clients:  # before any group runs: a probe may need the model for itself
-                self._is_alone(client.task.setup)
+            if clients:  # before any group runs: the probe needs the model for itself
+                self._probe(clients)
             for group in self._groups(clients):
                 yield lambda group=group: self._train_group(group)  # type: ignore[misc]
             if clients:
@@ -136,8 +137,8 @@ class CohortGrid(VirtualGrid):
             task = rest[0].task
             same = [c for c in rest if c.task.order == task.order and c.task.setup == task.setup]
             rest = [c for c in rest if c.task.order != task.order or c.task.setup != task.setup]
-            data = self._world(task.setup).data
-            jobs = [job_of(data.client(c.name).train, c.name, c.start, task.order) for c in same]
+            world = self._world(task.setup)
+            jobs = [_job(world, client) for client in same]
             for group in group_jobs(jobs, self._positions):
                 yield [same[index] for index in group]
 
@@ -147,7 +148,7 @@ class CohortGrid(VirtualGrid):
         if all(start is starts[0] for start in starts):
             starts = starts[:1]
         names = tuple(client.name for client in group)
-        order = GroupOrder(task.setup, task.order, names, starts, self._is_alone(task.setup))
+        order = GroupOrder(task.setup, task.order, names, starts, self._alone[task.setup])
         try:
             outcomes = self._train(order)
         except Exception as error:
@@ -172,15 +173,21 @@ class CohortGrid(VirtualGrid):
             return error_reply(client.message, error)
         return Message(content, reply_to=client.message)
 
-    def _is_alone(self, setup: ClientSetup) -> bool:
-        """Whether the clients of this run are trained one at a time; says so once."""
-        if setup not in self._alone:
-            world = self._world(setup)
-            reason = why_alone(world.model, world.task)
+    def _probe(self, clients: Sequence[_Client]) -> None:
+        """Find out once for a run whether its clients can share a pass; say so if they cannot."""
+        for setup, some in itertools.groupby(clients, key=lambda client: client.task.setup):
+            if setup in self._alone:
+                continue
+            world, two = self._world(setup), list(islice(some, 2))
+            jobs = [_job(world, client) for client in two]
+            batches = [batch for job in jobs for batch in islice(job.batches, 1)]
+            reason = why_alone(world.model, world.task, batches, two[0].start)
             if reason is not None:
-                _log.warning("clients are trained one at a time: %s", reason)
+                _log.warning(
+                    "clients are trained one at a time, with the same results but slower: %s",
+                    reason,
+                )
             self._alone[setup] = reason is not None
-        return self._alone[setup]
 
     def _world(self, setup: ClientSetup) -> World:
         """Return the run's world, for the thread that reads the messages."""
@@ -220,6 +227,11 @@ class CohortGrid(VirtualGrid):
                 )
             self._slabs[segments] = PersonalSlab(self._private, self.num_clients, segments)
         return self._slabs[segments]
+
+
+def _job(world: World, client: _Client) -> Job:
+    examples = world.data.client(client.name).train
+    return job_of(examples, client.name, client.start, client.task.order)
 
 
 def _train_here(order: GroupOrder) -> list[Outcome]:

@@ -164,7 +164,7 @@ def test_a_model_that_mixes_clients_is_found_and_trained_one_at_a_time(
     with caplog.at_level(logging.WARNING, "fedlora"):
         together = run_rounds(config(**leaky), tmp_path / "cohort", PEOPLE)
     (warning,) = [record.message for record in caplog.records]
-    assert warning.startswith("clients are trained one at a time: ")
+    assert warning.startswith("clients are trained one at a time, ")
     assert "Leaky" in warning
     alone = run_rounds(config(**leaky, engine__kind="sequential"), tmp_path / "alone", PEOPLE)
     assert together.state.adapter == alone.state.adapter  # bit for bit
