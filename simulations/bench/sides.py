@@ -1,0 +1,148 @@
+"""The sides of a comparison that run in this process; each call is one round of the same work.
+
+    peft        PEFT, one client after another, on one torch thread
+    sequential  fedlora's plain engine through ServerApp, Strategy and messages, 2 threads
+    cohort      fedlora's batched engine through ServerApp, Strategy and messages
+    engine      the batched engine alone, on one thread: jobs in, the mean of their factors out
+
+Every side draws the clients' batches within its time. A round of a grid is the second one of a run,
+from the end of the first to the end of the second, its checkpoint on the disk included.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from fedlora.aggregation import method
+from fedlora.data import draw_batches
+from fedlora.errors import ConfigError
+from fedlora.experiment import ExperimentConfig
+from fedlora.federation import RoundRecord, read_checkpoint
+from fedlora.simulation.rounds import run_rounds
+from fedlora.world import shared_world
+from simulations.bench.cases import LENGTH, Case
+from simulations.bench.peft_client import Flat, average, flat_of, peft_client
+from simulations.bench.population import synthetic
+from simulations.bench.spent import Spent, spent
+
+__all__ = ["Side", "engine_jobs", "local_sides"]
+
+
+@dataclass(slots=True)
+class Side:
+    """One way to do the work, and what it took."""
+
+    name: str
+    threads: int
+    round: Callable[[], Spent]
+    first: Callable[[], Flat]  # the mean after round 1, also a warm-up
+    times: list[Spent] = field(default_factory=list)
+
+
+def local_sides(case: Case) -> list[Side]:
+    """Return the sides that this version of fedlora has; the baselines come first."""
+    found = [_peft_side(case)]
+    for kind in ("sequential", "cohort"):
+        try:
+            case.experiment(kind, 1)
+        except ConfigError:  # this version has no such engine
+            continue
+        found.append(_grid_side(case, kind))
+    try:
+        found.append(_engine_side(case))
+    except ImportError:
+        pass
+    return found
+
+
+def _peft_side(case: Case) -> Side:
+    client, initial = peft_client(case)
+    data, start, config = synthetic(), flat_of(initial), case.experiment("sequential", 1)
+    run = partial(average, client, start, data, config, 1)
+
+    def timed() -> Spent:
+        with spent() as time_spent:
+            run()
+        return time_spent
+
+    return Side("peft", 1, timed, run)
+
+
+def _grid_side(case: Case, kind: str) -> Side:
+    def first() -> Flat:
+        with tempfile.TemporaryDirectory(prefix="flb") as folder:
+            config = case.experiment(kind, 1)
+            checkpoint = run_rounds(config, Path(folder), case.clients)
+            return flat_of(checkpoint.state.adapter)
+
+    return Side(kind, 2, lambda: second_round(case.experiment(kind, 2), case.clients), first)
+
+
+def second_round(config: ExperimentConfig, clients: int) -> Spent:
+    """Run two rounds and return what the second took: the first also meets the clients.
+
+    Raises `RuntimeError` when a client's update did not count.
+    """
+    ends: list[tuple[float, float]] = []
+
+    def note(record: RoundRecord) -> None:
+        if record.status != "updated" or record.dropped:
+            raise RuntimeError(f"round {record.round} {record.status}: {record.dropped[:1]}")
+        ends.append((time.perf_counter(), time.process_time()))
+
+    with tempfile.TemporaryDirectory(prefix="flb") as folder:
+        run_rounds(config, Path(folder), clients, on_round=note)
+        assert read_checkpoint(Path(folder)).state.round == 2
+    (wall, cpu), (wall_end, cpu_end) = ends
+    return Spent(wall_end - wall, cpu_end - cpu)
+
+
+def engine_jobs(case: Case, round: int = 1):  # type: ignore[no-untyped-def]
+    """Return (world, jobs) of the bare engine. Raises `ImportError` where there is none."""
+    from fedlora.nn.cohort import Job
+
+    config = case.experiment("sequential", 1)
+    train = config.federation.train
+    world = shared_world(config.base, config.data, config.lora, config.seed)
+    rule = method(config.federation.method).local
+    jobs = []
+    for client_id in world.data.client_ids:
+        examples = world.data.client(client_id).train
+        batches = draw_batches(examples, train, config.seed, client_id, round)
+        positions = case.rows * LENGTH
+        jobs.append(
+            Job(client_id, world.initial, batches, case.steps, train, rule, positions=positions)
+        )
+    return world, jobs
+
+
+def _engine_side(case: Case) -> Side:
+    from fedlora.nn.cohort import train_cohort
+
+    engine_jobs(case)
+
+    def run() -> Flat:
+        world, jobs = engine_jobs(case)
+        total = {key: np.zeros(0) for key in ()}
+        for trained in train_cohort(world.model, jobs, world.task):
+            if trained.error is not None:
+                raise trained.error
+            for key, factor in trained.factors.items():
+                total[key] = total[key] + factor if key in total else factor.astype(np.float64)
+        parts = [total[path, name] for path in world.initial.layers for name in ("A", "B")]
+        mean = np.concatenate([part.reshape(-1) for part in parts]) / len(jobs)
+        return mean.astype(np.float32)
+
+    def timed() -> Spent:
+        with spent() as time_spent:
+            run()
+        return time_spent
+
+    return Side("engine", 1, timed, run)
