@@ -30,9 +30,11 @@ COUNTED_CLIENTS = 4  # whose batches are counted, for all
 
 
 def compare(case: Case, repeat: int, with_ray: bool) -> dict[str, Any]:
-    """Measure all sides of `case`, `repeat` times in turn; return a table for JSON."""
-    torch.set_num_threads(1)
-    os.environ |= case.shape.environment()
+    """Measure all sides of `case`, `repeat` times in turn; return a table for JSON.
+
+    The environment must hold the case's population (`Shape.environment`), and torch use one thread.
+    Raises `RuntimeError` when a side fails.
+    """
     peaks = [gemm_peak()]
     others, own = machine_seconds(), 0.0
     with ExitStack() as stack, spent() as whole:
@@ -118,6 +120,8 @@ def main() -> None:
     parser.add_argument("--no-ray", action="store_true")
     arguments = parser.parse_args()
     case = case_named(arguments.case, arguments.clients)
+    os.environ |= case.shape.environment()
+    torch.set_num_threads(1)
     print(json.dumps(compare(case, arguments.repeat, not arguments.no_ray)))
 
 

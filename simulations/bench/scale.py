@@ -1,0 +1,135 @@
+"""Cost and memory of many virtual clients:  python -m simulations.bench.scale SIDE CLIENTS
+
+The tiny base, LoRA on q and v, one step on one row of 32 tokens each. `engine` is the batched
+engine alone on one thread; `cohort` and `sequential` are rounds with ServerApp, Strategy and
+messages, of which the first also meets the clients. Each size runs in a process of its own, whose
+peak of memory is compared with what it held after 64 clients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from fedlora.experiment import ExperimentConfig
+from fedlora.federation import RoundRecord
+from fedlora.simulation.rounds import run_rounds
+from simulations.bench.cases import Case, case_named
+from simulations.bench.population import Shape
+from simulations.bench.sides import engine_jobs
+from simulations.bench.spent import spent
+from simulations.bench.tables import table
+
+__all__ = ["measure", "scale_table"]
+
+WARM = 64  # clients
+MEGABYTE = 1 << 20
+
+
+def measure(side: str, clients: int) -> dict[str, Any]:
+    """Measure one size; the environment must hold its population, torch use one thread."""
+    case = dataclasses.replace(case_named("tiny-b1-qv", clients), steps=1)
+    _round(side, case, WARM, 1)
+    before = psutil.Process().memory_info().rss
+    ends = _round(side, case, clients, 2)
+    after = psutil.Process().memory_info().rss
+    return {
+        "side": side,
+        "clients": clients,
+        "wall": [wall for wall, _ in ends],
+        "cpu": [cpu for _, cpu in ends],
+        "rss_before": before,
+        "rss_after": after,
+        "rss_peak": max(_peak(), after),
+    }
+
+
+def scale_table(results: Iterable[dict[str, Any]]) -> str:
+    """A row a size; the last round counts."""
+    rows = []
+    for result in results:
+        clients, cpu, wall = result["clients"], result["cpu"][-1], result["wall"][-1]
+        first = result["cpu"][0] - cpu if len(result["cpu"]) > 1 else 0.0
+        rows.append(
+            (
+                result["side"],
+                f"{clients:,}",
+                f"{wall:.2f}",
+                f"{cpu:.2f}",
+                f"{cpu / clients * 1e6:.0f}",
+                f"{clients / cpu:,.0f}",
+                f"{first / clients * 1e6:.0f}",
+                f"{result['rss_before'] / MEGABYTE:.0f}",
+                f"{result['rss_peak'] / MEGABYTE:.0f}",
+                f"{(result['rss_peak'] - result['rss_before']) / MEGABYTE:.0f}",
+            )
+        )
+    header = (
+        "side", "clients", "wall s", "CPU s", "CPU µs a client", "clients / CPU s",
+        "first round's extra µs a client", "RSS before, MB", "peak RSS, MB", "more, MB",
+    )  # fmt: skip
+    return table(header, rows)
+
+
+def _round(side: str, case: Case, clients: int, rounds: int) -> list[tuple[float, float]]:
+    """Run rounds of the first `clients` clients; return (wall, CPU) seconds of each."""
+    if side == "engine":
+        return [_engine(case, clients) for _ in range(rounds)]
+    config = _few(case.experiment(side, rounds), clients, case.clients)
+    ends = [(time.perf_counter(), time.process_time())]
+
+    def note(record: RoundRecord) -> None:
+        if record.status != "updated" or record.dropped:
+            raise RuntimeError(f"round {record.round} {record.status}: {record.dropped[:1]}")
+        ends.append((time.perf_counter(), time.process_time()))
+        print(f"{side} {clients}: round {record.round}", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="flb") as folder:
+        run_rounds(config, Path(folder), clients, on_round=note)
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def _engine(case: Case, clients: int) -> tuple[float, float]:
+    from fedlora.nn.cohort import train_cohort
+
+    with spent() as time_spent:
+        world, jobs = engine_jobs(case, clients=clients)
+        for trained in train_cohort(world.model, jobs, world.task):
+            if trained.error is not None:
+                raise trained.error
+    return time_spent.wall, time_spent.cpu
+
+
+def _few(config: ExperimentConfig, clients: int, all_clients: int) -> ExperimentConfig:
+    if clients == all_clients:
+        return config
+    overrides = {"data.clients": clients, "federation.cohort": clients}
+    return ExperimentConfig.from_table(config.to_table(), overrides)
+
+
+def _peak() -> int:
+    """Return this process's largest resident memory so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    side, clients = sys.argv[1], int(sys.argv[2])
+    os.environ |= Shape(max(clients, WARM), rows=1, test_rows=0).environment()
+    torch.set_num_threads(1)
+    print(json.dumps(measure(side, clients)))
+
+
+if __name__ == "__main__":
+    main()

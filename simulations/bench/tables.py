@@ -1,0 +1,103 @@
+"""The results as Markdown: what each side took, and how many times longer the baselines take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import Any
+
+__all__ = ["ratio_table", "table", "time_table"]
+
+Result = dict[str, Any]
+NAMES = {
+    "peft": "PEFT, one client after another",
+    "flower": "Flower's Ray simulation with PEFT",
+    "sequential": "fedlora, plain engine",
+    "cohort": "fedlora, cohort engine through messages",
+    "engine": "fedlora, cohort engine alone",
+}
+# (what it shows, the side that takes longer, ours, which time)
+RATIOS = (
+    ("Flower / cohort, wall", "flower", "cohort", "wall"),
+    ("Flower / cohort, CPU", "flower", "cohort", "cpu"),
+    ("Flower / engine alone, wall", "flower", "engine", "wall"),
+    ("PEFT / engine alone, wall", "peft", "engine", "wall"),
+    ("PEFT / engine alone, CPU", "peft", "engine", "cpu"),
+    ("plain / cohort, wall", "sequential", "cohort", "wall"),
+    ("Flower / plain, wall", "flower", "sequential", "wall"),
+    ("PEFT / plain, CPU", "peft", "sequential", "cpu"),
+)
+
+
+def time_table(results: Iterable[Result]) -> str:
+    """Every side of every case: medians, lowest to highest in brackets."""
+    rows = []
+    for result in results:
+        for name, side in result["sides"].items():
+            wall = median(side["wall"])
+            gflops = result["work"]["products"] / wall / 1e9
+            peak = result["peak_gflops_one_thread"] * side["threads"]
+            rows.append(
+                (
+                    result["case"],
+                    NAMES[name],
+                    str(side["threads"]),
+                    spread(side["wall"]),
+                    spread(side["cpu"]),
+                    f"{result['client_steps'] / wall:,.0f}",
+                    f"{result['client_steps'] / median(side['cpu']):,.0f}",
+                    f"{gflops:.1f}",
+                    f"{gflops / peak:.0%}",
+                )
+            )
+    header = (
+        "case", "side", "threads", "wall s", "CPU s", "client steps / s",
+        "client steps / CPU s", "GFLOP/s", "of the peak",
+    )  # fmt: skip
+    return table(header, rows)
+
+
+def ratio_table(results: Iterable[Result]) -> str:
+    """How many times as long a baseline takes, repetition by repetition; "–" without a side."""
+    results = list(results)
+    shown = [
+        ratio
+        for ratio in RATIOS
+        if any(ratio[1] in r["sides"] and ratio[2] in r["sides"] for r in results)
+    ]
+    rows = []
+    for result in results:
+        cells = [result["case"]]
+        for _, theirs, ours, kind in shown:
+            sides = result["sides"]
+            if theirs in sides and ours in sides:
+                pairs = zip(sides[theirs][kind], sides[ours][kind], strict=True)
+                cells.append(spread([a / b for a, b in pairs]))
+            else:
+                cells.append("–")
+        differences = result["largest_difference_from_peft"].values()
+        cells.append(f"{max(differences, default=0.0):.1e}")
+        cells.append(f"{result['other_cores']:.1f}")
+        rows.append(cells)
+    header = ("case", *(name for name, *_ in shown), "largest difference", "cores of others")
+    return table(header, rows)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; all columns but the first are aligned to the right."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the median with the lowest and the highest, three digits each.
+
+    >>> spread([2.0, 4.0, 3.0])
+    '3.00 (2.00–4.00)'
+    """
+    return f"{_digits(median(values))} ({_digits(min(values))}–{_digits(max(values))})"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}" \
+        if value < 1 else f"{value:.2f}"
