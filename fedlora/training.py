@@ -75,8 +75,15 @@ class LocalRule:
 
     # The other factors stay as they came. Without DoRA there is no magnitude to train.
     trained: frozenset[Factor] = frozenset({"A", "B", "magnitude"})
+    # mu of FedProx (arXiv:1812.06127, equation 2): mu / 2 times the squared distance of the trained
+    # factors from where they started is added to the loss; the reported loss is without it.
+    proximal_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.proximal_weight < math.inf:
+            raise ConfigError(
+                f"proximal_weight: expected a finite number >= 0, found {self.proximal_weight!r}"
+            )
         unknown = self.trained - set(get_args(Factor))
         if unknown or not self.trained:
             raise ConfigError(f"trained: expected some of A, B, magnitude, found {self.trained!r}")

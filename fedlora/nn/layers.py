@@ -20,7 +20,15 @@ from fedlora.adapter import Array, Kind, LoraLayer
 from fedlora.errors import UnsupportedError
 from fedlora.targets import LayerSpec
 
-__all__ = ["LoraConv", "LoraEmbedding", "LoraLinear", "LoraModule", "spec_of", "wrap"]
+__all__ = [
+    "LoraConv",
+    "LoraEmbedding",
+    "LoraLinear",
+    "LoraModule",
+    "is_bare_linear",
+    "spec_of",
+    "wrap",
+]
 
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the number of the weight's dimensions
 
@@ -134,7 +142,7 @@ class LoraLinear(LoraModule):
     def __init__(self, base_layer: nn.Module, layer: LoraLayer, dropout: float) -> None:
         super().__init__(base_layer, layer, dropout)
         self.transposed = _is_transposed_linear(base_layer)
-        self.is_plain = _is_plain_linear(base_layer)
+        self.is_plain = is_bare_linear(base_layer) and base_layer.weight.dtype == torch.float32
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) to (..., out_features)."""
@@ -330,11 +338,10 @@ def _is_transposed_linear(module: nn.Module) -> bool:
     )
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module is no more than `F.linear` with its float32 parameters."""
+def is_bare_linear(module: nn.Module) -> bool:
+    """Whether calling the module is no more than `F.linear` with its parameters."""
     return (
         type(module) is nn.Linear
-        and module.weight.dtype == torch.float32
         and "forward" not in vars(module)  # accelerate replaces it
         and not module._forward_hooks
         and not module._forward_pre_hooks

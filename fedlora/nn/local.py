@@ -19,7 +19,7 @@ from fedlora.nn.layers import LoraModule
 from fedlora.nn.tasks import Batch, Task, get_task
 from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
 
-__all__ = ["train_local"]
+__all__ = ["evaluating", "not_finite", "train_local"]
 
 
 def train_local(
@@ -54,6 +54,7 @@ def train_local(
     seen = 0
     with _training(model, layers, rule, seed) as parameters:
         optimizer = _optimizer(parameters, config)
+        starts = [p.detach().clone() for p in parameters] if rule.proximal_weight else []
         optimizer.zero_grad()  # of whoever used the model before
         for batch in batches:
             seen += len(batch["inputs"])
@@ -63,8 +64,13 @@ def train_local(
                     f"train_local: the loss of task {task.name!r} does not depend on the adapter; "
                     f"does {type(model).__name__} read its layers' weights without calling them?"
                 )
-            losses.append(_finite(float(loss.detach()), len(losses) + 1))
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise not_finite(losses[-1], len(losses))
             loss.backward()  # type: ignore[no-untyped-call]
+            for parameter, start in zip(parameters, starts, strict=False):
+                if parameter.grad is not None:
+                    parameter.grad += rule.proximal_weight * (parameter.detach() - start)
             if config.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
@@ -103,12 +109,9 @@ def _training(
     """
     factors = [factor for layer in layers for factor in _factors(layer)]
     fixed = [parameter for name, parameter in factors if name not in rule.trained]
-    evaluated: list[nn.Module] = [module for module in model.modules() if module.training]
     dropping = [layer for layer in layers if layer.dropout]
-    with _seeded(layers[0].lora_A.device, seed):
+    with _seeded(layers[0].lora_A.device, seed), evaluating(model):
         try:
-            for module in evaluated:
-                module.training = False
             for layer in dropping:
                 layer.training = True
             for parameter in fixed:
@@ -119,8 +122,19 @@ def _training(
                 parameter.requires_grad_(True)
             for layer in dropping:
                 layer.training = False
-            for module in evaluated:
-                module.training = True
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode for this block."""
+    trained: list[nn.Module] = [module for module in model.modules() if module.training]
+    try:
+        for module in trained:
+            module.training = False
+        yield
+    finally:
+        for module in trained:
+            module.training = True
 
 
 @contextmanager
@@ -141,10 +155,9 @@ def _factors(layer: LoraModule) -> list[tuple[Factor, nn.Parameter]]:
     return found
 
 
-def _finite(loss: float, step: int) -> float:
-    if not math.isfinite(loss):
-        raise NonFiniteError(
-            f"train_local, step {step}: expected a finite loss, found {loss}; lower learning_rate, "
-            "set max_grad_norm, or look for NaN in the client's data"
-        )
-    return loss
+def not_finite(loss: float, step: int) -> NonFiniteError:
+    """Return the error of a client whose loss at a step (1-based) is not finite."""
+    return NonFiniteError(
+        f"train_local, step {step}: expected a finite loss, found {loss}; lower learning_rate, "
+        "set max_grad_norm, or look for NaN in the client's data"
+    )

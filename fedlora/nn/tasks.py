@@ -7,7 +7,7 @@ the inputs as its first argument and returns logits, or an object that has them 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
@@ -36,6 +36,10 @@ class Task:
 
     `loss` returns a scalar tensor, the mean over the batch's counted targets. `score` returns sums
     that may be added over batches: "nats" with "tokens" or "examples", and what the task counts.
+
+    `losses` takes a batch of each of K clients and returns their K losses, in one pass through the
+    model in which the rows are client-major, in K blocks of equal size: what `loss` would return
+    for each. A task without it is trained one client at a time.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Task:
     higher_is_better: bool
     loss: Callable[[nn.Module, Batch], Tensor]
     score: Callable[[nn.Module, Batch], dict[str, float]]
+    losses: Callable[[nn.Module, Sequence[Batch]], Tensor] | None = None
 
 
 def get_task(name: str) -> Task:
@@ -95,6 +100,44 @@ def next_token_score(model: nn.Module, batch: Batch) -> dict[str, float]:
     return sums
 
 
+def next_token_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    """(K,) `next_token_loss` of each client's batch.
+
+    Where texts can share a row, each client has one: half of a batch of short texts is padding.
+    """
+    if _can_pack(model):
+        inputs, targets, segments = _rows_of_texts(batches)
+        rows = {} if segments is None else {"segments": segments}
+    else:
+        inputs, targets = _stacked(batches)
+        rows = {}
+    device = next(model.parameters()).device
+    inputs, targets = inputs.to(device), targets.to(device)
+    counted = (targets != NOT_COUNTED).reshape(-1)
+    clients = torch.arange(len(batches), device=device)
+    owner = clients.repeat_interleave(targets.numel() // len(batches))[counted]
+    wanted = targets.reshape(-1)[counted]
+    if "hidden_only" in _arguments(type(model).forward):
+        hidden = model(inputs, hidden_only=True, **{k: v.to(device) for k, v in rows.items()})
+        logits = model.lm_head(hidden.flatten(0, 1)[counted]).float()  # type: ignore[operator]
+    else:
+        logits = _logits(model, inputs, masked=False).flatten(0, 1)[counted]
+    nats = F.cross_entropy(logits, wanted, reduction="none")
+    counts = torch.bincount(owner, minlength=len(batches)).clamp(min=1)
+    return nats.new_zeros(len(batches)).index_add(0, owner, nats) / counts
+
+
+def classification_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    """(K,) `classification_loss` of each client's batch."""
+    inputs, targets = _stacked(batches)
+    device = next(model.parameters()).device
+    inputs, targets = inputs.to(device), targets.to(device)
+    logits = _logits(model, inputs, masked=True)
+    nats = F.cross_entropy(logits, targets, reduction="none", ignore_index=NOT_COUNTED)
+    counts = torch.tensor([len(batch["targets"]) for batch in batches], device=device)
+    return nats.view(len(batches), -1).sum(1) / counts
+
+
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean nats over the batch's examples."""
     inputs, targets = _tensors(model, batch)
@@ -116,9 +159,16 @@ def classification_score(model: nn.Module, batch: Batch) -> dict[str, float]:
 
 
 TASKS = {
-    "next-token": Task("next-token", "loss", False, next_token_loss, next_token_score),
+    "next-token": Task(
+        "next-token", "loss", False, next_token_loss, next_token_score, next_token_losses
+    ),
     "classification": Task(
-        "classification", "accuracy", True, classification_loss, classification_score
+        "classification",
+        "accuracy",
+        True,
+        classification_loss,
+        classification_score,
+        classification_losses,
     ),
 }
 
@@ -173,6 +223,65 @@ def _packed(inputs: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, dict[str, 
     if not 0 < len(row) <= PACKED_TOKENS:
         return inputs, counted, {}
     return inputs[row, column][None], by_row[row, column], {"segments": row[None]}
+
+
+def _can_pack(model: nn.Module) -> bool:
+    return {"hidden_only", "segments"} <= _arguments(type(model).forward)
+
+
+def _rows_of_texts(batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Put each client's texts in one row: inputs, targets and segments (K, n).
+
+    Where a row would be longer than `PACKED_TOKENS`, the texts keep their own and segments is None.
+    A text ends with its last counted target, behind which a causal model has nothing to say.
+    """
+    parts = []
+    for batch in batches:
+        inputs, targets = batch["inputs"], batch["targets"]
+        if len(inputs) == 1 and targets[0, -1] != NOT_COUNTED:
+            parts.append((inputs[0], targets[0], np.zeros(inputs.shape[1], np.int64)))
+            continue
+        needed = (targets != NOT_COUNTED)[:, ::-1].cumsum(1)[:, ::-1] > 0
+        parts.append((inputs[needed], targets[needed], needed.nonzero()[0]))
+    width = max(1, *(len(part[0]) for part in parts))
+    if width > PACKED_TOKENS:
+        return *_stacked(batches), None
+    rows = [np.full((len(batches), width), fill) for fill in (0, NOT_COUNTED, -1)]
+    for k, part in enumerate(parts):
+        for row, values in zip(rows, part, strict=True):
+            row[k, : len(values)] = values
+    ids, wanted, segments = (torch.from_numpy(row) for row in rows)
+    one_text = all(len(batch["inputs"]) == 1 for batch in batches)
+    return ids, wanted, None if one_text else segments
+
+
+def _stacked(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    """Put the batches below one another, client-major, in blocks of equal size.
+
+    Text is padded on the right. A smaller batch is filled up with its own first row, not counted:
+    zeros might become NaN in a model that divides by a norm.
+    """
+    rows = max(len(batch["inputs"]) for batch in batches)
+    first = batches[0]
+    is_text = first["inputs"].ndim == 2 and first["inputs"].dtype.kind == "i"
+    width = max(batch["inputs"].shape[1] for batch in batches)
+    shape = (width,) if is_text else first["inputs"].shape[1:]
+    inputs = np.zeros((len(batches), rows, *shape), first["inputs"].dtype)
+    targets_shape = (width,) if first["targets"].ndim == 2 else ()
+    targets = np.full((len(batches), rows, *targets_shape), NOT_COUNTED)
+    for k, batch in enumerate(batches):
+        found, wanted = batch["inputs"], batch["targets"]
+        if is_text:
+            inputs[k, : len(found), : found.shape[1]] = found
+            inputs[k, len(found) :, : found.shape[1]] = found[:1]
+        else:
+            inputs[k, : len(found)] = found
+            inputs[k, len(found) :] = found[:1]
+        if wanted.ndim == 2:
+            targets[k, : len(wanted), : wanted.shape[1]] = wanted
+        else:
+            targets[k, : len(wanted)] = wanted
+    return torch.from_numpy(inputs).flatten(0, 1), torch.from_numpy(targets).flatten(0, 1)
 
 
 def _options(model: nn.Module, inputs: Tensor, masked: bool) -> dict[str, Any]:

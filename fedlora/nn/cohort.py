@@ -1,0 +1,297 @@
+"""Many clients' local training at once: one forward and backward pass for a whole group.
+
+All clients share the frozen base, so that their batches go through it together, client-major, and
+each adapted layer adds its clients' own factors (`fedlora.nn.batched`). The loss is a mean per
+client and a sum over clients, gradients are clipped per client, and one fused optimizer steps the
+stacks of factors. So each client gets what `train_local` would have given it alone, up to the
+order in which floating-point numbers are summed.
+
+Clients that take fewer steps than others in their group leave it when they are done: the group is
+sorted by steps, and the stacks are narrowed to those that go on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from fedlora.adapter import Adapter, Array, LoraLayer
+from fedlora.errors import ConfigError, FedloraError, NonFiniteError
+from fedlora.nn.batched import LayerStack, batched_layers, why_not_batched
+from fedlora.nn.inject import lora_modules
+from fedlora.nn.local import evaluating, not_finite
+from fedlora.nn.tasks import Batch, Task
+from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
+
+__all__ = ["POSITIONS", "Job", "Trained", "group_jobs", "train_cohort", "train_group", "why_alone"]
+
+# Positions (rows times their length) in one pass. Below, a step is overhead; above, nothing is
+# gained and the activations leave the cache.
+POSITIONS = 2048
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """One client's local training."""
+
+    client_id: str
+    start: Adapter  # the whole adapter to begin with
+    batches: Iterable[Batch]  # one optimizer step each
+    steps: int  # how many batches there are
+    config: TrainConfig
+    rule: LocalRule = LocalRule()  # noqa: RUF009 - frozen
+    positions: int = 1  # rows times length of a batch, for forming groups: a guess will do
+    num_examples: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """What one client's training gave."""
+
+    job: Job
+    factors: Mapping[tuple[str, Factor], Array]  # those that were trained, of the client's own rank
+    loss: float  # mean over the steps, each before its update; NaN when there was no step
+    steps: int
+    error: FedloraError | None = None  # its training diverged, which changes no other client
+
+    def adapter(self) -> Adapter:
+        """Return the whole adapter. Raises the client's error, or `NonFiniteError`."""
+        if self.error is not None:
+            raise self.error
+        layers = {}
+        for path, layer in self.job.start.layers.items():
+            A, B = self.factors.get((path, "A"), layer.A), self.factors.get((path, "B"), layer.B)
+            try:
+                layers[path] = LoraLayer(A, B, layer.scaling, None, layer.kind)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"layer {path!r}: {error}") from None
+        return replace(self.job.start, layers=layers)
+
+    def result(self) -> TrainResult:
+        """Return the same as `train_local` does."""
+        return TrainResult(self.adapter(), self.job.num_examples, self.loss, self.steps)
+
+
+def train_cohort(
+    model: nn.Module, jobs: Sequence[Job], task: Task, *, positions: int = POSITIONS
+) -> list[Trained]:
+    """Train all jobs, in groups; results come in the order of `jobs`.
+
+    model: with LoRA injected on the layers of the jobs' adapters; its own factors are not used.
+    positions: token positions, or rows of features, in one pass.
+
+    Raises `ConfigError` when the model or the task cannot be batched: see `why_alone`.
+    """
+    results: dict[int, Trained] = {}
+    for group in group_jobs(jobs, positions):
+        trained = train_group(model, [jobs[index] for index in group], task)
+        results.update(zip(group, trained, strict=True))
+    return [results[index] for index in range(len(jobs))]
+
+
+def why_alone(model: nn.Module, task: Task) -> str | None:
+    """Return why clients of this model and task have to be trained one at a time; None if not."""
+    if task.losses is None:
+        return f"task {task.name!r} has no `losses`, the loss of each client in a batch of several"
+    modules = lora_modules(model)
+    if any(module.dropout for module in modules.values()):
+        return "lora_dropout draws from torch's one generator, which clients would share"
+    return why_not_batched(modules)
+
+
+def group_jobs(jobs: Sequence[Job], positions: int = POSITIONS) -> list[list[int]]:
+    """Divide jobs into groups of one pass each; return their indices.
+
+    Padding costs as much as data. So jobs are sorted by length (in classes a quarter apart), then
+    by steps, and a group takes as many as fit into `positions`, its widest job's size each.
+    """
+
+    def rank(index: int) -> tuple[int, int, int]:
+        job = jobs[index]
+        return round(math.log(max(job.positions, 1), 1.25)), -job.steps, index
+
+    def same(job: Job) -> frozenset[Factor]:
+        return job.rule.trained
+
+    groups: list[list[int]] = []
+    widest = 0
+    for index in sorted(range(len(jobs)), key=rank):
+        job = jobs[index]
+        widest = max(widest, job.positions)
+        fits = groups and (len(groups[-1]) + 1) * widest <= positions
+        if not fits or same(jobs[groups[-1][0]]) != same(job):
+            groups.append([])
+            widest = job.positions
+        groups[-1].append(index)
+    return groups
+
+
+def train_group(model: nn.Module, jobs: Sequence[Job], task: Task) -> list[Trained]:
+    """Train the jobs of one group together; results in their order.
+
+    The jobs' rules train the same factors; everything else may differ from job to job. A client
+    whose loss is not finite comes back with its `error`.
+    """
+    order = sorted(range(len(jobs)), key=lambda k: (-jobs[k].steps, _settings(jobs[k].config), k))
+    group = _Group(model, [jobs[index] for index in order], task)
+    results = dict(zip(order, group.train(), strict=True))
+    return [results[index] for index in range(len(jobs))]
+
+
+class _Group:
+    """The state of one group while it trains; its jobs are sorted by steps, most first."""
+
+    def __init__(self, model: nn.Module, jobs: Sequence[Job], task: Task) -> None:
+        self.model, self.jobs, self.task = model, jobs, task
+        self.modules = lora_modules(model)
+        device = next(iter(self.modules.values())).lora_A.device
+        trained = jobs[0].rule.trained
+        self.stacks = {
+            path: LayerStack([job.start[path] for job in jobs], trained, device)
+            for path in self.modules
+        }
+        self.optimizer = _Optimizer(list(self.stacks.values()), jobs)
+        self.losses: list[list[float]] = [[] for _ in jobs]
+        self.errors: list[FedloraError | None] = [None] * len(jobs)
+
+    def train(self) -> list[Trained]:
+        batches = [iter(job.batches) for job in self.jobs]
+        with evaluating(self.model), batched_layers(self.modules, self.stacks):
+            for step in range(max((job.steps for job in self.jobs), default=0)):
+                active = sum(job.steps > step for job in self.jobs)
+                self._step([next(batches[k]) for k in range(active)], step)
+        return [self._trained(k) for k in range(len(self.jobs))]
+
+    def _step(self, batches: list[Batch], step: int) -> None:
+        for stack in self.stacks.values():
+            stack.next_step(len(batches))
+        assert self.task.losses is not None  # asked for by `why_alone`
+        losses = self.task.losses(self.model, batches)
+        if not losses.requires_grad:
+            raise ConfigError(
+                f"train_cohort: the loss of task {self.task.name!r} does not depend on the "
+                f"adapters; does {type(self.model).__name__} read its layers' weights without "
+                "calling them?"
+            )
+        for k, loss in enumerate(losses.detach().tolist()):
+            self.losses[k].append(loss)
+            if not math.isfinite(loss) and self.errors[k] is None:
+                self.errors[k] = not_finite(loss, step + 1)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step(len(batches))
+
+    def _trained(self, k: int) -> Trained:
+        job = self.jobs[k]
+        factors = {
+            (path, name): stack.of_client(k, name)
+            for path, stack in self.stacks.items()
+            for name in stack.gradients
+        }
+        losses = self.losses[k]
+        loss = math.fsum(losses) / len(losses) if losses else math.nan
+        return Trained(job, factors, loss, len(losses), self.errors[k])
+
+
+class _Optimizer:
+    """Steps the stacks of a group: one fused kernel for each run of clients with equal settings."""
+
+    def __init__(self, stacks: Sequence[LayerStack], jobs: Sequence[Job]) -> None:
+        self.factors = [(stack, name) for stack in stacks for name in stack.gradients]
+        values = [stack.all(name) for stack, name in self.factors]
+        keyed = groupby(range(len(jobs)), key=lambda k: _settings(jobs[k].config))
+        runs = [list(run) for _, run in keyed]
+        self.runs = [_Run(jobs[run[0]].config, run[0], run[-1] + 1, values) for run in runs]
+        self.limits = _column([job.config.max_grad_norm or math.inf for job in jobs], values[0])
+        self.pulls = _column([job.rule.proximal_weight for job in jobs], values[0])
+        self.starts = [value.clone() for value in values] if self.pulls.any() else []
+        self.clips = bool(self.limits.isfinite().any())
+
+    @torch.no_grad()
+    def step(self, clients: int) -> None:
+        """Move the first `clients` clients by their gradients."""
+        values = [stack.values[name] for stack, name in self.factors]
+        gradients = [stack.gradients[name] for stack, name in self.factors]
+        if self.starts:
+            for value, start, gradient in zip(values, self.starts, gradients, strict=True):
+                pull = self.pulls[:clients].view(-1, *(1,) * (value.ndim - 1))
+                gradient += pull * (value - start[:clients])
+        if self.clips:
+            _clip(gradients, self.limits[:clients])
+        for run in self.runs:
+            if run.start < clients:
+                run.step(values, gradients, min(run.stop, clients))
+
+
+class _Run:
+    """Neighbouring clients of a group with the same optimizer, and their moments."""
+
+    def __init__(self, config: TrainConfig, start: int, stop: int, values: list[Tensor]) -> None:
+        self.config, self.start, self.stop = config, start, stop
+        mine = [value[start:stop] for value in values]
+        self.first: list[Tensor] = []
+        self.second: list[Tensor] = []
+        if config.optimizer == "adamw" or config.momentum:
+            self.first = [torch.zeros_like(value) for value in mine]
+        if config.optimizer == "adamw":
+            self.second = [torch.zeros_like(value) for value in mine]
+        self.steps = [torch.zeros((), device=value.device) for value in mine]
+
+    def step(self, values: list[Tensor], gradients: list[Tensor], stop: int) -> None:
+        config, count = self.config, stop - self.start
+        values = [value[self.start : stop] for value in values]
+        gradients = [gradient[self.start : stop] for gradient in gradients]
+        first = [moment[:count] for moment in self.first]
+        if config.optimizer == "sgd":
+            sgd(
+                values,
+                gradients,
+                [*first] if first else [None for _ in values],
+                fused=True,
+                lr=config.learning_rate,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
+            return
+        adamw(
+            values,
+            gradients,
+            first,
+            [moment[:count] for moment in self.second],
+            [],
+            self.steps,
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            eps=1e-8,
+            maximize=False,
+        )
+
+
+def _settings(config: TrainConfig) -> tuple[str, float, float, float]:
+    return config.optimizer, config.learning_rate, config.weight_decay, config.momentum
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+
+def _clip(gradients: list[Tensor], limits: Tensor) -> None:
+    """Scale each client's gradients to its limit, as `torch.nn.utils.clip_grad_norm_` does."""
+    squares = [gradient.flatten(1).square().sum(1) for gradient in gradients]
+    norms = torch.stack(squares).sum(0).sqrt()
+    scales = (limits / (norms + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient *= scales.view(-1, *(1,) * (gradient.ndim - 1))
