@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from fedlora.data import draw_batches
-from fedlora.world import shared_world
 from simulations.bench.cases import Case, case_named
-from simulations.bench.peft_client import Flat
+from simulations.bench.engine import opened_world
+from simulations.bench.flat import Flat
 from simulations.bench.ray_side import FIRST_SECONDS, ray_rounds
 from simulations.bench.sides import Side, local_sides
 from simulations.bench.spent import Spent, machine_seconds, spent
@@ -80,8 +80,7 @@ def compare(case: Case, repeat: int, with_ray: bool) -> dict[str, Any]:
 
 def _work(case: Case) -> Work:
     """Count a round of all clients, from the batches of some."""
-    config = case.experiment("sequential", 1)
-    world = shared_world(config.base, config.data, config.lora, config.seed)
+    config, world = case.experiment("sequential", 1), opened_world(case)
     total = Work()
     clients = world.data.client_ids[:COUNTED_CLIENTS]
     for client_id in clients:

@@ -13,23 +13,21 @@ import warnings
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 import peft
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedlora.adapter import Adapter, Array
+from fedlora.adapter import Adapter
 from fedlora.data import FederatedData, draw_batches
 from fedlora.experiment import ExperimentConfig
 from fedlora.nn import Batch, Task, get_task, load_base
 from fedlora.targets import initial_adapter
 from fedlora.training import TrainConfig
 from simulations.bench.cases import ALPHA, RANK, Case
+from simulations.bench.flat import Flat
 
-__all__ = ["PeftClient", "average", "flat_of", "peft_client"]
-
-Flat = npt.NDArray[np.float32]
+__all__ = ["PeftClient", "average", "peft_client"]
 
 
 class PeftClient:
@@ -105,14 +103,6 @@ def average(
         batches = draw_batches(data.client(client_id).train, train, seed, client_id, round)
         total += client.train(start, batches)  # all have as many examples
     return (total / len(data)).astype(np.float32)
-
-
-def flat_of(adapter: Adapter) -> Flat:
-    """Return an adapter's factors in the order of `PeftClient.train`."""
-    parts: list[Array] = []
-    for layer in adapter.layers.values():
-        parts += [layer.A, layer.B]
-    return np.concatenate([part.reshape(-1) for part in parts])
 
 
 def _with_peft(base: nn.Module, start: Adapter) -> nn.Module:

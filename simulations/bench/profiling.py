@@ -1,7 +1,7 @@
 """Where the time of a round goes, by kind of operation:  python -m simulations.bench.profiling CASE
 
-One thread; the plain engine beside the batched one. Shares are of the CPU time under torch's
-profiler, which makes small operations look a little more expensive than they are. What is in no
+One thread; the plain engine beside the batched one. Shares are of the time under torch's profiler,
+which makes small operations look a little more expensive than they are. What is in no
 operation of torch is Python, the autograd engine and drawing batches.
 """
 
@@ -18,13 +18,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from fedlora.data import draw_batches
 from fedlora.nn import load_adapter_into, train_local
-from fedlora.world import shared_world
+from fedlora.world import World
 from simulations.bench.cases import RANK, Case, case_named
-from simulations.bench.sides import engine_jobs
+from simulations.bench.engine import engine_round, opened_world
 from simulations.bench.tables import table
 
 __all__ = ["KINDS", "kind_of", "profile_table", "shares"]
 
+PLAIN_CLIENTS = 8  # whose shares stand for all: the profiler keeps every single operation
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addbmm", "linear")
 # By parts of an operation's name, in this order.
 PARTS = (
@@ -65,7 +66,7 @@ def kind_of(name: str, shapes: Sequence[Sequence[int]], rank: int = RANK) -> str
 
 
 def shares(run: Callable[[], object]) -> tuple[dict[str, float], float]:
-    """Return each kind's share of a call's CPU time, and the seconds it takes unprofiled.
+    """Return each kind's share of a call's time, and the CPU seconds it takes unprofiled.
 
     `run` is called three times: to warm up, to be timed, and under the profiler.
     """
@@ -74,9 +75,9 @@ def shares(run: Callable[[], object]) -> tuple[dict[str, float], float]:
     run()
     seconds = time.process_time() - start
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        start = time.process_time()
+        start = time.perf_counter()
         run()
-        profiled = time.process_time() - start
+        profiled = time.perf_counter() - start
     found: Counter[str] = Counter()
     for event in profiler.key_averages(group_by_input_shape=True):
         found[kind_of(event.key, event.input_shapes)] += event.self_cpu_time_total / 1e6
@@ -86,38 +87,30 @@ def shares(run: Callable[[], object]) -> tuple[dict[str, float], float]:
 
 
 def profile_table(case: Case) -> str:
-    """Return the shares of the plain engine, and of the batched one where there is one."""
-    columns = {"plain engine": shares(lambda: _plain(case))}
-    try:
-        engine_jobs(case)
-    except ImportError:
-        pass
-    else:
-        columns["cohort engine"] = shares(lambda: _batched(case))
-    rows = [
-        (kind, *(f"{found[kind]:.1%}" for found, _ in columns.values())) for kind in KINDS
+    """Return the shares of the plain engine and of the batched one."""
+    world = opened_world(case)
+    columns = {
+        "plain engine": shares(lambda: _plain(case, world, world.data.client_ids[:PLAIN_CLIENTS])),
+        "cohort engine": shares(lambda: engine_round(case, world, world.data.client_ids)),
+    }
+    rows = [(kind, *(f"{found[kind]:.1%}" for found, _ in columns.values())) for kind in KINDS]
+    counts = (min(PLAIN_CLIENTS, case.clients), case.clients)
+    milliseconds = [
+        seconds / (count * case.steps) * 1e3
+        for count, (_, seconds) in zip(counts, columns.values(), strict=True)
     ]
-    rows.append(("CPU s a round", *(f"{seconds:.3f}" for _, seconds in columns.values())))
+    rows.append(("CPU ms a client step", *(f"{value:.2f}" for value in milliseconds)))
     return table((case.name, *columns), rows)
 
 
-def _plain(case: Case) -> None:
+def _plain(case: Case, world: World, clients: Sequence[str]) -> None:
     config = case.experiment("sequential", 1)
-    world = shared_world(config.base, config.data, config.lora, config.seed)
     train = config.federation.train
-    for client in world.data.clients():
+    for client_id in clients:
+        client = world.data.client(client_id)
         load_adapter_into(world.model, world.initial)
         batches = draw_batches(client.train, train, config.seed, client.client_id, 1)
         train_local(world.model, batches, train, task=world.task, num_examples=len(client.train))
-
-
-def _batched(case: Case) -> None:
-    from fedlora.nn.cohort import train_cohort
-
-    world, jobs = engine_jobs(case)
-    for trained in train_cohort(world.model, jobs, world.task):
-        if trained.error is not None:
-            raise trained.error
 
 
 def main() -> None:

@@ -25,7 +25,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora.data import FederatedData, draw_batches
 from fedlora.experiment import ExperimentConfig
 from simulations.bench.cases import case_named
-from simulations.bench.peft_client import Flat, PeftClient, flat_of, peft_client
+from simulations.bench.flat import Flat, flat_of
+from simulations.bench.peft_client import PeftClient, peft_client
 from simulations.bench.population import synthetic
 
 ACTORS = 2

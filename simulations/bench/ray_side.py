@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 from simulations.bench.cases import Case
-from simulations.bench.peft_client import Flat
+from simulations.bench.flat import Flat
 from simulations.bench.ray_app import MARK
 from simulations.bench.spent import Spent, family, tree_seconds
 
@@ -67,7 +67,7 @@ class RayRounds:
         return Spent(answer["wall"], cpu), None if mean is None else np.array(mean, np.float32)
 
     def idle_cores(self, seconds: float = 1.0) -> float:
-        """Return how many cores the waiting simulation uses: it disturbs the other sides so much."""
+        """Return how many cores it uses while it waits, and so takes from the other sides."""
         before = tree_seconds(family(self._process.pid))
         threading.Event().wait(seconds)
         return (tree_seconds(family(self._process.pid)) - before) / seconds

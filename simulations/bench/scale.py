@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from fedlora.experiment import ExperimentConfig
 from fedlora.federation import RoundRecord
 from fedlora.simulation.rounds import run_rounds
 from simulations.bench.cases import Case, case_named
+from simulations.bench.engine import engine_round, opened_world
 from simulations.bench.population import Shape
-from simulations.bench.sides import engine_jobs
 from simulations.bench.spent import spent
 from simulations.bench.tables import table
 
@@ -97,17 +98,13 @@ def _round(side: str, case: Case, clients: int, rounds: int) -> list[tuple[float
 
     with tempfile.TemporaryDirectory(prefix="flb") as folder:
         run_rounds(config, Path(folder), clients, on_round=note)
-    return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(ends, ends[1:], strict=False)]
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(ends)]
 
 
 def _engine(case: Case, clients: int) -> tuple[float, float]:
-    from fedlora.nn.cohort import train_cohort
-
+    world = opened_world(case)
     with spent() as time_spent:
-        world, jobs = engine_jobs(case, clients=clients)
-        for trained in train_cohort(world.model, jobs, world.task):
-            if trained.error is not None:
-                raise trained.error
+        engine_round(case, world, world.data.client_ids[:clients])
     return time_spent.wall, time_spent.cpu
 
 

@@ -18,21 +18,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from fedlora.aggregation import method
-from fedlora.data import draw_batches
 from fedlora.errors import ConfigError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation import RoundRecord, read_checkpoint
 from fedlora.simulation.rounds import run_rounds
-from fedlora.world import shared_world
-from simulations.bench.cases import LENGTH, Case
-from simulations.bench.peft_client import Flat, average, flat_of, peft_client
+from simulations.bench.cases import Case
+from simulations.bench.engine import engine_round, opened_world
+from simulations.bench.flat import Flat, flat_of
+from simulations.bench.peft_client import average, peft_client
 from simulations.bench.population import synthetic
 from simulations.bench.spent import Spent, spent
 
-__all__ = ["Side", "engine_jobs", "local_sides"]
+__all__ = ["Side", "local_sides"]
 
 
 @dataclass(slots=True)
@@ -55,24 +52,14 @@ def local_sides(case: Case) -> list[Side]:
         except ConfigError:  # this version has no such engine
             continue
         found.append(_grid_side(case, kind))
-    try:
-        found.append(_engine_side(case))
-    except ImportError:
-        pass
-    return found
+    return [*found, _engine_side(case)]
 
 
 def _peft_side(case: Case) -> Side:
     client, initial = peft_client(case)
     data, start, config = synthetic(), flat_of(initial), case.experiment("sequential", 1)
     run = partial(average, client, start, data, config, 1)
-
-    def timed() -> Spent:
-        with spent() as time_spent:
-            run()
-        return time_spent
-
-    return Side("peft", 1, timed, run)
+    return Side("peft", 1, partial(_timed, run), run)
 
 
 def _grid_side(case: Case, kind: str) -> Side:
@@ -104,45 +91,15 @@ def second_round(config: ExperimentConfig, clients: int) -> Spent:
     return Spent(wall_end - wall, cpu_end - cpu)
 
 
-def engine_jobs(case: Case, round: int = 1):  # type: ignore[no-untyped-def]
-    """Return (world, jobs) of the bare engine. Raises `ImportError` where there is none."""
-    from fedlora.nn.cohort import Job
-
-    config = case.experiment("sequential", 1)
-    train = config.federation.train
-    world = shared_world(config.base, config.data, config.lora, config.seed)
-    rule = method(config.federation.method).local
-    jobs = []
-    for client_id in world.data.client_ids:
-        examples = world.data.client(client_id).train
-        batches = draw_batches(examples, train, config.seed, client_id, round)
-        positions = case.rows * LENGTH
-        jobs.append(
-            Job(client_id, world.initial, batches, case.steps, train, rule, positions=positions)
-        )
-    return world, jobs
-
-
 def _engine_side(case: Case) -> Side:
-    from fedlora.nn.cohort import train_cohort
-
-    engine_jobs(case)
-
     def run() -> Flat:
-        world, jobs = engine_jobs(case)
-        total = {key: np.zeros(0) for key in ()}
-        for trained in train_cohort(world.model, jobs, world.task):
-            if trained.error is not None:
-                raise trained.error
-            for key, factor in trained.factors.items():
-                total[key] = total[key] + factor if key in total else factor.astype(np.float64)
-        parts = [total[path, name] for path in world.initial.layers for name in ("A", "B")]
-        mean = np.concatenate([part.reshape(-1) for part in parts]) / len(jobs)
-        return mean.astype(np.float32)
+        world = opened_world(case)
+        return engine_round(case, world, world.data.client_ids)
 
-    def timed() -> Spent:
-        with spent() as time_spent:
-            run()
-        return time_spent
+    return Side("engine", 1, partial(_timed, run), run)
 
-    return Side("engine", 1, timed, run)
+
+def _timed(run: Callable[[], object]) -> Spent:
+    with spent() as time_spent:
+        run()
+    return time_spent
