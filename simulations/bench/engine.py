@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from fedlora.data import draw_batches
 from fedlora.nn.cohort import Job, train_cohort
 from fedlora.world import World, shared_world
 from simulations.bench.cases import Case
-from simulations.bench.flat import Flat
+from simulations.bench.flat import Flat, flat_of
 
 __all__ = ["engine_round", "opened_world"]
 
@@ -26,7 +25,7 @@ def engine_round(case: Case, world: World, clients: Sequence[str]) -> Flat:
     """
     config = case.experiment("sequential", 1)
     train, rule = config.federation.train, method(config.federation.method).local
-    total: dict[tuple[str, str], Any] = {}
+    total = np.zeros(len(flat_of(world.initial)))
     for some in _chunks(clients, AT_A_TIME):
         jobs = []
         for client_id in some:
@@ -45,11 +44,8 @@ def engine_round(case: Case, world: World, clients: Sequence[str]) -> Flat:
         for trained in train_cohort(world.model, jobs, world.task):
             if trained.error is not None:
                 raise trained.error
-            for key, factor in trained.factors.items():
-                total[key] = total.get(key, 0.0) + factor.astype(np.float64)
-    parts = [total[path, name] for path in world.initial.layers for name in ("A", "B")]
-    mean = np.concatenate([part.reshape(-1) for part in parts]) / len(clients)
-    return mean.astype(np.float32)
+            total += trained.row  # all have as many examples
+    return (total / len(clients)).astype(np.float32)
 
 
 def opened_world(case: Case) -> World:

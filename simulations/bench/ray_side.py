@@ -36,6 +36,8 @@ _QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray's own is 15: beside anything else that runs, its actors would get next to no time.
+    "RAY_worker_niceness": "0",
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
 }
