@@ -24,7 +24,7 @@ from typing import Any
 
 from fedlora.errors import ConfigError
 from simulations.bench.cases import BASES, DEFAULT, QUICK, case_named
-from simulations.bench.tables import ratio_table, time_table
+from simulations.bench.tables import ratio_table, scale_table, time_table
 
 CASE_SECONDS = 3600.0
 QUICK_CLIENTS = 8
@@ -90,8 +90,6 @@ def _cohort(options: argparse.Namespace) -> int:
 
 
 def _scale(options: argparse.Namespace) -> int:
-    from simulations.bench.scale import scale_table
-
     results, failed = [], []
     for side in options.side:
         for clients in options.clients:

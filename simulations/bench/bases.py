@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedlora.nn.llama import Llama, LlamaConfig
+from simulations.bench.cases import CLASSES
 
-__all__ = ["CLASSES", "Tiny", "minilm", "smollm2", "smollm2_two_layers", "tiny"]
+__all__ = ["Tiny", "minilm", "smollm2", "smollm2_two_layers", "tiny"]
 
-CLASSES = 4  # of minilm's random frozen head
 M = TypeVar("M", bound=nn.Module)
 
 

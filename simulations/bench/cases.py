@@ -11,13 +11,13 @@ from typing import Any
 
 from fedlora.errors import ConfigError
 from fedlora.experiment import ExperimentConfig
-from simulations.bench.bases import CLASSES
 from simulations.bench.population import FUNCTION, Shape
 
-__all__ = ["BASES", "DEFAULT", "Case", "case_named"]
+__all__ = ["BASES", "CLASSES", "DEFAULT", "Case", "case_named"]
 
 RANK, ALPHA = 8, 16.0
 LENGTH = 32  # tokens
+CLASSES = 4  # of minilm's random frozen head
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,10 @@ from simulations.bench.cases import Case, case_named
 from simulations.bench.engine import engine_round, opened_world
 from simulations.bench.population import Shape
 from simulations.bench.spent import spent
-from simulations.bench.tables import table
 
-__all__ = ["measure", "scale_table"]
+__all__ = ["measure"]
 
 WARM = 64  # clients
-MEGABYTE = 1 << 20
 
 
 def measure(side: str, clients: int) -> dict[str, Any]:
@@ -54,33 +51,6 @@ def measure(side: str, clients: int) -> dict[str, Any]:
         "rss_after": after,
         "rss_peak": max(_peak(), after),
     }
-
-
-def scale_table(results: Iterable[dict[str, Any]]) -> str:
-    """A row a size; the last round counts."""
-    rows = []
-    for result in results:
-        clients, cpu, wall = result["clients"], result["cpu"][-1], result["wall"][-1]
-        first = result["cpu"][0] - cpu if len(result["cpu"]) > 1 else 0.0
-        rows.append(
-            (
-                result["side"],
-                f"{clients:,}",
-                f"{wall:.2f}",
-                f"{cpu:.2f}",
-                f"{cpu / clients * 1e6:.0f}",
-                f"{clients / cpu:,.0f}",
-                f"{first / clients * 1e6:.0f}",
-                f"{result['rss_before'] / MEGABYTE:.0f}",
-                f"{result['rss_peak'] / MEGABYTE:.0f}",
-                f"{(result['rss_peak'] - result['rss_before']) / MEGABYTE:.0f}",
-            )
-        )
-    header = (
-        "side", "clients", "wall s", "CPU s", "CPU µs a client", "clients / CPU s",
-        "first round's extra µs a client", "RSS before, MB", "peak RSS, MB", "more, MB",
-    )  # fmt: skip
-    return table(header, rows)
 
 
 def _round(side: str, case: Case, clients: int, rounds: int) -> list[tuple[float, float]]:

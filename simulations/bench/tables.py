@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-__all__ = ["ratio_table", "table", "time_table"]
+__all__ = ["ratio_table", "scale_table", "spread", "table", "time_table"]
 
 Result = dict[str, Any]
+MEGABYTE = 1 << 20
 NAMES = {
     "peft": "PEFT, one client after another",
     "flower": "Flower's Ray simulation with PEFT",
@@ -80,6 +81,33 @@ def ratio_table(results: Iterable[Result]) -> str:
         cells.append(f"{result['other_cores']:.1f}")
         rows.append(cells)
     header = ("case", *(name for name, *_ in shown), "largest difference", "cores of others")
+    return table(header, rows)
+
+
+def scale_table(results: Iterable[Result]) -> str:
+    """What `simulations.bench.scale` measured, a row a size; the last round counts."""
+    rows = []
+    for result in results:
+        clients, cpu, wall = result["clients"], result["cpu"][-1], result["wall"][-1]
+        first = result["cpu"][0] - cpu if len(result["cpu"]) > 1 else 0.0
+        rows.append(
+            (
+                result["side"],
+                f"{clients:,}",
+                f"{wall:.2f}",
+                f"{cpu:.2f}",
+                f"{cpu / clients * 1e6:.0f}",
+                f"{clients / cpu:,.0f}",
+                f"{first / clients * 1e6:.0f}",
+                f"{result['rss_before'] / MEGABYTE:.0f}",
+                f"{result['rss_peak'] / MEGABYTE:.0f}",
+                f"{(result['rss_peak'] - result['rss_before']) / MEGABYTE:.0f}",
+            )
+        )
+    header = (
+        "side", "clients", "wall s", "CPU s", "CPU µs a client", "clients / CPU s",
+        "first round's extra µs a client", "RSS before, MB", "peak RSS, MB", "more, MB",
+    )  # fmt: skip
     return table(header, rows)
 
 

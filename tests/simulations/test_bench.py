@@ -22,7 +22,8 @@ from simulations.bench.cases import DEFAULT, LENGTH, Case, case_named
 from simulations.bench.compare import compare
 from simulations.bench.population import FUNCTION, Shape
 from simulations.bench.profiling import kind_of
-from simulations.bench.tables import ratio_table, spread, time_table
+from simulations.bench.scale import measure
+from simulations.bench.tables import ratio_table, scale_table, spread, time_table
 from simulations.bench.work import work_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,9 +195,17 @@ def test_quick_prints_two_tables_and_writes_json(tmp_path: Path) -> None:
     assert "flower" not in result["sides"]
 
 
-def test_scale_shows_a_row_a_size() -> None:
-    rows = bench("scale", "--clients", "64", "100", "--side", "engine").splitlines()[2:]
-    assert [row.split("|")[2].strip() for row in rows] == ["64", "100"]
+@pytest.mark.usefixtures("one_case")
+@pytest.mark.parametrize("side", ["engine", "sequential"])
+def test_scale_measures_every_round(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in Shape(66, rows=1, test_rows=0).environment().items():
+        monkeypatch.setenv(variable, value)
+    result = measure(side, 66)
+    assert len(result["wall"]) == len(result["cpu"]) == 2
+    assert result["rss_peak"] >= result["rss_before"] > 0
+    cells = [cell.strip() for cell in scale_table([result]).splitlines()[-1].split("|")]
+    assert cells[1:3] == [side, "66"]
+    assert cells[6] == f"{66 / result['cpu'][1]:,.0f}"
 
 
 @pytest.mark.slow
