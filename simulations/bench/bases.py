@@ -7,7 +7,7 @@ side and every process has the same ones.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +77,12 @@ def minilm() -> nn.Module:
     """BERT of the shape of all-MiniLM-L6 (6 layers of 384) with a random frozen head."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(
-        vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12,
-        intermediate_size=1536, num_labels=CLASSES, attn_implementation="sdpa",
-    )  # fmt: skip
+    shape: dict[str, Any] = {
+        "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6,
+        "num_attention_heads": 12, "intermediate_size": 1536, "num_labels": CLASSES,
+        "attn_implementation": "sdpa",
+    }  # fmt: skip
+    config = BertConfig(**shape)
     return _seeded(lambda: BertForSequenceClassification(config))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import peft
@@ -107,20 +108,19 @@ def average(
 
 def _with_peft(base: nn.Module, start: Adapter) -> nn.Module:
     config = peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(start.layers)
+        r=RANK, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules=list(start.layers)
     )
     with warnings.catch_warnings():  # it looks for tied weights and new names of transformers
         warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(base, config)  # type: ignore[arg-type]
+        wrapped = peft.get_peft_model(base, config)
     model: nn.Module = wrapped.get_base_model()
     return model.eval()  # the base's own dropout is off on all sides, and LoRA has none
 
 
 def _factors(model: nn.Module, start: Adapter) -> list[nn.Parameter]:
-    found = []
+    found: list[nn.Parameter] = []
     for path in start.layers:
-        layer = model.get_submodule(path)
-        assert isinstance(layer, peft.tuners.lora.LoraLayer)
+        layer: Any = model.get_submodule(path)
         found += [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if {id(p) for p in found} != {id(p) for p in trained}:

@@ -15,10 +15,11 @@ import functools
 import json
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -47,10 +48,11 @@ def opened(name: str, clients: int) -> tuple[PeftClient, FederatedData, Experime
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one client on its keyed batches."""
-    work = message.content["work"]
-    client, data, config = opened(str(work["case"]), int(context.node_config["num-partitions"]))
-    client_id = data.client_ids[int(context.node_config["partition-id"])]
-    start = message.content["factors"]["flat"].numpy()
+    content: Any = message.content
+    work = content["work"]
+    client, data, config = opened(str(work["case"]), _number(context, "num-partitions"))
+    client_id = data.client_ids[_number(context, "partition-id")]
+    start = content["factors"]["flat"].numpy()
     examples = data.client(client_id).train
     batches = draw_batches(
         examples, config.federation.train, config.seed, client_id, int(work["round"])
@@ -81,8 +83,6 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _round(grid: Grid, nodes: list[int], factors: Flat, name: str, round: int) -> Flat:
-    from flwr.app import ConfigRecord
-
     arrays = ArrayRecord({"flat": Array(factors)})
     messages = [
         Message(
@@ -96,10 +96,15 @@ def _round(grid: Grid, nodes: list[int], factors: Flat, name: str, round: int) -
     for reply in grid.send_and_receive(messages):
         if reply.has_error():
             raise RuntimeError(f"a client failed: {reply.error.reason}")
-        weight = float(reply.content["work"]["num-examples"])
-        total += weight * reply.content["factors"]["flat"].numpy()
+        content: Any = reply.content
+        weight = float(content["work"]["num-examples"])
+        total += weight * content["factors"]["flat"].numpy()
         weights += weight
     return (total / weights).astype(np.float32)
+
+
+def _number(context: Context, key: str) -> int:
+    return int(str(context.node_config[key]))
 
 
 def _nodes(grid: Grid, clients: int) -> list[int]:

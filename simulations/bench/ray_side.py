@@ -17,7 +17,7 @@ from queue import Empty, Queue
 from typing import Any
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from simulations.bench.cases import Case
 from simulations.bench.flat import Flat

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 __all__ = ["Spent", "family", "machine_seconds", "spent", "tree_seconds"]
 

@@ -127,12 +127,6 @@ def spread(values: Sequence[float]) -> str:
 
 
 def _digits(value: float) -> str:
-    return (
-        f"{value:.0f}"
-        if value >= 100
-        else f"{value:.1f}"
-        if value >= 10
-        else f"{value:.3g}"
-        if value < 1
-        else f"{value:.2f}"
-    )
+    if value >= 10:
+        return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"

@@ -61,7 +61,7 @@ def work_of(model: nn.Module, task: Task, batch: Batch, attention: tuple[int, in
     counted = {"frozen_forward": 0, "frozen_backward": 0, "lora": 0}
     adapted = {id(layer.base_layer): layer for layer in lora_modules(model).values()}
 
-    def watch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def watch(module: Any, inputs: tuple[Any, ...]) -> None:
         if id(module) in adapted:  # counted by its wrapper, which may not call it
             return
         x = inputs[0]
