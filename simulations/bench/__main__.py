@@ -19,10 +19,11 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, FedloraError, MissingExtraError
 from simulations.bench.cases import BASES, DEFAULT, QUICK, case_named
 from simulations.bench.tables import ratio_table, scale_table, time_table
 
@@ -36,9 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     run = {"cohort": _cohort, "scale": _scale}[options.benchmark]
     try:
         return run(options)
-    except ConfigError as error:
+    except FedloraError as error:
         print(error, file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,11 +70,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _cohort(options: argparse.Namespace) -> int:
     if options.profile is not None:
-        return _own("profiling", options.profile)
+        return _own("profiling", case_named(options.profile).name)
     names = QUICK if options.quick else options.case
     clients = QUICK_CLIENTS if options.quick else None
     repeat = 1 if options.quick else options.repeat
     cases = [case_named(name, clients) for name in names]
+    _require("peft", "dev")
+    if not options.no_ray:
+        _require("ray", "ray")
     results, failed = [], []
     for case in cases:
         more = ["--repeat", str(repeat), "--clients", str(case.clients)]
@@ -104,6 +108,11 @@ def _scale(options: argparse.Namespace) -> int:
     return _report(failed)
 
 
+def _require(package: str, extra: str) -> None:
+    if find_spec(package) is None:
+        raise MissingExtraError(f"this benchmark ({package})", extra)
+
+
 def _measured(module: str, *arguments: str) -> dict[str, Any] | None:
     """Run a measurement in a process of its own, which starts with clean memory; None if failed."""
     command = [sys.executable, "-m", f"simulations.bench.{module}", *arguments]
@@ -132,7 +141,11 @@ def _report(failed: list[str]) -> int:
 
 
 def _write(file: Path, results: list[dict[str, Any]]) -> None:
-    packages = ("torch", "flwr", "ray", "peft", "transformers", "numpy")
+    packages = [
+        name
+        for name in ("torch", "flwr", "ray", "peft", "transformers", "numpy")
+        if find_spec(name) is not None
+    ]
     table = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": platform.platform(),

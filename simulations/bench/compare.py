@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from fedlora.data import draw_batches
+from fedlora.simulation.threads import worker_count
 from simulations.bench.cases import Case, case_named
-from simulations.bench.engine import opened_world
 from simulations.bench.flat import Flat
 from simulations.bench.ray_side import FIRST_SECONDS, ray_rounds
+from simulations.bench.rounds import opened_world
 from simulations.bench.sides import Side, local_sides
 from simulations.bench.spent import Spent, machine_seconds, spent
 from simulations.bench.work import Work, gemm_peak, work_of
@@ -47,7 +48,15 @@ def compare(case: Case, repeat: int, with_ray: bool) -> dict[str, Any]:
             first, mean = rounds.round(FIRST_SECONDS)
             assert mean is not None
             means["flower"] = mean
-            sides.insert(1, Side("flower", 2, lambda: rounds.round()[0], lambda: mean))
+            sides.insert(
+                1,
+                Side(
+                    "flower",
+                    worker_count(case.experiment("sequential", 1)),
+                    lambda: rounds.round()[0],
+                    lambda: mean,
+                ),
+            )
             more = {"first_round": first.wall, "idle_cores": rounds.idle_cores()}
             own += first.cpu
         for turn in range(repeat):

@@ -20,7 +20,7 @@ from fedlora.data import draw_batches
 from fedlora.nn import load_adapter_into, train_local
 from fedlora.world import World
 from simulations.bench.cases import RANK, Case, case_named
-from simulations.bench.engine import engine_round, opened_world
+from simulations.bench.rounds import engine_round, opened_world
 from simulations.bench.tables import table
 
 __all__ = ["KINDS", "kind_of", "profile_table", "shares"]

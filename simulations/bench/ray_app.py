@@ -5,8 +5,8 @@
 A line on stdin starts a round; each answer is a line of JSON on stdout. At the end of stdin the
 ServerApp returns, and Flower stops Ray.
 
-It is as fast as it can fairly be: 2 actors of one CPU and one torch thread each, which keep base,
-data and optimizer (`peft_client`); one flat array a message; a plain mean on the server.
+It is as fast as it can fairly be: an actor with one torch thread a core, which keeps base, data and
+optimizer (`peft_client`); one flat array a message; a plain mean on the server.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.data import FederatedData, draw_batches
 from fedlora.experiment import ExperimentConfig
+from fedlora.simulation.threads import worker_count
 from simulations.bench.cases import case_named
 from simulations.bench.flat import Flat, flat_of
 from simulations.bench.peft_client import PeftClient, peft_client
 from simulations.bench.population import synthetic
 
-ACTORS = 2
 MARK = "bench-round "  # before each answer: Ray and Flower write to stdout too
 OBJECT_STORE = 200 * 2**20  # bytes; messages are far smaller
 
@@ -119,6 +119,7 @@ def _simulate() -> None:
     # Under `python -m` this file is __main__, which no actor could import.
     from simulations.bench import ray_app
 
+    config = case_named(sys.argv[1]).experiment("sequential", 1)
     run_simulation(
         server_app=ray_app.server_app,
         client_app=ray_app.client_app,
@@ -126,7 +127,7 @@ def _simulate() -> None:
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0},
             "init_args": {
-                "num_cpus": ACTORS,
+                "num_cpus": worker_count(config),
                 "_temp_dir": sys.argv[3],
                 "object_store_memory": OBJECT_STORE,
             },

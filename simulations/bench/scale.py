@@ -3,7 +3,7 @@
 The tiny base, LoRA on q and v, one step on one row of 32 tokens each. `engine` is the batched
 engine alone on one thread; `cohort` and `sequential` are rounds with ServerApp, Strategy and
 messages, of which the first also meets the clients. Each size runs in a process of its own, whose
-peak of memory is compared with what it held after 64 clients.
+peak of memory is compared with what it held after 64 clients: an upper bound of what more took.
 """
 
 from __future__ import annotations
@@ -13,22 +13,16 @@ import json
 import os
 import resource
 import sys
-import tempfile
-import time
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
 
 from fedlora.experiment import ExperimentConfig
-from fedlora.federation import RoundRecord
-from fedlora.simulation.rounds import run_rounds
 from simulations.bench.cases import Case, case_named
-from simulations.bench.engine import engine_round, opened_world
 from simulations.bench.population import Shape
-from simulations.bench.spent import spent
+from simulations.bench.rounds import engine_round, grid_rounds, opened_world
+from simulations.bench.spent import Spent, spent
 
 __all__ = ["measure"]
 
@@ -38,44 +32,32 @@ WARM = 64  # clients
 def measure(side: str, clients: int) -> dict[str, Any]:
     """Measure one size; the environment must hold its population, torch use one thread."""
     case = dataclasses.replace(case_named("tiny-b1-qv", clients), steps=1)
-    _round(side, case, WARM, 1)
+    _rounds(side, case, WARM, 1)
     before = psutil.Process().memory_info().rss
-    ends = _round(side, case, clients, 2)
+    times = _rounds(side, case, clients, 2)
     after = psutil.Process().memory_info().rss
     return {
         "side": side,
         "clients": clients,
-        "wall": [wall for wall, _ in ends],
-        "cpu": [cpu for _, cpu in ends],
+        "wall": [time.wall for time in times],
+        "cpu": [time.cpu for time in times],
         "rss_before": before,
         "rss_after": after,
         "rss_peak": max(_peak(), after),
     }
 
 
-def _round(side: str, case: Case, clients: int, rounds: int) -> list[tuple[float, float]]:
-    """Run rounds of the first `clients` clients; return (wall, CPU) seconds of each."""
-    if side == "engine":
-        return [_engine(case, clients) for _ in range(rounds)]
-    config = _few(case.experiment(side, rounds), clients, case.clients)
-    ends = [(time.perf_counter(), time.process_time())]
-
-    def note(record: RoundRecord) -> None:
-        if record.status != "updated" or record.dropped:
-            raise RuntimeError(f"round {record.round} {record.status}: {record.dropped[:1]}")
-        ends.append((time.perf_counter(), time.process_time()))
-        print(f"{side} {clients}: round {record.round}", file=sys.stderr, flush=True)
-
-    with tempfile.TemporaryDirectory(prefix="flb") as folder:
-        run_rounds(config, Path(folder), clients, on_round=note)
-    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(ends)]
-
-
-def _engine(case: Case, clients: int) -> tuple[float, float]:
-    world = opened_world(case)
-    with spent() as time_spent:
-        engine_round(case, world, world.data.client_ids[:clients])
-    return time_spent.wall, time_spent.cpu
+def _rounds(side: str, case: Case, clients: int, rounds: int) -> list[Spent]:
+    """Run rounds of the first `clients` clients; return what each took."""
+    if side != "engine":
+        config = _few(case.experiment(side, rounds), clients, case.clients)
+        return grid_rounds(config, clients)
+    world, times = opened_world(case), []
+    for _ in range(rounds):
+        with spent() as time_spent:
+            engine_round(case, world, world.data.client_ids[:clients])
+        times.append(time_spent)
+    return times
 
 
 def _few(config: ExperimentConfig, clients: int, all_clients: int) -> ExperimentConfig:

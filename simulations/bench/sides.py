@@ -1,8 +1,8 @@
 """The sides of a comparison that run in this process; each call is one round of the same work.
 
     peft        PEFT, one client after another, on one torch thread
-    sequential  fedlora's plain engine through ServerApp, Strategy and messages, 2 threads
-    cohort      fedlora's batched engine through ServerApp, Strategy and messages
+    sequential  fedlora's plain engine through ServerApp, Strategy and messages, a thread a core
+    cohort      fedlora's batched engine through ServerApp, Strategy and messages, the same
     engine      the batched engine alone, on one thread: jobs in, the mean of their factors out
 
 Every side draws the clients' batches within its time. A round of a grid is the second one of a run,
@@ -12,21 +12,19 @@ from the end of the first to the end of the second, its checkpoint on the disk i
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from fedlora.errors import ConfigError
-from fedlora.experiment import ExperimentConfig
-from fedlora.federation import RoundRecord, read_checkpoint
 from fedlora.simulation.rounds import run_rounds
+from fedlora.simulation.threads import worker_count
 from simulations.bench.cases import Case
-from simulations.bench.engine import engine_round, opened_world
 from simulations.bench.flat import Flat, flat_of
 from simulations.bench.peft_client import average, peft_client
 from simulations.bench.population import synthetic
+from simulations.bench.rounds import engine_round, grid_rounds, opened_world
 from simulations.bench.spent import Spent, spent
 
 __all__ = ["Side", "local_sides"]
@@ -65,30 +63,11 @@ def _peft_side(case: Case) -> Side:
 def _grid_side(case: Case, kind: str) -> Side:
     def first() -> Flat:
         with tempfile.TemporaryDirectory(prefix="flb") as folder:
-            config = case.experiment(kind, 1)
-            checkpoint = run_rounds(config, Path(folder), case.clients)
+            checkpoint = run_rounds(case.experiment(kind, 1), Path(folder), case.clients)
             return flat_of(checkpoint.state.adapter)
 
-    return Side(kind, 2, lambda: second_round(case.experiment(kind, 2), case.clients), first)
-
-
-def second_round(config: ExperimentConfig, clients: int) -> Spent:
-    """Run two rounds and return what the second took: the first also meets the clients.
-
-    Raises `RuntimeError` when a client's update did not count.
-    """
-    ends: list[tuple[float, float]] = []
-
-    def note(record: RoundRecord) -> None:
-        if record.status != "updated" or record.dropped:
-            raise RuntimeError(f"round {record.round} {record.status}: {record.dropped[:1]}")
-        ends.append((time.perf_counter(), time.process_time()))
-
-    with tempfile.TemporaryDirectory(prefix="flb") as folder:
-        run_rounds(config, Path(folder), clients, on_round=note)
-        assert read_checkpoint(Path(folder)).state.round == 2
-    (wall, cpu), (wall_end, cpu_end) = ends
-    return Spent(wall_end - wall, cpu_end - cpu)
+    config = case.experiment(kind, 2)
+    return Side(kind, worker_count(config), lambda: grid_rounds(config, case.clients)[1], first)
 
 
 def _engine_side(case: Case) -> Side:

@@ -22,11 +22,11 @@ RATIOS = (
     ("Flower / cohort, wall", "flower", "cohort", "wall"),
     ("Flower / cohort, CPU", "flower", "cohort", "cpu"),
     ("Flower / engine alone, wall", "flower", "engine", "wall"),
+    ("Flower / engine alone, CPU", "flower", "engine", "cpu"),
     ("PEFT / engine alone, wall", "peft", "engine", "wall"),
     ("PEFT / engine alone, CPU", "peft", "engine", "cpu"),
     ("plain / cohort, wall", "sequential", "cohort", "wall"),
-    ("Flower / plain, wall", "flower", "sequential", "wall"),
-    ("PEFT / plain, CPU", "peft", "sequential", "cpu"),
+    ("plain / cohort, CPU", "sequential", "cohort", "cpu"),
 )
 
 

@@ -1,21 +1,47 @@
-"""The batched engine without a grid and messages: jobs in, the mean of what they trained out."""
+"""Rounds of fedlora's engines: through a grid with messages, and the batched engine alone."""
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
 from fedlora.aggregation import method
 from fedlora.data import draw_batches
+from fedlora.experiment import ExperimentConfig
+from fedlora.federation import RoundRecord
 from fedlora.nn.cohort import Job, train_cohort
+from fedlora.simulation.rounds import run_rounds
 from fedlora.world import World, shared_world
 from simulations.bench.cases import Case
 from simulations.bench.flat import Flat, flat_of
+from simulations.bench.spent import Spent
 
-__all__ = ["engine_round", "opened_world"]
+__all__ = ["engine_round", "grid_rounds", "opened_world"]
 
 AT_A_TIME = 1024  # jobs given to the engine in one call
+
+
+def grid_rounds(config: ExperimentConfig, clients: int) -> list[Spent]:
+    """Run all rounds of an experiment with ServerApp, Strategy and messages; return what each took.
+
+    A round ends when its checkpoint is on the disk; the first also meets the clients. Raises
+    `RuntimeError` when a client's update did not count.
+    """
+    ends = [(time.perf_counter(), time.process_time())]
+
+    def note(record: RoundRecord) -> None:
+        if record.status != "updated" or record.dropped:
+            raise RuntimeError(f"round {record.round} {record.status}: {record.dropped[:1]}")
+        ends.append((time.perf_counter(), time.process_time()))
+
+    with tempfile.TemporaryDirectory(prefix="flb") as folder:
+        run_rounds(config, Path(folder), clients, on_round=note)
+    return [Spent(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(ends)]
 
 
 def engine_round(case: Case, world: World, clients: Sequence[str]) -> Flat:
