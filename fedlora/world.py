@@ -14,8 +14,7 @@ from fedlora.data import FederatedData, load_data
 from fedlora.errors import ConfigError
 from fedlora.experiment import BaseConfig, DataConfig
 from fedlora.nn import Base, Task, extract_adapter, get_task, inject_lora, load_base
-
-NEW_HEAD = "zero_head"  # what `load_base` calls it
+from fedlora.nn.classifier import NEW_HEAD
 
 __all__ = ["World", "open_world", "shared_world", "thread_world"]
 
@@ -66,13 +65,19 @@ def open_world(base: BaseConfig, data: DataConfig, lora: LoraConfig, seed: int) 
 
 
 def _require_head(loaded: Base, base: BaseConfig, data: DataConfig, people: FederatedData) -> None:
-    """Raise unless the base has a head for the classes of the data."""
+    """Raise unless the base has a head for the classes of the data, or for tokens."""
     classes = len(people.labels or ())
+    if data.task == "next-token" and loaded.card.task == "embedding":
+        raise ConfigError(
+            f"base {base.id!r} is an encoder and cannot predict tokens; use a language model, such "
+            "as tiny-chat"
+        )
     if data.task != "classification" or not classes:
         return
-    if loaded.card.task == "next-token":
+    if loaded.card.task in ("next-token", "embedding"):
+        does = "predicts tokens" if loaded.card.task == "next-token" else "has no head"
         raise ConfigError(
-            f"base {base.id!r} predicts tokens, and {data.id!r} has {classes} classes; "
+            f"base {base.id!r} {does}, and {data.id!r} has {classes} classes; "
             f"set base.num_classes = {classes} to put a new head on it"
         )
     if base.num_classes is None and loaded.card.labels and len(loaded.card.labels) != classes:
