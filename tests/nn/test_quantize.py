@@ -105,6 +105,31 @@ def test_a_row_does_not_depend_on_the_other_rows_of_its_batch(kind: Quantize) ->
         assert torch.allclose(together[row], quantized(x[row]), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_clients_of_one_batch_get_the_gradients_that_they_have_alone(kind: Quantize) -> None:
+    model = llama()
+    inject_lora(model, LoraConfig(rank=2), seed=0)
+    quantize_base(model, kind)
+    embed = cast(Any, model).model.embed_tokens
+    ids = torch.randint(1, 40, (6, 9), generator=torch.Generator().manual_seed(0))
+    inputs: list[Tensor] = []
+    handle = embed.register_forward_hook(lambda *a: inputs.append(a[2].requires_grad_()))
+
+    def gradient(rows: Tensor) -> Tensor:
+        inputs.clear()
+        model(rows).log_softmax(-1)[..., 3].sum().backward()
+        found = inputs[0].grad
+        assert found is not None
+        return found
+
+    together = gradient(ids)
+    for start in (0, 2, 4):
+        alone = gradient(ids[start : start + 2])
+        # Other numbers of rows are multiplied in blocks of other sizes.
+        assert torch.allclose(together[start : start + 2], alone, atol=1e-5)
+    handle.remove()
+
+
 def test_the_graph_does_not_keep_the_weight() -> None:
     quantized = LAYERS["int8"](linear(64, 64))
     kept: list[tuple[int, ...]] = []
