@@ -23,6 +23,7 @@ from flwr.app import Message
 
 from fedlora.adapter import Adapter, Array
 from fedlora.errors import BaseMismatchError, FederationError, UnsupportedError
+from fedlora.experiment import EngineConfig
 from fedlora.federation import ClientSetup
 from fedlora.federation.client import error_reply
 from fedlora.federation.private import kept_factors, kept_segments, split_row, with_kept
@@ -30,10 +31,10 @@ from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_
 from fedlora.flat import Segment
 from fedlora.nn.cohort import POSITIONS, Job, group_jobs, why_alone
 from fedlora.simulation.grid import VirtualGrid
-from fedlora.simulation.groups import GroupOrder, Outcome, job_of, train_order
+from fedlora.simulation.groups import GroupOrder, Outcome, job_of, train_order, world_of
 from fedlora.simulation.slab import PersonalSlab
 from fedlora.simulation.threads import in_order
-from fedlora.world import World, thread_world
+from fedlora.world import World
 
 __all__ = ["CohortGrid"]
 
@@ -59,7 +60,7 @@ class _Client:
 class CohortGrid(VirtualGrid):
     """Train `num_clients` virtual clients in groups, `workers` groups at a time.
 
-    train: carries out a group, in the calling thread; None: in this process.
+    train: carries out a group, called in the thread of a worker; by default it does so itself.
     private: the folder for the factors that clients train and do not share; None: a method that
     has such factors is refused. positions: token positions, or rows of features, of a pass.
     """
@@ -68,14 +69,15 @@ class CohortGrid(VirtualGrid):
         self,
         num_clients: int,
         *,
+        engine: EngineConfig = EngineConfig(),  # noqa: B008 - frozen
         workers: int = 1,
-        train: Train | None = None,
+        train: Train = train_order,
         private: Path | None = None,
         positions: int = POSITIONS,
     ) -> None:
         super().__init__(num_clients)
         self._workers, self._positions = workers, positions
-        self._train = train or _train_here
+        self._engine, self._train = engine, train
         self._private = private
         self._slabs: dict[tuple[Segment, ...], PersonalSlab] = {}
         self._alone: dict[ClientSetup, bool] = {}
@@ -148,7 +150,8 @@ class CohortGrid(VirtualGrid):
         if all(start is starts[0] for start in starts):
             starts = starts[:1]
         names = tuple(client.name for client in group)
-        order = GroupOrder(task.setup, task.order, names, starts, self._alone[task.setup])
+        alone = self._alone[task.setup]
+        order = GroupOrder(self._engine, task.setup, task.order, names, starts, alone)
         try:
             outcomes = self._train(order)
         except Exception as error:
@@ -192,7 +195,7 @@ class CohortGrid(VirtualGrid):
     def _world(self, setup: ClientSetup) -> World:
         """Return the run's world, for the thread that reads the messages."""
         if self._opened is None or self._opened[0] is not setup:
-            world = thread_world(setup.base, setup.data, setup.lora, setup.seed)
+            world = world_of(setup, self._engine)
             if len(world.data) != self.num_clients:
                 raise FederationError(
                     f"expected data of {self.num_clients} clients, one a node, found "
@@ -232,8 +235,3 @@ class CohortGrid(VirtualGrid):
 def _job(world: World, client: _Client) -> Job:
     examples = world.data.client(client.name).train
     return job_of(examples, client.name, client.start, client.task.order)
-
-
-def _train_here(order: GroupOrder) -> list[Outcome]:
-    setup = order.setup
-    return train_order(thread_world(setup.base, setup.data, setup.lora, setup.seed), order)

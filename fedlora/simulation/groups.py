@@ -7,19 +7,21 @@ from dataclasses import dataclass, replace
 from fedlora.adapter import Adapter, Array
 from fedlora.data import Examples, draw_batches
 from fedlora.errors import FedloraError
+from fedlora.experiment import EngineConfig
 from fedlora.federation import ClientSetup
 from fedlora.federation.records import TrainOrder
 from fedlora.nn.cohort import Job, train_alone, train_group
 from fedlora.randomness import rng
-from fedlora.world import World
+from fedlora.world import World, thread_world
 
-__all__ = ["GroupOrder", "Outcome", "job_of", "train_order"]
+__all__ = ["GroupOrder", "Outcome", "job_of", "train_order", "world_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupOrder:
     """One group's share of a round."""
 
+    engine: EngineConfig
     setup: ClientSetup
     order: TrainOrder
     clients: tuple[str, ...]
@@ -38,8 +40,9 @@ class Outcome:
     error: FedloraError | None = None
 
 
-def train_order(world: World, order: GroupOrder) -> list[Outcome]:
+def train_order(order: GroupOrder) -> list[Outcome]:
     """Train a group in this thread; one outcome a client, in the order of `order.clients`."""
+    world = world_of(order.setup, order.engine)
     starts = order.starts * (len(order.clients) if len(order.starts) == 1 else 1)
     jobs = [
         job_of(world.data.client(client).train, client, start, order.order)
@@ -52,6 +55,11 @@ def train_order(world: World, order: GroupOrder) -> list[Outcome]:
     else:
         trained = train_group(world.model, jobs, world.task)
     return [Outcome(t.row, t.loss, t.steps, t.job.num_examples, t.error) for t in trained]
+
+
+def world_of(setup: ClientSetup, engine: EngineConfig) -> World:
+    """Return this thread's world for a run."""
+    return thread_world(setup.base, setup.data, setup.lora, setup.seed, engine.checkpointing)
 
 
 def job_of(examples: Examples, client: str, start: Adapter, order: TrainOrder) -> Job:

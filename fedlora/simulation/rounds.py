@@ -55,10 +55,12 @@ def _grid(config: ExperimentConfig, out: Path, num_clients: int) -> Iterator[Gri
         app, node_config = load_app("clientapp"), owner_node_config(config)
         yield InProcessGrid(app, num_clients, node_config, workers=threads)
     elif config.engine.workers == 0:
-        yield CohortGrid(num_clients, workers=threads, private=private)
+        yield CohortGrid(num_clients, engine=config.engine, workers=threads, private=private)
     else:
         with ray_workers(config.engine.workers) as pool:
-            yield CohortGrid(num_clients, workers=pool.count, train=pool, private=private)
+            yield CohortGrid(
+                num_clients, engine=config.engine, workers=pool.count, train=pool, private=private
+            )
 
 
 def load_app(component: Literal["clientapp", "serverapp"]) -> Any:

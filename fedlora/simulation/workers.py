@@ -129,10 +129,7 @@ class _Worker:
         torch.set_num_threads(1)
 
     def train(self, order: GroupOrder) -> list[Outcome]:
-        from fedlora.world import thread_world
-
-        setup = order.setup
-        return train_order(thread_world(setup.base, setup.data, setup.lora, setup.seed), order)
+        return train_order(order)
 
     def pid(self) -> int:
         return os.getpid()

@@ -22,7 +22,7 @@ from fedlora.simulation.cohort_grid import CohortGrid
 from fedlora.simulation.grid import InProcessGrid, VirtualGrid
 from fedlora.simulation.groups import GroupOrder, Outcome, train_order
 from fedlora.simulation.rounds import load_app, run_rounds
-from fedlora.world import shared_world, thread_world
+from fedlora.world import shared_world
 from tests.simulation.small import PEOPLE, config
 
 # float32 sums in another order; SGD, which does not turn noise into signs as Adam's first steps do
@@ -86,7 +86,7 @@ def test_replies_stream_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def train(order: GroupOrder) -> list[Outcome]:
         seen.append(order.clients)
-        return train_order(world, order)
+        return train_order(order)
 
     grid = CohortGrid(PEOPLE, train=train)
     read = 0
@@ -146,8 +146,7 @@ def test_a_group_that_fails_runs_again_one_by_one(tmp_path: Path) -> None:
         sizes.append(len(order.clients))
         if "c05" in order.clients:
             raise ValueError("a secret of c05's data")
-        setup = order.setup
-        return train_order(thread_world(setup.base, setup.data, setup.lora, setup.seed), order)
+        return train_order(order)
 
     federate(CohortGrid(PEOPLE, train=train), experiment, tmp_path)
     (record,) = read_rounds(tmp_path)
@@ -181,7 +180,7 @@ def keeping_B() -> Method:
 
 
 def private_rounds(
-    out: Path, rounds: int, private: Path | None, train: Callable | None = None
+    out: Path, rounds: int, private: Path | None, train: Callable = train_order
 ) -> Adapter:
     experiment = config(federation__rounds=rounds, federation__cohort=PEOPLE)
     grid = CohortGrid(PEOPLE, private=private, train=train)
@@ -195,8 +194,7 @@ def test_factors_that_are_not_shared_stay_with_their_client(tmp_path: Path) -> N
         starts = order.starts * (len(order.clients) if len(order.starts) == 1 else 1)
         for client, start in zip(order.clients, starts, strict=True):
             started.setdefault(order.order.round, {})[client] = start["second"].B
-        setup = order.setup
-        return train_order(thread_world(setup.base, setup.data, setup.lora, setup.seed), order)
+        return train_order(order)
 
     final = private_rounds(tmp_path, 2, tmp_path / "private", train)
     assert not any(B.any() for B in started[1].values())
@@ -220,8 +218,7 @@ def test_private_factors_survive_a_kill_in_the_middle_of_a_round(tmp_path: Path)
         calls += 1
         if calls == 2:
             raise Killed
-        setup = order.setup
-        return train_order(thread_world(setup.base, setup.data, setup.lora, setup.seed), order)
+        return train_order(order)
 
     experiment = config(federation__rounds=3, federation__cohort=PEOPLE)
     grid = CohortGrid(PEOPLE, private=private, train=train, positions=8)
