@@ -121,7 +121,8 @@ class PersonalizationConfig:
 class EngineConfig:
     """What runs the virtual clients."""
 
-    kind: Literal["sequential", "flower"] = "sequential"  # flower: Flower's own simulation (Ray)
+    # cohort: many clients in one pass; flower: Flower's own simulation (Ray)
+    kind: Literal["cohort", "sequential", "flower"] = "cohort"
 
 
 @dataclass(frozen=True, slots=True)
