@@ -98,6 +98,11 @@ class Examples:
         last = used.shape[1] - np.argmax(used[:, ::-1], axis=1)
         return np.where(used.any(axis=1), last, 1).astype(np.int64)
 
+    @cached_property
+    def mean_length(self) -> float:
+        """Mean of `lengths`; 0 without examples."""
+        return float(self.lengths.mean()) if len(self) else 0.0
+
     def take(self, indices: npt.ArrayLike) -> Examples:
         """Return the examples at `indices`, in that order."""
         rows = np.asarray(indices, np.int64)

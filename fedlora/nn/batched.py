@@ -67,9 +67,23 @@ class LayerStack:
         self.gradients = {name: value[:clients] for name, value in self._all_gradients.items()}
         self._scalings = None if self.scalings is None else self.scalings[:clients]
 
+    def has_gradient(self, name: Factor) -> bool:
+        """Whether this step has brought a gradient for a factor."""
+        return name in self._filled
+
     def all(self, name: Factor) -> Tensor:
         """Return a factor of all clients, active or not, as it lies here."""
         return self._all[name]
+
+    @property
+    def trained(self) -> tuple[Factor, ...]:
+        """The factors that have gradients, A before B."""
+        return tuple(self._all_gradients)
+
+    def as_layers(self, name: Factor) -> Tensor:
+        """Return a factor of all clients, each in the shape of a `LoraLayer`."""
+        value = self._all[name]
+        return value if name == "A" else value.transpose(1, 2)
 
     def of_client(self, k: int, name: Factor) -> Array:
         """Return one client's factor in the shape and rank of a `LoraLayer`: a view."""
@@ -86,7 +100,7 @@ class LayerStack:
 
         A layer may be called several times in a pass; the first call of a step replaces.
         """
-        into = self._into(name)
+        into = self.gradients[name]
         if name == "B" and self._scalings is not None:
             left = left * self._scalings
         left, right = left.to(into.dtype), right.to(into.dtype)
@@ -95,15 +109,12 @@ class LayerStack:
 
     def scatter_gradient(self, places: Tensor, values: Tensor) -> None:
         """Add ``scaling * values`` (K, rank, n) to the gradient of A at columns `places` (K, n)."""
-        into = self._into("A")
+        into = self.gradients["A"]
         if "A" not in self._filled:
             into.zero_()
         index = places[:, None].expand(values.shape)
         into.scatter_add_(2, index, values.to(into.dtype) * self.scaling)
         self._filled.add("A")
-
-    def _into(self, name: Factor) -> Tensor:
-        return self.gradients[name]
 
 
 @contextmanager

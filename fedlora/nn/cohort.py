@@ -13,10 +13,11 @@ sorted by steps, and the stacks are narrowed to those that go on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
@@ -25,12 +26,21 @@ from torch.optim.sgd import sgd
 from fedlora.adapter import Adapter, Array, LoraLayer
 from fedlora.errors import ConfigError, FedloraError, NonFiniteError
 from fedlora.nn.batched import LayerStack, batched_layers, why_not_batched
-from fedlora.nn.inject import lora_modules
-from fedlora.nn.local import evaluating, not_finite
+from fedlora.nn.inject import load_adapter_into, lora_modules
+from fedlora.nn.local import evaluating, not_finite, train_local
 from fedlora.nn.tasks import Batch, Task
 from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
 
-__all__ = ["POSITIONS", "Job", "Trained", "group_jobs", "train_cohort", "train_group", "why_alone"]
+__all__ = [
+    "POSITIONS",
+    "Job",
+    "Trained",
+    "group_jobs",
+    "train_alone",
+    "train_cohort",
+    "train_group",
+    "why_alone",
+]
 
 # Positions (rows times their length) in one pass. Below, a step is overhead; above, nothing is
 # gained and the activations leave the cache.
@@ -48,7 +58,9 @@ class Job:
     config: TrainConfig
     rule: LocalRule = LocalRule()  # noqa: RUF009 - frozen
     positions: int = 1  # rows times length of a batch, for forming groups: a guess will do
-    num_examples: int = 0
+    num_examples: int = 0  # that the client has
+    shape: tuple[int, ...] = ()  # of one row of features, which a group shares; () for text
+    seed: int = 0  # drives dropout, where the client is trained alone
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,27 +68,41 @@ class Trained:
     """What one client's training gave."""
 
     job: Job
-    factors: Mapping[tuple[str, Factor], Array]  # those that were trained, of the client's own rank
+    row: Array  # (n,) the trained factors one after another, by path, A before B
     loss: float  # mean over the steps, each before its update; NaN when there was no step
     steps: int
     error: FedloraError | None = None  # its training diverged, which changes no other client
 
+    @property
+    def factors(self) -> dict[tuple[str, Factor], Array]:
+        """The trained factors by path and name, views of `row`, of the client's own rank."""
+        found: dict[tuple[str, Factor], Array] = {}
+        start = 0
+        for path, layer in self.job.start.layers.items():
+            for name in _trained(self.job):
+                like = layer.A if name == "A" else layer.B
+                found[path, name] = self.row[start : start + like.size].reshape(like.shape)
+                start += like.size
+        return found
+
     def adapter(self) -> Adapter:
-        """Return the whole adapter. Raises the client's error, or `NonFiniteError`."""
+        """Return the whole adapter. Raises the client's error."""
         if self.error is not None:
             raise self.error
-        layers = {}
+        factors, layers = self.factors, {}
         for path, layer in self.job.start.layers.items():
-            A, B = self.factors.get((path, "A"), layer.A), self.factors.get((path, "B"), layer.B)
-            try:
-                layers[path] = LoraLayer(A, B, layer.scaling, None, layer.kind)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"layer {path!r}: {error}") from None
+            A, B = factors.get((path, "A"), layer.A), factors.get((path, "B"), layer.B)
+            layers[path] = LoraLayer(A, B, layer.scaling, None, layer.kind)
         return replace(self.job.start, layers=layers)
 
     def result(self) -> TrainResult:
         """Return the same as `train_local` does."""
         return TrainResult(self.adapter(), self.job.num_examples, self.loss, self.steps)
+
+
+def _trained(job: Job) -> list[Factor]:
+    factors: tuple[Factor, ...] = ("A", "B")
+    return [name for name in factors if name in job.rule.trained]
 
 
 def train_cohort(
@@ -117,8 +143,8 @@ def group_jobs(jobs: Sequence[Job], positions: int = POSITIONS) -> list[list[int
         job = jobs[index]
         return round(math.log(max(job.positions, 1), 1.25)), -job.steps, index
 
-    def same(job: Job) -> frozenset[Factor]:
-        return job.rule.trained
+    def same(job: Job) -> tuple[frozenset[Factor], tuple[int, ...]]:
+        return job.rule.trained, job.shape
 
     groups: list[list[int]] = []
     widest = 0
@@ -136,13 +162,38 @@ def group_jobs(jobs: Sequence[Job], positions: int = POSITIONS) -> list[list[int
 def train_group(model: nn.Module, jobs: Sequence[Job], task: Task) -> list[Trained]:
     """Train the jobs of one group together; results in their order.
 
-    The jobs' rules train the same factors; everything else may differ from job to job. A client
+    The jobs' rules train the same factors, and rows of features have one shape; everything else may
+    differ from job to job. A client
     whose loss is not finite comes back with its `error`.
     """
     order = sorted(range(len(jobs)), key=lambda k: (-jobs[k].steps, _settings(jobs[k].config), k))
     group = _Group(model, [jobs[index] for index in order], task)
     results = dict(zip(order, group.train(), strict=True))
     return [results[index] for index in range(len(jobs))]
+
+
+def train_alone(model: nn.Module, job: Job, task: Task) -> Trained:
+    """Train one job by `train_local`; the same result, and any model and task will do."""
+    load_adapter_into(model, job.start)
+    try:
+        result = train_local(
+            model,
+            job.batches,
+            job.config,
+            task=task,
+            rule=job.rule,
+            num_examples=job.num_examples,
+            seed=job.seed,
+        )
+    except NonFiniteError as error:
+        return Trained(job, np.zeros(0, np.float32), math.nan, 0, error)
+    parts = [
+        layer.A if name == "A" else layer.B
+        for layer in result.adapter.layers.values()
+        for name in _trained(job)
+    ]
+    row = np.concatenate([part.reshape(-1) for part in parts])
+    return Trained(job, row, result.loss, result.steps)
 
 
 class _Group:
@@ -155,7 +206,7 @@ class _Group:
         trained = jobs[0].rule.trained
         self.stacks = {
             path: LayerStack([job.start[path] for job in jobs], trained, device)
-            for path in self.modules
+            for path in sorted(self.modules)
         }
         self.optimizer = _Optimizer(list(self.stacks.values()), jobs)
         self.losses: list[list[float]] = [[] for _ in jobs]
@@ -167,7 +218,8 @@ class _Group:
             for step in range(max((job.steps for job in self.jobs), default=0)):
                 active = sum(job.steps > step for job in self.jobs)
                 self._step([next(batches[k]) for k in range(active)], step)
-        return [self._trained(k) for k in range(len(self.jobs))]
+        rows = self._rows()
+        return [self._trained(k, row) for k, row in enumerate(rows)]
 
     def _step(self, batches: list[Batch], step: int) -> None:
         for stack in self.stacks.values():
@@ -187,23 +239,33 @@ class _Group:
         losses.sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step(len(batches))
 
-    def _trained(self, k: int) -> Trained:
-        job = self.jobs[k]
-        factors = {
-            (path, name): stack.of_client(k, name)
-            for path, stack in self.stacks.items()
-            for name in stack.gradients
-        }
-        losses = self.losses[k]
+    def _rows(self) -> list[Array]:
+        """Every client's factors in one row, of its own rank."""
+        pairs = [(stack, name) for stack in self.stacks.values() for name in stack.trained]
+        if all(len(set(stack.ranks)) == 1 for stack in self.stacks.values()):
+            parts = [stack.as_layers(name).flatten(1) for stack, name in pairs]
+            return list(torch.cat(parts, 1).cpu().numpy())
+        return [
+            np.concatenate([stack.of_client(k, name).reshape(-1) for stack, name in pairs])
+            for k in range(len(self.jobs))
+        ]
+
+    def _trained(self, k: int, row: Array) -> Trained:
+        losses, error = self.losses[k], self.errors[k]
         loss = math.fsum(losses) / len(losses) if losses else math.nan
-        return Trained(job, factors, loss, len(losses), self.errors[k])
+        if error is None and not np.isfinite(row).all():
+            error = NonFiniteError(
+                f"train_local, step {len(losses)}: the factors are not finite after it; lower "
+                "learning_rate, or set max_grad_norm"
+            )
+        return Trained(self.jobs[k], row, loss, len(losses), error)
 
 
 class _Optimizer:
     """Steps the stacks of a group: one fused kernel for each run of clients with equal settings."""
 
     def __init__(self, stacks: Sequence[LayerStack], jobs: Sequence[Job]) -> None:
-        self.factors = [(stack, name) for stack in stacks for name in stack.gradients]
+        self.factors = [(stack, name) for stack in stacks for name in stack.trained]
         values = [stack.all(name) for stack, name in self.factors]
         keyed = groupby(range(len(jobs)), key=lambda k: _settings(jobs[k].config))
         runs = [list(run) for _, run in keyed]
@@ -216,17 +278,19 @@ class _Optimizer:
     @torch.no_grad()
     def step(self, clients: int) -> None:
         """Move the first `clients` clients by their gradients."""
-        values = [stack.values[name] for stack, name in self.factors]
-        gradients = [stack.gradients[name] for stack, name in self.factors]
+        # A layer that this pass did not call has no gradient, and stays, as it would alone.
+        found = [i for i, (stack, name) in enumerate(self.factors) if stack.has_gradient(name)]
+        values = [self.factors[i][0].values[self.factors[i][1]] for i in found]
+        gradients = [self.factors[i][0].gradients[self.factors[i][1]] for i in found]
         if self.starts:
-            for value, start, gradient in zip(values, self.starts, gradients, strict=True):
-                pull = self.pulls[:clients].view(-1, *(1,) * (value.ndim - 1))
-                gradient += pull * (value - start[:clients])
+            pulls = self.pulls[:clients].view(-1, 1, 1)
+            for i, value, gradient in zip(found, values, gradients, strict=True):
+                gradient += pulls * (value - self.starts[i][:clients])
         if self.clips:
             _clip(gradients, self.limits[:clients])
         for run in self.runs:
             if run.start < clients:
-                run.step(values, gradients, min(run.stop, clients))
+                run.step(found, values, gradients, min(run.stop, clients))
 
 
 class _Run:
@@ -243,11 +307,13 @@ class _Run:
             self.second = [torch.zeros_like(value) for value in mine]
         self.steps = [torch.zeros((), device=value.device) for value in mine]
 
-    def step(self, values: list[Tensor], gradients: list[Tensor], stop: int) -> None:
+    def step(
+        self, which: list[int], values: list[Tensor], gradients: list[Tensor], stop: int
+    ) -> None:
         config, count = self.config, stop - self.start
         values = [value[self.start : stop] for value in values]
         gradients = [gradient[self.start : stop] for gradient in gradients]
-        first = [moment[:count] for moment in self.first]
+        first = [self.first[i][:count] for i in which] if self.first else []
         if config.optimizer == "sgd":
             sgd(
                 values,
@@ -266,9 +332,9 @@ class _Run:
             values,
             gradients,
             first,
-            [moment[:count] for moment in self.second],
+            [self.second[i][:count] for i in which],
             [],
-            self.steps,
+            [self.steps[i] for i in which],
             fused=True,
             amsgrad=False,
             beta1=0.9,
@@ -294,4 +360,4 @@ def _clip(gradients: list[Tensor], limits: Tensor) -> None:
     norms = torch.stack(squares).sum(0).sqrt()
     scales = (limits / (norms + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        gradient *= scales.view(-1, *(1,) * (gradient.ndim - 1))
+        gradient *= scales.view(-1, 1, 1)

@@ -1,0 +1,73 @@
+"""What a group of virtual clients is asked to train, as a value that any worker can carry out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedlora.adapter import Adapter, Array
+from fedlora.data import Examples, draw_batches
+from fedlora.errors import FedloraError
+from fedlora.federation import ClientSetup
+from fedlora.federation.records import TrainOrder
+from fedlora.nn.cohort import Job, Trained, train_alone, train_group
+from fedlora.randomness import rng
+from fedlora.world import World
+
+__all__ = ["GroupOrder", "Outcome", "job_of", "train_order"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupOrder:
+    """One group's share of a round."""
+
+    setup: ClientSetup
+    order: TrainOrder
+    clients: tuple[str, ...]
+    starts: tuple[Adapter, ...]  # one for everyone, or one each
+    alone: bool = False  # one client at a time, where the model cannot be batched
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """One client's training."""
+
+    row: Array  # the trained factors one after another, by path, A before B
+    loss: float
+    steps: int
+    num_examples: int
+    error: FedloraError | None
+
+
+def train_order(world: World, order: GroupOrder) -> list[Outcome]:
+    """Train a group in this thread; one outcome a client, in the order of `order.clients`."""
+    starts = order.starts * (len(order.clients) if len(order.starts) == 1 else 1)
+    jobs = [
+        job_of(world.data.client(client).train, client, start, order.order)
+        for client, start in zip(order.clients, starts, strict=True)
+    ]
+    if order.alone:
+        trained: Sequence[Trained] = [train_alone(world.model, job, world.task) for job in jobs]
+    else:
+        trained = train_group(world.model, jobs, world.task)
+    return [
+        Outcome(result.row, result.loss, result.steps, result.job.num_examples, result.error)
+        for result in trained
+    ]
+
+
+def job_of(examples: Examples, client: str, start: Adapter, order: TrainOrder) -> Job:
+    """Return one client's training in a round, on its keyed batches."""
+    rows = min(order.train.batch_size, len(examples))
+    return Job(
+        client,
+        start,
+        draw_batches(examples, order.train, order.seed, client, order.round),
+        order.train.steps_for(len(examples)),
+        order.train,
+        order.rule,
+        positions=max(1, round(rows * examples.mean_length)),
+        num_examples=len(examples),
+        shape=() if examples.is_text else examples.inputs.shape[1:],
+        seed=int(rng(order.seed, "dropout", client, order.round).integers(2**31)),
+    )
