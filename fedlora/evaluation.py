@@ -60,13 +60,14 @@ def evaluate(
 
 
 def evaluate_many(
-    model: nn.Module, trials: Sequence[Trial], task: Task
+    model: nn.Module, trials: Sequence[Trial], task: Task, *, together: bool = True
 ) -> list[dict[str, float] | NonFiniteError]:
     """Return what `evaluate` returns for each trial up to rounding, or the error it raises.
 
     Trials with the same adapter (the same object) are evaluated together, wherever they stand. The
-    model's factors are left as any of the adapters. A task without `scores`, and few examples of
-    different adapters on layers that cannot be batched, are evaluated one trial at a time.
+    model's factors are left as any of the adapters. Without `together`, with a task that has no
+    `scores`, and for few examples of different adapters on layers that cannot be batched, no pass
+    holds examples of two trials.
 
     Raises `DataError` and `ConfigError` as `evaluate` does.
     """
@@ -75,7 +76,7 @@ def evaluate_many(
     found: dict[int, Mapping[str, float]] = {}
     single: list[int] = []  # few examples, and an adapter that no other trial has
     for same in _by_adapter(trials):
-        few, many = _by_size(same, trials, model, task)
+        few, many = _by_size(same, trials, model, task, together)
         if not many and len(few) == 1:
             single += few
             continue
@@ -121,7 +122,11 @@ def _by_adapter(trials: Sequence[Trial]) -> list[list[int]]:
 
 
 def _by_size(
-    indices: Sequence[int], trials: Sequence[Trial], model: nn.Module, task: Task
+    indices: Sequence[int],
+    trials: Sequence[Trial],
+    model: nn.Module,
+    task: Task,
+    together: bool,
 ) -> tuple[list[int], list[int]]:
     """Divide trials into those that can share a pass and those that fill one by themselves."""
     few: list[int] = []
@@ -129,7 +134,8 @@ def _by_size(
     for k in indices:
         examples = trials[k].examples
         is_small = 2 * _positions(examples) <= _most(examples, model)
-        (few if is_small and task.scores is not None else many).append(k)
+        can_share = is_small and together and task.scores is not None
+        (few if can_share else many).append(k)
     return few, many
 
 

@@ -78,14 +78,15 @@ def compare_many(
     *,
     initial: Adapter,
     shared: Adapter,
+    together: bool = True,
 ) -> list[Person | NonFiniteError]:
     """Return what `compare_adapters` returns for each client up to rounding, or its error.
 
     people: each client's data, with the optimizer steps that it took in the rounds. Their adapters
-    are all in memory at once.
+    are all in memory at once. together: whether a pass may hold several clients; where the model or
+    the task cannot be batched (`fedlora.nn.cohort.why_alone`), none does.
 
-    Clients whose training diverges have `NonFiniteError`, as alone. A model or a task that cannot
-    be batched (`fedlora.nn.cohort.why_alone`) is trained one client at a time.
+    A client whose training diverges has `NonFiniteError`, as alone, and changes no other.
     """
     train = _personal_training(config)
     jobs = []
@@ -93,7 +94,10 @@ def compare_many(
         longer = replace(train, local_steps=steps + config.personalization.steps)
         jobs.append(_job(data, initial, longer, config.seed, "own"))
         jobs.append(_job(data, shared, train, config.seed, "personal"))
-    adapters = _trained(model, jobs, task, config.seed)
+    if together and why_alone(model, task) is None:
+        adapters = _trained_together(model, jobs, task)
+    else:
+        adapters = _trained_alone(model, jobs, task, config.seed)
     found: list[Person | NonFiniteError] = []
     trials = []
     for k, (data, _) in enumerate(people):
@@ -108,7 +112,7 @@ def compare_many(
                 Trial(adapter, data.test, f"client {data.client_id!r}, {name}")
                 for name, adapter in zip(ADAPTERS, (initial, own, shared, personal), strict=True)
             ]
-    scores = iter(evaluate_many(model, trials, task))
+    scores = iter(evaluate_many(model, trials, task, together=together))
     return [
         person if isinstance(person, NonFiniteError) else _with_scores(person, islice(scores, 4))
         for person in found
@@ -142,14 +146,16 @@ def _job(data: ClientData, start: Adapter, config: TrainConfig, seed: int, phase
     )
 
 
-def _trained(
+def _trained_together(
+    model: nn.Module, jobs: Sequence[Job], task: Task
+) -> list[Adapter | NonFiniteError]:
+    results = train_cohort(model, jobs, task, positions=POSITIONS)
+    return [_adapter_or_error(result.adapter) for result in results]
+
+
+def _trained_alone(
     model: nn.Module, jobs: Sequence[Job], task: Task, seed: int
 ) -> list[Adapter | NonFiniteError]:
-    """Train the jobs in groups, or one at a time where groups are not possible."""
-    if why_alone(model, task) is None:
-        results = train_cohort(model, jobs, task, positions=POSITIONS)
-        return [_adapter_or_error(result.adapter) for result in results]
-
     def alone(job: Job) -> Adapter:
         load_adapter_into(model, job.start)
         return train_local(model, job.batches, job.config, task=task, seed=seed).adapter

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedlora.adapter import Array, LoraLayer
+from fedlora.errors import ConfigError, ShapeMismatchError
 from fedlora.nn.layers import LoraEmbedding, LoraLinear, LoraModule, is_bare_linear
 from fedlora.training import Factor
 
@@ -26,9 +27,11 @@ __all__ = ["LayerStack", "batched_layers", "why_not_batched"]
 class LayerStack:
     """The factors of K clients on one layer, with gradients for those in `trained`.
 
-    A: (K, rank, in_features), B: (K, out_features, rank), float32, of the largest rank among the
-    clients: smaller ones are padded with zeros in both, which training leaves exactly zero. A stack
-    of one layer serves any number of rows, all with the same adapter.
+    A: (K, rank, in_features), B: (K, rank, out_features), that is, transposed; float32, of the
+    largest rank among the clients: smaller ones are padded with zeros in both, which training
+    leaves exactly zero. A stack of one layer serves any number of rows, all with the same adapter.
+
+    Raises `ShapeMismatchError` when the layers are not of one module: NumPy would broadcast.
     """
 
     def __init__(
@@ -39,6 +42,11 @@ class LayerStack:
         B = torch.zeros(len(layers), rank, layers[0].out_features)
         into_A, into_B = A.numpy(), B.numpy()
         for k, layer in enumerate(layers):
+            if layer.A.shape[1:] != A.shape[2:] or len(layer.B) != B.shape[2]:
+                raise ShapeMismatchError(
+                    f"expected {layers[0].in_shape} -> {layers[0].out_features} as of the first "
+                    f"client, found {layer.in_shape} -> {layer.out_features} of client {k}"
+                )
             into_A[k, : layer.rank] = layer.A
             into_B[k, : layer.rank] = layer.B.T
         self.ranks = [layer.rank for layer in layers]
@@ -123,13 +131,14 @@ def batched_layers(
 ) -> Iterator[None]:
     """Let each module of an injected model serve its stack's clients in place of its own adapter.
 
-    The model's own factors are neither read nor changed. Raises nothing of its own:
-    `why_not_batched` says beforehand what cannot be batched.
+    The model's own factors are neither read nor changed. `why_not_batched` says beforehand which
+    layers cannot be batched. A layer raises `ConfigError` when it is called on something whose
+    dimension 0 cannot be the clients' rows, such as the positions of a whole batch.
     """
     try:
         for path, module in modules.items():
             # On the instance, which `nn.Module.__call__` looks at first.
-            object.__setattr__(module, "forward", _forward(module, stacks[path]))
+            object.__setattr__(module, "forward", _forward(path, module, stacks[path]))
         yield
     finally:
         for module in modules.values():
@@ -151,25 +160,38 @@ def why_not_batched(modules: Mapping[str, LoraModule]) -> str | None:
     return None
 
 
-def _forward(module: LoraModule, stack: LayerStack) -> Any:
+def _forward(path: str, module: LoraModule, stack: LayerStack) -> Any:
     base = module.base_layer
+
+    def check(x: Tensor) -> None:
+        # Its numbers might divide by K all the same, and one client get another's positions.
+        clients = stack.values["A"].shape[0]
+        if x.ndim == 0 or x.shape[0] % clients:
+            raise ConfigError(
+                f"layer {path!r}: expected the rows of {clients} clients in dimension 0, found "
+                f"shape {tuple(x.shape)}; train one client at a time"
+            )
+
     # Autograd calls a backward only for what comes from a leaf that requires grad. In the lowest
     # adapted layer nothing does: its input is the frozen base's.
     anchor = torch.zeros(0, requires_grad=bool(stack.gradients), device=base.weight.device)
 
     def linear(x: Tensor) -> Tensor:
         """(K * b, ..., in) to (K * b, ..., out); frozen and low-rank product in one node."""
+        check(x)
         y: Tensor = _low_rank(x, anchor, stack, base.weight, base.bias)
         return y
 
     def beside(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The same around a base of any other type or dtype, which is called as it is."""
+        check(x)
         result: Tensor = base(x, *args, **kwargs)
         low: Tensor = _low_rank(x, anchor, stack, None, None)
         return result + low.to(result.dtype)
 
     def embedding(ids: Tensor) -> Tensor:
         """(K * b, ...) int64 to (K * b, ..., dim)."""
+        check(ids)
         result: Tensor = base(ids)
         low: Tensor = _rows(ids, anchor, stack, base.padding_idx, result.dtype)
         scale = getattr(base, "embed_scale", None)  # Gemma multiplies after the look-up
@@ -198,7 +220,8 @@ class _LowRank(torch.autograd.Function):
             y = torch.bmm(h, B)
             y = y if stack.scaling == 1.0 else y.mul_(stack.scaling)
         else:
-            y = F.linear(rows.view(-1, A.shape[2]), weight, bias).view(clients, -1, out)
+            # Not a view: rows may be of a transposed or expanded tensor.
+            y = F.linear(rows.reshape(-1, A.shape[2]), weight, bias).view(clients, -1, out)
             y.baddbmm_(h, B, alpha=stack.scaling)
         ctx.save_for_backward(rows, h, weight)
         ctx.stack, ctx.shape = stack, x.shape
@@ -224,7 +247,7 @@ class _LowRank(torch.autograd.Function):
             x = torch.bmm(low, A)
             x = x if stack.scaling == 1.0 else x.mul_(stack.scaling)
         else:
-            x = torch.mm(y.view(-1, B.shape[2]), weight).view(rows.shape)
+            x = torch.mm(y.reshape(-1, B.shape[2]), weight).view(rows.shape)
             x.baddbmm_(low, A, alpha=stack.scaling)
         return x.view(ctx.shape), None, None, None, None
 

@@ -13,7 +13,7 @@ sorted by steps, and the stacks are narrowed to those that go on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -26,7 +26,7 @@ from torch.optim.sgd import sgd
 from fedlora.adapter import Adapter, Array, LoraLayer
 from fedlora.errors import ConfigError, FedloraError, NonFiniteError
 from fedlora.nn.batched import LayerStack, batched_layers, why_not_batched
-from fedlora.nn.inject import load_adapter_into, lora_modules
+from fedlora.nn.inject import load_adapter_into, lora_modules, require_fitting
 from fedlora.nn.local import evaluating, not_finite, train_local
 from fedlora.nn.tasks import Batch, Task
 from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
@@ -68,7 +68,7 @@ class Trained:
     """What one client's training gave."""
 
     job: Job
-    row: Array  # (n,) the trained factors one after another, by path, A before B
+    row: Array  # (n,) the trained factors one after another, by path, A before B before magnitude
     loss: float  # mean over the steps, each before its update; NaN when there was no step
     steps: int
     error: FedloraError | None = None  # its training diverged, which changes no other client
@@ -80,7 +80,7 @@ class Trained:
         start = 0
         for path, layer in self.job.start.layers.items():
             for name in _trained(self.job):
-                like = layer.A if name == "A" else layer.B
+                like: Array = getattr(layer, name)
                 found[path, name] = self.row[start : start + like.size].reshape(like.shape)
                 start += like.size
         return found
@@ -92,7 +92,8 @@ class Trained:
         factors, layers = self.factors, {}
         for path, layer in self.job.start.layers.items():
             A, B = factors.get((path, "A"), layer.A), factors.get((path, "B"), layer.B)
-            layers[path] = LoraLayer(A, B, layer.scaling, None, layer.kind)
+            magnitude = factors.get((path, "magnitude"), layer.magnitude)
+            layers[path] = LoraLayer(A, B, layer.scaling, magnitude, layer.kind)
         return replace(self.job.start, layers=layers)
 
     def result(self) -> TrainResult:
@@ -102,6 +103,8 @@ class Trained:
 
 def _trained(job: Job) -> list[Factor]:
     factors: tuple[Factor, ...] = ("A", "B")
+    if job.start.config.uses_dora:
+        factors = ("A", "B", "magnitude")
     return [name for name in factors if name in job.rule.trained]
 
 
@@ -163,9 +166,14 @@ def train_group(model: nn.Module, jobs: Sequence[Job], task: Task) -> list[Train
     """Train the jobs of one group together; results in their order.
 
     The jobs' rules train the same factors, and rows of features have one shape; everything else may
-    differ from job to job. A client
-    whose loss is not finite comes back with its `error`.
+    differ from job to job. A client whose loss is not finite comes back with its `error`.
+
+    Raises `ConfigError` when there is nothing to train, or a job has fewer batches than steps, and
+    for an adapter that is not the model's what `load_adapter_into` raises.
     """
+    if not jobs:
+        return []
+    _check(model, jobs)
     order = sorted(range(len(jobs)), key=lambda k: (-jobs[k].steps, _settings(jobs[k].config), k))
     group = _Group(model, [jobs[index] for index in order], task)
     results = dict(zip(order, group.train(), strict=True))
@@ -187,13 +195,24 @@ def train_alone(model: nn.Module, job: Job, task: Task) -> Trained:
         )
     except NonFiniteError as error:
         return Trained(job, np.zeros(0, np.float32), math.nan, 0, error)
-    parts = [
-        layer.A if name == "A" else layer.B
-        for layer in result.adapter.layers.values()
-        for name in _trained(job)
-    ]
-    row = np.concatenate([part.reshape(-1) for part in parts])
+    layers, names = result.adapter.layers.values(), _trained(job)
+    row = np.concatenate([getattr(layer, name).reshape(-1) for layer in layers for name in names])
     return Trained(job, row, result.loss, result.steps)
+
+
+def _check(model: nn.Module, jobs: Sequence[Job]) -> None:
+    """Refuse what `train_local` and `load_adapter_into` would refuse; one look a start adapter."""
+    if not _trained(jobs[0]):
+        raise ConfigError("train_cohort: the rule trains magnitude only, and the adapter has none")
+    for job in jobs:
+        if job.rule.trained != jobs[0].rule.trained:
+            raise ConfigError(
+                f"train_group, client {job.client_id!r}: expected a rule that trains "
+                f"{sorted(jobs[0].rule.trained)} as the first client's does, found "
+                f"{sorted(job.rule.trained)}; form groups by group_jobs"
+            )
+    for start in {id(job.start): job.start for job in jobs}.values():
+        require_fitting(model, start, "train_group")
 
 
 class _Group:
@@ -217,9 +236,17 @@ class _Group:
         with evaluating(self.model), batched_layers(self.modules, self.stacks):
             for step in range(max((job.steps for job in self.jobs), default=0)):
                 active = sum(job.steps > step for job in self.jobs)
-                self._step([next(batches[k]) for k in range(active)], step)
+                self._step([self._next(batches[k], k, step) for k in range(active)], step)
         rows = self._rows()
         return [self._trained(k, row) for k, row in enumerate(rows)]
+
+    def _next(self, batches: Iterator[Batch], k: int, step: int) -> Batch:
+        for batch in batches:
+            return batch
+        raise ConfigError(
+            f"train_group, client {self.jobs[k].client_id!r}: expected {self.jobs[k].steps} "
+            f"batches, one a step, found {step}"
+        )
 
     def _step(self, batches: list[Batch], step: int) -> None:
         for stack in self.stacks.values():

@@ -37,6 +37,7 @@ __all__ = [
     "lora_modules",
     "merge_lora",
     "remove_lora",
+    "require_fitting",
     "unmerge_lora",
 ]
 
@@ -128,20 +129,26 @@ def load_adapter_into(model: nn.Module, adapter: Adapter) -> None:
     """
     injection = _injection(model)
     _require_unmerged(injection, "load_adapter_into")
+    require_fitting(model, adapter, "load_adapter_into")
+    for path, module in injection.layers.items():
+        module.set_layer(adapter[path], adapter.config.lora_dropout)
+    injection.config = adapter.config
+
+
+def require_fitting(model: nn.Module, adapter: Adapter, who: str) -> None:
+    """Raise what `load_adapter_into` raises of an adapter; `who` opens the text."""
+    injection = _injection(model)
     if adapter.base is not None and adapter.base != injection.base:
         raise BaseMismatchError(
-            f"load_adapter_into: the adapter was made for base {adapter.base[:12]}, this model is "
+            f"{who}: the adapter was made for base {adapter.base[:12]}, this model is "
             f"{injection.base[:12]}; load it on its own base"
         )
     if adapter.config.uses_dora != injection.config.uses_dora:
         raise UnsupportedError(
-            f"load_adapter_into: the adapter's variant is {adapter.config.variant!r}, the model "
+            f"{who}: the adapter's variant is {adapter.config.variant!r}, the model "
             f"was injected with {injection.config.variant!r}; inject it with the adapter's config"
         )
-    _require_same_layers(injection.layers, adapter)
-    for path, module in injection.layers.items():
-        module.set_layer(adapter[path], adapter.config.lora_dropout)
-    injection.config = adapter.config
+    _require_same_layers(injection.layers, adapter, who)
 
 
 def remove_lora(model: nn.Module) -> None:
@@ -343,7 +350,7 @@ def _replace(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
                 parent._modules[name] = by[child]
 
 
-def _require_same_layers(layers: Mapping[str, LoraModule], adapter: Adapter) -> None:
+def _require_same_layers(layers: Mapping[str, LoraModule], adapter: Adapter, who: str) -> None:
     missing, extra = layers.keys() - adapter.layers.keys(), adapter.layers.keys() - layers.keys()
     if missing or extra:
         parts = [
@@ -352,16 +359,15 @@ def _require_same_layers(layers: Mapping[str, LoraModule], adapter: Adapter) -> 
             if paths
         ]
         raise LayerMismatchError(
-            f"load_adapter_into: expected the {len(layers)} layers that the model was injected "
+            f"{who}: expected the {len(layers)} layers that the model was injected "
             f"with, found {' and '.join(parts)}; inject it with the adapter's target_modules"
         )
     for path, module in layers.items():
-        layer, spec = adapter[path], _spec(module.base_layer)
-        found = (layer.kind, layer.in_shape, layer.out_features)
-        if found != (spec.kind, spec.in_shape, spec.out_features):
+        layer, A, B = adapter[path], module.lora_A.shape, module.lora_B.shape
+        if (layer.kind, layer.A.shape[1:], len(layer.B)) != (module.kind, A[1:], B[0]):
             raise ShapeMismatchError(
-                f"load_adapter_into, layer {path!r}: expected {spec.kind} {spec.in_shape} -> "
-                f"{spec.out_features}, found {layer.kind} {layer.in_shape} -> "
+                f"{who}, layer {path!r}: expected {module.kind} {tuple(A[1:])} -> "
+                f"{B[0]}, found {layer.kind} {layer.in_shape} -> "
                 f"{layer.out_features}; the adapter is of another base"
             )
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fedlora.errors import ConfigError, unknown_name
 from fedlora.imports import import_function, is_function
+from fedlora.nn.layers import LoraModule
 
 __all__ = ["Batch", "Task", "get_task", "scored_positions"]
 
@@ -146,7 +147,7 @@ def classification_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     inputs, targets = inputs.to(device), targets.to(device)
     logits = _logits(model, inputs, masked=True)
     nats = F.cross_entropy(logits, targets, reduction="none", ignore_index=NOT_COUNTED)
-    counts = torch.tensor([len(batch["targets"]) for batch in batches], device=device)
+    counts = (targets != NOT_COUNTED).view(len(batches), -1).sum(1)
     return nats.view(len(batches), -1).sum(1) / counts
 
 
@@ -235,7 +236,12 @@ def _client_logits(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, 
     wanted = targets.reshape(-1)[counted]
     if "hidden_only" in _arguments(type(model).forward):
         hidden = model(inputs, hidden_only=True, **rows)
-        logits = model.lm_head(hidden.flatten(0, 1)[counted]).float()  # type: ignore[operator]
+        head: Any = model.lm_head
+        if isinstance(head, LoraModule):
+            # Clients have different numbers of counted targets: their rows are equal only in whole.
+            logits = head(hidden).flatten(0, 1)[counted].float()
+        else:
+            logits = head(hidden.flatten(0, 1)[counted]).float()
     else:
         logits = _logits(model, inputs, masked=False).flatten(0, 1)[counted]
     return logits, wanted, owner
