@@ -68,9 +68,10 @@ def evaluate_clients(
 
     def people(local: World, window: Sequence[str]) -> list[Person | NonFiniteError]:
         everyone = [(local.data.client(client), records[client].steps) for client in window]
-        both = {"initial": local.initial, "shared": shared}
         if config.engine.kind != "sequential":
-            return compare_many(local.model, everyone, local.task, config, **both)
+            return compare_many(
+                local.model, everyone, local.task, config, initial=local.initial, shared=shared
+            )
         return [_alone(local, data, config, shared, steps) for data, steps in everyone]
 
     def rows_of(local: World, window: Sequence[str]) -> list[dict[str, Any]]:
