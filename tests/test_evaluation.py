@@ -15,6 +15,7 @@ from fedlora.data import Examples, load_data
 from fedlora.errors import DataError, NonFiniteError
 from fedlora.evaluation import Trial, evaluate, evaluate_many
 from fedlora.nn import Task, extract_adapter, get_task, inject_lora, load_base
+from fedlora.simulation.threads import one_torch_thread
 from tests.nn.models import Many, Mlp, TiedLm, seeded
 
 # Sums of float32 in another order. A perplexity e^loss and bits move with the loss.
@@ -123,7 +124,8 @@ def test_messages_score_as_alone_on_the_bundled_base():
         Trial(shaken(initial, k, 0.02) if k % 2 else initial, part, f"trial {k}")
         for k, part in enumerate(parts * 2)
     ]
-    assert_as_alone(base.model, trials, get_task("next-token"))
+    with one_torch_thread():
+        assert_as_alone(base.model, trials, get_task("next-token"))
 
 
 def test_adapters_of_different_ranks_share_a_pass():
