@@ -22,7 +22,7 @@ from fedlora.errors import ConfigError, unknown_name
 from fedlora.imports import import_function, is_function
 from fedlora.nn.layers import LoraModule
 
-__all__ = ["Batch", "Task", "get_task"]
+__all__ = ["Batch", "Task", "get_task", "scored_positions"]
 
 Batch: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
@@ -40,7 +40,8 @@ class Task:
 
     `losses` takes a batch of each of K clients and returns their K losses, in one pass through the
     model in which the rows are client-major, in K blocks of equal size: what `loss` would return
-    for each. A task without it is trained one client at a time.
+    for each. A task without it is trained one client at a time. `scores` is to `score` what
+    `losses` is to `loss`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     score: Callable[[nn.Module, Batch], dict[str, float]]
     losses: Callable[[nn.Module, Sequence[Batch]], Tensor] | None = None
+    scores: Callable[[nn.Module, Sequence[Batch]], list[dict[str, float]]] | None = None
 
 
 def get_task(name: str) -> Task:
@@ -106,31 +108,36 @@ def next_token_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
 
     Where texts can share a row, each client has one: half of a batch of short texts is padding.
     """
-    if _can_pack(model):
-        inputs, targets, segments = _rows_of_texts(batches)
-        rows = {} if segments is None else {"segments": segments}
-    else:
-        inputs, targets = _stacked(batches)
-        rows = {}
-    device = next(model.parameters()).device
-    inputs, targets = inputs.to(device), targets.to(device)
-    counted = (targets != NOT_COUNTED).reshape(-1)
-    clients = torch.arange(len(batches), device=device)
-    owner = clients.repeat_interleave(targets.numel() // len(batches))[counted]
-    wanted = targets.reshape(-1)[counted]
-    if "hidden_only" in _arguments(type(model).forward):
-        hidden = model(inputs, hidden_only=True, **{k: v.to(device) for k, v in rows.items()})
-        head: Any = model.lm_head
-        if isinstance(head, LoraModule):
-            # Clients have different numbers of counted targets: their rows are equal only in whole.
-            logits = head(hidden).flatten(0, 1)[counted].float()
-        else:
-            logits = head(hidden.flatten(0, 1)[counted]).float()
-    else:
-        logits = _logits(model, inputs, masked=False).flatten(0, 1)[counted]
+    logits, wanted, owner = _client_logits(model, batches)
     nats = F.cross_entropy(logits, wanted, reduction="none")
     counts = torch.bincount(owner, minlength=len(batches)).clamp(min=1)
     return nats.new_zeros(len(batches)).index_add(0, owner, nats) / counts
+
+
+@torch.no_grad()
+def next_token_scores(model: nn.Module, batches: Sequence[Batch]) -> list[dict[str, float]]:
+    """Return `next_token_score` of each client's batch, from one pass; see `scored_positions`."""
+    logits, wanted, owner = _client_logits(model, batches)
+    # In the order of the counted targets, which packing and padding leave as it is.
+    marked = [
+        np.broadcast_to(batch.get("word_starts", np.False_), batch["targets"].shape)[
+            batch["targets"] != NOT_COUNTED
+        ]
+        for batch in batches
+    ]
+    at_start = torch.from_numpy(np.concatenate(marked)).to(owner.device)
+    nats = F.cross_entropy(logits, wanted, reduction="none").double()
+    best = logits[at_start].topk(min(3, logits.shape[-1])).indices
+    hits = best == wanted[at_start, None]
+    starting = owner[at_start]
+    sums = {
+        "nats": _by_client(owner, nats, len(batches)),
+        "tokens": torch.bincount(owner, minlength=len(batches)),
+        "top1": _by_client(starting, hits[:, :1].sum(1), len(batches)),
+        "top3": _by_client(starting, hits.sum(1), len(batches)),
+        "word_starts": torch.bincount(starting, minlength=len(batches)),
+    }
+    return _rows(sums)
 
 
 def classification_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
@@ -142,6 +149,24 @@ def classification_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     nats = F.cross_entropy(logits, targets, reduction="none", ignore_index=NOT_COUNTED)
     counts = (targets != NOT_COUNTED).view(len(batches), -1).sum(1)
     return nats.view(len(batches), -1).sum(1) / counts
+
+
+@torch.no_grad()
+def classification_scores(model: nn.Module, batches: Sequence[Batch]) -> list[dict[str, float]]:
+    """Return `classification_score` of each client's batch, from one pass."""
+    inputs, targets = _stacked(batches)
+    device = next(model.parameters()).device
+    inputs, targets = inputs.to(device), targets.to(device)
+    logits = _logits(model, inputs, masked=True)
+    nats = F.cross_entropy(logits, targets, reduction="none", ignore_index=NOT_COUNTED)
+    correct = logits.argmax(-1) == targets  # a filled-up row has no class
+    return _rows(
+        {
+            "nats": nats.double().view(len(batches), -1).sum(1),
+            "examples": (targets != NOT_COUNTED).view(len(batches), -1).sum(1),
+            "correct": correct.view(len(batches), -1).sum(1),
+        }
+    )
 
 
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -166,7 +191,13 @@ def classification_score(model: nn.Module, batch: Batch) -> dict[str, float]:
 
 TASKS = {
     "next-token": Task(
-        "next-token", "loss", False, next_token_loss, next_token_score, next_token_losses
+        "next-token",
+        "loss",
+        False,
+        next_token_loss,
+        next_token_score,
+        next_token_losses,
+        next_token_scores,
     ),
     "classification": Task(
         "classification",
@@ -175,8 +206,58 @@ TASKS = {
         classification_loss,
         classification_score,
         classification_losses,
+        classification_scores,
     ),
 }
+
+
+def scored_positions(model: nn.Module) -> int:
+    """Return how many positions `scores` may be given at once: about `SCORED_LOGITS` logits."""
+    return max(1, SCORED_LOGITS // _vocabulary(model))
+
+
+def _client_logits(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (n, vocabulary) at the counted targets of K clients, the targets and whose they are.
+
+    One pass with the rows client-major. Where texts can share a row, each client has one.
+    """
+    rows: dict[str, Tensor] = {}
+    device = next(model.parameters()).device
+    if _can_pack(model):
+        inputs, targets, segments = _rows_of_texts(batches)
+        if segments is not None:
+            rows = {"segments": segments.to(device)}
+    else:
+        inputs, targets = _stacked(batches)
+    inputs, targets = inputs.to(device), targets.to(device)
+    counted = (targets != NOT_COUNTED).reshape(-1)
+    clients = torch.arange(len(batches), device=device)
+    owner = clients.repeat_interleave(targets.numel() // len(batches))[counted]
+    wanted = targets.reshape(-1)[counted]
+    if "hidden_only" in _arguments(type(model).forward):
+        hidden = model(inputs, hidden_only=True, **rows)
+        head: Any = model.lm_head
+        if isinstance(head, LoraModule):
+            # Clients have different numbers of counted targets: their rows are equal only in whole.
+            logits = head(hidden).flatten(0, 1)[counted].float()
+        else:
+            logits = head(hidden.flatten(0, 1)[counted]).float()
+    else:
+        logits = _logits(model, inputs, masked=False).flatten(0, 1)[counted]
+    return logits, wanted, owner
+
+
+def _by_client(owner: Tensor, values: Tensor, clients: int) -> Tensor:
+    return values.new_zeros(clients).index_add(0, owner, values)
+
+
+def _rows(sums: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    """Turn a column per sum into a dictionary per client."""
+    columns = {name: column.tolist() for name, column in sums.items()}
+    return [
+        {name: float(column[k]) for name, column in columns.items()}
+        for k in range(len(next(iter(columns.values()))))
+    ]
 
 
 def _tensors(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -313,12 +394,13 @@ def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
 
 def _row_chunks(model: nn.Module, inputs: Tensor) -> list[slice]:
     """Cut a batch by rows so that about `SCORED_LOGITS` logits exist at once, at least one row."""
-    head = getattr(model, "lm_head", None)
-    vocabulary = getattr(head, "out_features", None) or _vocabulary(model)
-    rows = max(1, SCORED_LOGITS // (inputs.shape[1] * vocabulary))
+    rows = max(1, scored_positions(model) // inputs.shape[1])
     return [slice(start, start + rows) for start in range(0, inputs.shape[0], rows)]
 
 
 def _vocabulary(model: nn.Module) -> int:
+    head = getattr(model, "lm_head", None)
+    if size := getattr(head, "out_features", None):
+        return int(size)
     config = getattr(model, "config", None)
     return int(getattr(config, "vocab_size", None) or 1 << 16)
