@@ -75,7 +75,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         "federation.sampling: expected one of fixed, poisson, found 'bernoulli'",
     ),
     "another engine": (
-        {"engine.kind": "ray"}, "engine.kind: expected one of cohort, sequential, flower, found 'ray'",
+        {"engine.kind": "ray"},
+        "engine.kind: expected one of cohort, sequential, flower, found 'ray'",
     ),
     "other bits": (
         {"base.quantize": "int4"}, "base.quantize: expected one of nf4, int8, found 'int4'",
