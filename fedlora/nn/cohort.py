@@ -28,6 +28,7 @@ from fedlora.errors import ConfigError, FedloraError, NonFiniteError
 from fedlora.nn.batched import LayerStack, batched_layers, why_not_batched
 from fedlora.nn.inject import load_adapter_into, lora_modules
 from fedlora.nn.local import evaluating, not_finite, train_local
+from fedlora.nn.prefix import cached_prefix
 from fedlora.nn.tasks import Batch, Task
 from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
 
@@ -214,16 +215,22 @@ class _Group:
 
     def train(self) -> list[Trained]:
         batches = [iter(job.batches) for job in self.jobs]
-        with evaluating(self.model), batched_layers(self.modules, self.stacks):
+        with (
+            evaluating(self.model),
+            batched_layers(self.modules, self.stacks),
+            cached_prefix(self.model, self._measured) as expect,
+        ):
             for step in range(max((job.steps for job in self.jobs), default=0)):
                 active = sum(job.steps > step for job in self.jobs)
-                self._step([next(batches[k]) for k in range(active)], step)
+                now = [next(batches[k]) for k in range(active)]
+                for stack in self.stacks.values():
+                    stack.next_step(active)
+                expect(now)
+                self._step(now, step)
         rows = self._rows()
         return [self._trained(k, row) for k, row in enumerate(rows)]
 
     def _step(self, batches: list[Batch], step: int) -> None:
-        for stack in self.stacks.values():
-            stack.next_step(len(batches))
         assert self.task.losses is not None  # asked for by `why_alone`
         losses = self.task.losses(self.model, batches)
         if not losses.requires_grad:
@@ -238,6 +245,17 @@ class _Group:
                 self.errors[k] = not_finite(loss, step + 1)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step(len(batches))
+
+    def _measured(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Losses and gradients on some batches, without a step."""
+        assert self.task.losses is not None
+        losses = self.task.losses(self.model, batches)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        found = [losses.detach()]
+        for stack in self.stacks.values():
+            found += [stack.gradients[n].clone() for n in stack.trained if stack.has_gradient(n)]
+            stack.next_step(len(batches))
+        return found
 
     def _rows(self) -> list[Array]:
         """Every client's factors in one row, of its own rank."""

@@ -25,6 +25,7 @@ from fedlora.errors import (
     ShapeMismatchError,
     UnsupportedError,
 )
+from fedlora.nn.kept import KeptActivations
 from fedlora.nn.layers import LoraModule, spec_of, wrap
 from fedlora.targets import LayerSpec, initial_A, select_targets
 
@@ -32,6 +33,7 @@ __all__ = [
     "base_fingerprint",
     "extract_adapter",
     "inject_lora",
+    "kept_activations",
     "layer_specs",
     "load_adapter_into",
     "lora_modules",
@@ -54,11 +56,12 @@ class _Injection:
     required_grad: list[tuple[nn.Parameter, bool]]
     fast_paths: list[tuple[nn.Module, Any]] = field(default_factory=list)
     originals: dict[str, Tensor] | None = None  # weights of the base while merged
+    kept: KeptActivations = field(default_factory=KeptActivations)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Injection:
-        """Let an injected model be deep-copied: the config is immutable, and shared."""
+        """Let an injected model be deep-copied: config and kept activations are shared."""
         parts = (self.layers, self.required_grad, self.fast_paths, self.originals)
-        return _Injection(self.config, self.base, *copy.deepcopy(parts, memo))
+        return _Injection(self.config, self.base, *copy.deepcopy(parts, memo), self.kept)
 
 
 def inject_lora(
@@ -251,6 +254,11 @@ def base_fingerprint(model: nn.Module) -> str:
 def lora_modules(model: nn.Module) -> Mapping[str, LoraModule]:
     """Return the wrappers of an injected model by the paths of what they wrap."""
     return _injection(model).layers
+
+
+def kept_activations(model: nn.Module) -> KeptActivations:
+    """Return what is kept of an injected model's frozen part; copies of the model share it."""
+    return _injection(model).kept
 
 
 def _injection(model: nn.Module) -> _Injection:

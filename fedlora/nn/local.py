@@ -7,15 +7,16 @@ another client would notice; only LoRA's own dropout is active.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedlora.errors import ConfigError, NonFiniteError
 from fedlora.nn.inject import extract_adapter, lora_modules
 from fedlora.nn.layers import LoraModule
+from fedlora.nn.prefix import Measure, cached_prefix
 from fedlora.nn.tasks import Batch, Task, get_task
 from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
 
@@ -52,12 +53,19 @@ def train_local(
         raise ConfigError("train_local: the rule trains magnitude only, and the adapter has none")
     losses: list[float] = []
     seen = 0
-    with _training(model, layers, rule, seed) as parameters:
+
+    def measure(some: Sequence[Batch]) -> list[Tensor]:
+        loss = task.loss(model, some[0])
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [loss.detach(), *(gradient for gradient in found if gradient is not None)]
+
+    with _training(model, layers, rule, seed) as parameters, _prefix(model, measure) as expect:
         optimizer = _optimizer(parameters, config)
         starts = [p.detach().clone() for p in parameters] if rule.proximal_weight else []
         optimizer.zero_grad()  # of whoever used the model before
         for batch in batches:
             seen += len(batch["inputs"])
+            expect([batch])
             loss = task.loss(model, batch)
             if not loss.requires_grad:
                 raise ConfigError(
@@ -81,6 +89,15 @@ def train_local(
         loss=math.fsum(losses) / len(losses) if losses else math.nan,
         steps=len(losses),
     )
+
+
+def _prefix(
+    model: nn.Module, measure: Measure
+) -> AbstractContextManager[Callable[[Sequence[Batch]], None]]:
+    # LoRA's dropout would make two measurements differ; and it is the generator's one user.
+    if any(layer.dropout for layer in lora_modules(model).values()):
+        return nullcontext(lambda batches: None)
+    return cached_prefix(model, measure)
 
 
 def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from torch.nn import functional as F
 
 from fedlora.errors import ConfigError, unknown_name
 from fedlora.imports import import_function, is_function
+from fedlora.nn.cross_entropy import head_cross_entropy
+from fedlora.nn.layers import is_bare_linear
 
 __all__ = ["Batch", "Task", "get_task"]
 
@@ -73,8 +76,10 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     inputs, targets = _tensors(model, batch)
     counted = (targets != NOT_COUNTED).reshape(-1)
     wanted = targets.reshape(-1)[counted]
-    logits = _logits_at(model, inputs, counted)
-    return F.cross_entropy(logits, wanted, reduction="sum") / max(len(wanted), 1)
+    rows: dict[str, Tensor] = {}
+    if _can_pack(model):
+        inputs, counted, rows = _packed(inputs, counted)
+    return _nats(model, inputs, counted, wanted, rows).sum() / max(len(wanted), 1)
 
 
 @torch.no_grad()
@@ -117,12 +122,8 @@ def next_token_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     clients = torch.arange(len(batches), device=device)
     owner = clients.repeat_interleave(targets.numel() // len(batches))[counted]
     wanted = targets.reshape(-1)[counted]
-    if "hidden_only" in _arguments(type(model).forward):
-        hidden = model(inputs, hidden_only=True, **{k: v.to(device) for k, v in rows.items()})
-        logits = model.lm_head(hidden.flatten(0, 1)[counted]).float()  # type: ignore[operator]
-    else:
-        logits = _logits(model, inputs, masked=False).flatten(0, 1)[counted]
-    nats = F.cross_entropy(logits, wanted, reduction="none")
+    rows = {name: value.to(device) for name, value in rows.items()}
+    nats = _nats(model, inputs, counted, wanted, rows)
     counts = torch.bincount(owner, minlength=len(batches)).clamp(min=1)
     return nats.new_zeros(len(batches)).index_add(0, owner, nats) / counts
 
@@ -194,20 +195,84 @@ def _logits(model: nn.Module, inputs: Tensor, *, masked: bool) -> Tensor:
 def _logits_at(model: nn.Module, inputs: Tensor, counted: Tensor) -> Tensor:
     """Logits (n, vocabulary) at the n counted positions of the flattened batch.
 
-    The head is by far the largest product of a small language model: a model that can return its
-    hidden states (`hidden_only`) computes the head at counted positions only. And half of a batch
-    of short texts is padding: where texts can share a row (`segments`), none of it is computed.
+    Half of a batch of short texts is padding: where texts can share a row (`segments`), none of it
+    is computed.
     """
-    arguments = _arguments(type(model).forward)
-    if "hidden_only" in arguments:
-        rows: dict[str, Tensor] = {}
-        if "segments" in arguments:
-            inputs, counted, rows = _packed(inputs, counted)
-        hidden = model(inputs, hidden_only=True, **rows)
-        logits: Tensor = model.lm_head(hidden.flatten(0, 1)[counted])  # type: ignore[operator]
-        return logits.float()
-    # Padding is on the right, where a causal model does not look: no mask.
-    return _logits(model, inputs, masked=False).flatten(0, 1)[counted]
+    rows: dict[str, Tensor] = {}
+    if _can_pack(model):
+        inputs, counted, rows = _packed(inputs, counted)
+    split = _hidden_at(model, inputs, counted, rows)
+    if split is None:
+        # Padding is on the right, where a causal model does not look: no mask.
+        return _logits(model, inputs, masked=False).flatten(0, 1)[counted]
+    hidden, head = split
+    logits: Tensor = head(hidden)
+    return logits.float()
+
+
+def _nats(
+    model: nn.Module, inputs: Tensor, counted: Tensor, wanted: Tensor, rows: dict[str, Tensor]
+) -> Tensor:
+    """Nats (n,) of the targets (n,) at the counted positions of the flattened batch."""
+    split = _hidden_at(model, inputs, counted, rows)
+    if split is None:
+        logits = _logits(model, inputs, masked=False).flatten(0, 1)[counted]
+        return F.cross_entropy(logits, wanted, reduction="none")
+    hidden, head = split
+    if is_bare_linear(head) and not any(p.requires_grad for p in head.parameters()):
+        return head_cross_entropy(hidden, head, wanted)  # type: ignore[arg-type]  # an nn.Linear
+    return F.cross_entropy(head(hidden).float(), wanted, reduction="none")
+
+
+def _hidden_at(
+    model: nn.Module, inputs: Tensor, counted: Tensor, rows: dict[str, Tensor]
+) -> tuple[Tensor, nn.Module] | None:
+    """Hidden states (n, features) at the counted positions, and the head that would read them.
+
+    The head is by far the largest product of a small language model, and few positions need it.
+    None where a model cannot be divided there: it has neither `hidden_only` nor what transformers'
+    causal models have in public, a body at `base_model_prefix` and `get_output_embeddings`.
+    """
+    if "hidden_only" in _arguments(type(model).forward):
+        hidden: Tensor = model(inputs, hidden_only=True, **rows)
+        return hidden.flatten(0, 1)[counted], model.lm_head  # type: ignore[return-value]
+    if not _is_divided(model, inputs):
+        return None
+    body, head = _body_and_head(model)
+    hidden = body(inputs, **_options(body, inputs, masked=False)).last_hidden_state
+    return hidden.flatten(0, 1)[counted], head
+
+
+def _body_and_head(model: nn.Module) -> tuple[Any, Any]:
+    get_head = getattr(model, "get_output_embeddings", None)
+    prefix = getattr(model, "base_model_prefix", "")
+    body = getattr(model, prefix, None) if prefix else None
+    return body, get_head() if callable(get_head) else None
+
+
+_DIVIDED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _is_divided(model: nn.Module, inputs: Tensor) -> bool:
+    """Whether the model is its body and then its head, and nothing between, before or after.
+
+    Some models scale or bend the head's logits, so this is tried once, on one position a row: the
+    logits have to be equal, bit for bit, since the same operations would have made them.
+    """
+    known = _DIVIDED.get(model)
+    if known is None:
+        body, head = _body_and_head(model)
+        known = isinstance(body, nn.Module) and isinstance(head, nn.Module)
+        if known:
+            first = inputs[:, :1]
+            options = _options(model, first, masked=False)
+            hidden = body(first, **_options(body, first, masked=False))
+            logits, found = model(first, **options), getattr(hidden, "last_hidden_state", None)
+            whole = getattr(logits, "logits", None)
+            known = found is not None and whole is not None and torch.equal(head(found), whole)
+        _DIVIDED[model] = known
+    return known
 
 
 def _packed(inputs: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
