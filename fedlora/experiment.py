@@ -122,6 +122,14 @@ class EngineConfig:
     """What runs the virtual clients."""
 
     kind: Literal["sequential", "flower"] = "sequential"  # flower: Flower's own simulation (Ray)
+    precision: Literal["fp32", "bf16"] = "fp32"  # of training; bf16 is inexact
+
+    def __post_init__(self) -> None:
+        if self.precision == "bf16" and self.kind in ("sequential", "flower"):
+            raise ConfigError(
+                f"engine.precision: expected 'fp32' with engine.kind = {self.kind!r}, found 'bf16';"
+                " only the cohort engine trains in bfloat16"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from fedlora.errors import ConfigError, FedloraError, NonFiniteError
 from fedlora.nn.batched import LayerStack, batched_layers, why_not_batched
 from fedlora.nn.inject import load_adapter_into, lora_modules
 from fedlora.nn.local import evaluating, not_finite, train_local
+from fedlora.nn.precision import Precision, computing_in
 from fedlora.nn.prefix import cached_prefix
 from fedlora.nn.tasks import Batch, Task
 from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
@@ -107,18 +108,24 @@ def _trained(job: Job) -> list[Factor]:
 
 
 def train_cohort(
-    model: nn.Module, jobs: Sequence[Job], task: Task, *, positions: int = POSITIONS
+    model: nn.Module,
+    jobs: Sequence[Job],
+    task: Task,
+    *,
+    positions: int = POSITIONS,
+    precision: Precision = "fp32",
 ) -> list[Trained]:
     """Train all jobs, in groups; results come in the order of `jobs`.
 
     model: with LoRA injected on the layers of the jobs' adapters; its own factors are not used.
-    positions: token positions, or rows of features, in one pass.
+    positions: token positions, or rows of features, in one pass. precision: see
+    `fedlora.nn.precision`.
 
     Raises `ConfigError` when the model or the task cannot be batched: see `why_alone`.
     """
     results: dict[int, Trained] = {}
     for group in group_jobs(jobs, positions):
-        trained = train_group(model, [jobs[index] for index in group], task)
+        trained = train_group(model, [jobs[index] for index in group], task, precision=precision)
         results.update(zip(group, trained, strict=True))
     return [results[index] for index in range(len(jobs))]
 
@@ -160,7 +167,9 @@ def group_jobs(jobs: Sequence[Job], positions: int = POSITIONS) -> list[list[int
     return groups
 
 
-def train_group(model: nn.Module, jobs: Sequence[Job], task: Task) -> list[Trained]:
+def train_group(
+    model: nn.Module, jobs: Sequence[Job], task: Task, *, precision: Precision = "fp32"
+) -> list[Trained]:
     """Train the jobs of one group together; results in their order.
 
     The jobs' rules train the same factors, and rows of features have one shape; everything else may
@@ -169,11 +178,14 @@ def train_group(model: nn.Module, jobs: Sequence[Job], task: Task) -> list[Train
     """
     order = sorted(range(len(jobs)), key=lambda k: (-jobs[k].steps, _settings(jobs[k].config), k))
     group = _Group(model, [jobs[index] for index in order], task)
-    results = dict(zip(order, group.train(), strict=True))
+    with computing_in(model, precision):
+        results = dict(zip(order, group.train(), strict=True))
     return [results[index] for index in range(len(jobs))]
 
 
-def train_alone(model: nn.Module, job: Job, task: Task) -> Trained:
+def train_alone(
+    model: nn.Module, job: Job, task: Task, *, precision: Precision = "fp32"
+) -> Trained:
     """Train one job by `train_local`; the same result, and any model and task will do."""
     load_adapter_into(model, job.start)
     try:
@@ -185,6 +197,7 @@ def train_alone(model: nn.Module, job: Job, task: Task) -> Trained:
             rule=job.rule,
             num_examples=job.num_examples,
             seed=job.seed,
+            precision=precision,
         )
     except NonFiniteError as error:
         return Trained(job, np.zeros(0, np.float32), math.nan, 0, error)
@@ -247,15 +260,26 @@ class _Group:
         self.optimizer.step(len(batches))
 
     def _measured(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Losses and gradients on some batches, without a step."""
+        """Losses and gradients of the first clients on some batches, without a step."""
         assert self.task.losses is not None
-        losses = self.task.losses(self.model, batches)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
-        found = [losses.detach()]
-        for stack in self.stacks.values():
-            found += [stack.gradients[n].clone() for n in stack.trained if stack.has_gradient(n)]
-            stack.next_step(len(batches))
-        return found
+        active = len(next(iter(self.stacks.values())).values["A"])
+        try:
+            for stack in self.stacks.values():
+                stack.next_step(len(batches))
+            losses = self.task.losses(self.model, batches)
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            return [
+                losses.detach(),
+                *(
+                    stack.gradients[name].clone()
+                    for stack in self.stacks.values()
+                    for name in stack.trained
+                    if stack.has_gradient(name)
+                ),
+            ]
+        finally:
+            for stack in self.stacks.values():
+                stack.next_step(active)
 
     def _rows(self) -> list[Array]:
         """Every client's factors in one row, of its own rank."""

@@ -25,13 +25,14 @@ from fedlora.errors import (
     ShapeMismatchError,
     UnsupportedError,
 )
-from fedlora.nn.kept import KeptActivations
+from fedlora.nn.kept import HalfWeights, KeptActivations
 from fedlora.nn.layers import LoraModule, spec_of, wrap
 from fedlora.targets import LayerSpec, initial_A, select_targets
 
 __all__ = [
     "base_fingerprint",
     "extract_adapter",
+    "half_weights",
     "inject_lora",
     "kept_activations",
     "layer_specs",
@@ -57,11 +58,13 @@ class _Injection:
     fast_paths: list[tuple[nn.Module, Any]] = field(default_factory=list)
     originals: dict[str, Tensor] | None = None  # weights of the base while merged
     kept: KeptActivations = field(default_factory=KeptActivations)
+    halves: HalfWeights = field(default_factory=HalfWeights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Injection:
-        """Let an injected model be deep-copied: config and kept activations are shared."""
+        """Let an injected model be deep-copied: the config and what is derived are shared."""
         parts = (self.layers, self.required_grad, self.fast_paths, self.originals)
-        return _Injection(self.config, self.base, *copy.deepcopy(parts, memo), self.kept)
+        copied = copy.deepcopy(parts, memo)
+        return _Injection(self.config, self.base, *copied, self.kept, self.halves)
 
 
 def inject_lora(
@@ -254,6 +257,11 @@ def base_fingerprint(model: nn.Module) -> str:
 def lora_modules(model: nn.Module) -> Mapping[str, LoraModule]:
     """Return the wrappers of an injected model by the paths of what they wrap."""
     return _injection(model).layers
+
+
+def half_weights(model: nn.Module) -> HalfWeights:
+    """Return the bfloat16 weights of an injected model; copies of the model share them."""
+    return _injection(model).halves
 
 
 def kept_activations(model: nn.Module) -> KeptActivations:

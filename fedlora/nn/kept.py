@@ -1,4 +1,4 @@
-"""Activations of a frozen network, kept by key in bounded memory."""
+"""What is derived from a frozen network and kept: activations, and weights in bfloat16."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["LIMIT", "KeptActivations"]
+__all__ = ["LIMIT", "HalfWeights", "KeptActivations"]
 
 # Bytes. MiniLM keeps 49 KB for an example of 32 tokens: 21,000 examples.
 LIMIT = 1 << 30
@@ -72,6 +73,32 @@ class KeptActivations:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return KeptActivations, (self.limit,)
+
+
+class HalfWeights:
+    """The bfloat16 twins of frozen tensors, made once each: two bytes a value.
+
+    Copies of a model, which share the frozen tensors, share their twins. Not pickled with it.
+    """
+
+    def __init__(self) -> None:
+        self._twins: dict[int, tuple[Tensor, Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the twin of a frozen tensor, of its own class, without a gradient."""
+        with self._lock:
+            known = self._twins.get(id(tensor))
+            if known is None or known[0] is not tensor:
+                with torch.no_grad():
+                    half = tensor.detach().to(torch.bfloat16)
+                if isinstance(tensor, torch.nn.Parameter):
+                    half = torch.nn.Parameter(half, requires_grad=False)
+                known = self._twins[id(tensor)] = (tensor, half)
+            return known[1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HalfWeights, ()
 
 
 def _size(value: Tensor) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedlora.errors import ConfigError, NonFiniteError
 from fedlora.nn.inject import extract_adapter, lora_modules
 from fedlora.nn.layers import LoraModule
+from fedlora.nn.precision import Precision, computing_in
 from fedlora.nn.prefix import Measure, cached_prefix
 from fedlora.nn.tasks import Batch, Task, get_task
 from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
@@ -32,13 +33,14 @@ def train_local(
     rule: LocalRule = LocalRule(),  # noqa: B008 - frozen
     num_examples: int | None = None,
     seed: int = 0,
+    precision: Precision = "fp32",
 ) -> TrainResult:
     """Train the adapter that `model` carries, in place, one optimizer step a batch.
 
     The optimizer starts anew at every call (AdamW with betas 0.9, 0.999 and eps 1e-8, or SGD). Only
     the factors in `rule.trained` move. `num_examples` is what the client has (the sum over
     `batches` if None); `seed` drives dropout. How many batches there are is up to the caller: see
-    `TrainConfig.steps_for`.
+    `TrainConfig.steps_for`. precision: see `fedlora.nn.precision`.
 
     Raises `ConfigError` when the model has no LoRA, it is merged, or there is nothing to train, and
     `NonFiniteError` with the step when a loss is not finite.
@@ -59,7 +61,11 @@ def train_local(
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         return [loss.detach(), *(gradient for gradient in found if gradient is not None)]
 
-    with _training(model, layers, rule, seed) as parameters, _prefix(model, measure) as expect:
+    with (
+        _training(model, layers, rule, seed) as parameters,
+        computing_in(model, precision),
+        _prefix(model, measure) as expect,
+    ):
         optimizer = _optimizer(parameters, config)
         starts = [p.detach().clone() for p in parameters] if rule.proximal_weight else []
         optimizer.zero_grad()  # of whoever used the model before

@@ -56,8 +56,8 @@ def cached_prefix(
     """Start each pass of an injected model at its first adapted block, in this block.
 
     Yields a function that has to be called with the batches of each step before the model is.
-    `measure` returns losses and gradients of the factors for some batches, as new tensors; it is
-    asked twice, at the first batches that this model is ever given. The model is in evaluation
+    `measure` returns losses and gradients of the factors for one or two batches, as new tensors; it
+    is asked twice, before the first step that this model ever takes. The model is in evaluation
     mode. Calls that cannot be served (other arguments, no kept rows possible) are plain ones.
     """
     prefix = _Prefix.of(model)
@@ -99,7 +99,7 @@ class _Prefix:
         self.serving = False  # whether calls may be served at all
         self.lengths: dict[bytes, int] = {}
         self.wrapped = 0  # values in the last block's output, when that is a tuple
-        self.value: Tensor | None = None  # what the last block gives, or is to give
+        self.value: Tensor | None = None  # what the last block is to give
 
     @classmethod
     def of(cls, model: nn.Module) -> _Prefix | None:
@@ -170,7 +170,7 @@ class _Prefix:
 
         hooks = [m.register_forward_pre_hook(touch(p)) for p, m in lora_modules(self.model).items()]
         try:
-            small = [_ragged(batch) for batch in batches]
+            small = [_ragged(batch) for batch in batches[:2]]
             plain = measure(small)
             self._expect(small)
             self.serving, served = True, self.kept.served
@@ -238,8 +238,7 @@ class _Prefix:
                 first, *rest = out if isinstance(out, tuple) else (out,)
                 self.wrapped = len(out) if isinstance(out, tuple) else 0
                 alone = isinstance(first, Tensor) and all(value is None for value in rest)
-                self.value = first if alone else None
-                raise _Reached
+                raise _Reached(first if alone else None)
             return out
 
         return stepped_over
@@ -314,14 +313,14 @@ class _Prefix:
     @torch.no_grad()
     def _filled(self, forward: Any, row: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """Run one row up to the last frozen block: (1, ...) activations."""
-        self.value, self.mode = None, "fill"
+        self.mode = "fill"
         try:
             forward(row, **kwargs)
-        except _Reached:
-            value = self.value
+        except _Reached as reached:
+            value: Tensor | None = reached.args[0]
             return value if value is not None and len(value) == 1 else None
         finally:
-            self.value, self.mode = None, "plain"
+            self.mode = "plain"
         return None
 
 
