@@ -126,15 +126,23 @@ class EngineConfig:
     kind: Literal["cohort", "sequential", "flower"] = "cohort"
     # Ray workers for groups of clients: their number, or all processors of a cluster. 0: threads.
     workers: int | Literal["cluster"] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"  # of training; bf16 is inexact
     checkpointing: bool = False  # compute each block twice, and keep its input only
 
     def __post_init__(self) -> None:
         if self.workers != "cluster":
             _at_least("engine.workers", self.workers, 0)
-        if self.workers and self.kind != "cohort":
+        if self.kind == "cohort":
+            return
+        if self.workers:
             raise ConfigError(
-                f"engine.workers is the cohort engine's: set engine.kind = 'cohort', found "
+                "engine.workers is the cohort engine's: set engine.kind = 'cohort', found "
                 f"{self.kind!r}, or remove it"
+            )
+        if self.precision == "bf16":
+            raise ConfigError(
+                f"engine.precision: expected 'fp32' with engine.kind = {self.kind!r}, found 'bf16';"
+                " only the cohort engine trains in bfloat16"
             )
 
 

@@ -21,7 +21,8 @@ from fedlora.errors import NonFiniteError
 from fedlora.evaluation import Trial, evaluate, evaluate_many
 from fedlora.experiment import ExperimentConfig
 from fedlora.nn import Task, load_adapter_into, train_local
-from fedlora.nn.cohort import Job, train_cohort, why_alone
+from fedlora.nn.cohort import Job, client_job, must_train_alone, train_cohort
+from fedlora.nn.precision import Precision
 from fedlora.training import TrainConfig
 
 __all__ = ["Person", "compare_adapters", "compare_many", "train_adapter"]
@@ -94,10 +95,11 @@ def compare_many(
         longer = replace(train, local_steps=steps + config.personalization.steps)
         jobs.append(_job(data, initial, longer, config.seed, "own"))
         jobs.append(_job(data, shared, train, config.seed, "personal"))
-    if together and why_alone(model, task) is None:
-        adapters = _trained_together(model, jobs, task)
+    together = together and not must_train_alone(model, jobs, task)
+    if together:
+        adapters = _trained_together(model, jobs, task, config.engine.precision)
     else:
-        adapters = _trained_alone(model, jobs, task, config.seed)
+        adapters = _trained_alone(model, jobs, task, config)
     found: list[Person | NonFiniteError] = []
     trials = []
     for k, (data, _) in enumerate(people):
@@ -132,33 +134,25 @@ def _with_scores(
 
 def _job(data: ClientData, start: Adapter, config: TrainConfig, seed: int, phase: str) -> Job:
     """Return the training of `train_adapter` as a job of a group."""
-    count = len(data.train)
-    rows = min(config.batch_size, count)
-    length = float(data.train.lengths.mean()) if count else 1.0
-    return Job(
-        client_id=data.client_id,
-        start=start,
-        batches=draw_batches(data.train, config, seed, data.client_id, phase),
-        steps=config.steps_for(count),
-        config=config,
-        positions=max(1, round(rows * length)),
-        num_examples=count,
-    )
+    return client_job(data.train, data.client_id, start, config, seed=seed, round=phase)
 
 
 def _trained_together(
-    model: nn.Module, jobs: Sequence[Job], task: Task
+    model: nn.Module, jobs: Sequence[Job], task: Task, precision: Precision
 ) -> list[Adapter | NonFiniteError]:
-    results = train_cohort(model, jobs, task, positions=POSITIONS)
+    results = train_cohort(model, jobs, task, positions=POSITIONS, precision=precision)
     return [_adapter_or_error(result.adapter) for result in results]
 
 
 def _trained_alone(
-    model: nn.Module, jobs: Sequence[Job], task: Task, seed: int
+    model: nn.Module, jobs: Sequence[Job], task: Task, config: ExperimentConfig
 ) -> list[Adapter | NonFiniteError]:
     def alone(job: Job) -> Adapter:
         load_adapter_into(model, job.start)
-        return train_local(model, job.batches, job.config, task=task, seed=seed).adapter
+        seed, precision = config.seed, config.engine.precision
+        return train_local(
+            model, job.batches, job.config, task=task, seed=seed, precision=precision
+        ).adapter
 
     return [_adapter_or_error(partial(alone, job)) for job in jobs]
 

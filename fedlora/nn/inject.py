@@ -26,6 +26,7 @@ from fedlora.errors import (
     ShapeMismatchError,
     UnsupportedError,
 )
+from fedlora.nn.kept import HalfWeights, KeptActivations
 from fedlora.nn.layers import LoraModule, spec_of, wrap
 from fedlora.targets import LayerSpec, initial_A, select_targets
 
@@ -34,8 +35,10 @@ __all__ = [
     "extract_adapter",
     "findings_of",
     "frozen_linears",
+    "half_weights",
     "inject_lora",
     "keeping_adapter",
+    "kept_activations",
     "layer_specs",
     "load_adapter_into",
     "lora_modules",
@@ -62,11 +65,15 @@ class _Injection:
     fast_paths: list[tuple[nn.Module, Any]] = field(default_factory=list)
     originals: dict[str, Tensor] | None = None  # weights of the base while merged
     findings: dict[Any, Any] = field(default_factory=dict)  # see `findings_of`
+    kept: KeptActivations = field(default_factory=KeptActivations)
+    halves: HalfWeights = field(default_factory=HalfWeights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Injection:
-        """Let an injected model be deep-copied: the config is immutable, and shared."""
+        """Let an injected model be deep-copied: the config and what is derived are shared."""
         parts = (self.layers, self.required_grad, self.fast_paths, self.originals)
-        return _Injection(self.config, self.base, *copy.deepcopy(parts, memo), self.findings)
+        copied = copy.deepcopy(parts, memo)
+        shared = (self.findings, self.kept, self.halves)
+        return _Injection(self.config, self.base, *copied, *shared)
 
 
 def inject_lora(
@@ -339,6 +346,16 @@ def replace_frozen(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
     if injection is not None:
         left = {id(parameter) for parameter in model.parameters()}
         injection.required_grad = [pair for pair in injection.required_grad if id(pair[0]) in left]
+
+
+def half_weights(model: nn.Module) -> HalfWeights:
+    """Return the bfloat16 weights of an injected model; copies of the model share them."""
+    return _injection(model).halves
+
+
+def kept_activations(model: nn.Module) -> KeptActivations:
+    """Return what is kept of an injected model's frozen part; copies of the model share it."""
+    return _injection(model).kept
 
 
 def _injection(model: nn.Module) -> _Injection:

@@ -13,7 +13,6 @@ is made by the same functions as on a device, and passes the same guard.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -29,7 +28,7 @@ from fedlora.federation.client import error_reply
 from fedlora.federation.private import kept_factors, kept_segments, split_row, with_kept
 from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
 from fedlora.flat import Segment
-from fedlora.nn.cohort import POSITIONS, Job, group_jobs, why_alone
+from fedlora.nn.cohort import POSITIONS, Job, group_jobs, must_train_alone
 from fedlora.simulation.grid import VirtualGrid
 from fedlora.simulation.groups import GroupOrder, Outcome, job_of, train_order, world_of
 from fedlora.simulation.slab import PersonalSlab
@@ -37,8 +36,6 @@ from fedlora.simulation.threads import in_order
 from fedlora.world import World
 
 __all__ = ["CohortGrid"]
-
-_log = logging.getLogger(__name__)
 
 WINDOW = 1024  # messages that are sorted into groups together
 WINDOW_BYTES = 1 << 26  # and the bytes of their factors, if that is fewer
@@ -181,16 +178,9 @@ class CohortGrid(VirtualGrid):
         for setup, some in itertools.groupby(clients, key=lambda client: client.task.setup):
             if setup in self._alone:
                 continue
-            world, two = self._world(setup), list(islice(some, 2))
-            jobs = [_job(world, client) for client in two]
-            batches = [batch for job in jobs for batch in islice(job.batches, 1)]
-            reason = why_alone(world.model, world.task, batches, two[0].start)
-            if reason is not None:
-                _log.warning(
-                    "clients are trained one at a time, with the same results but slower: %s",
-                    reason,
-                )
-            self._alone[setup] = reason is not None
+            world = self._world(setup)
+            jobs = [_job(world, client) for client in some]
+            self._alone[setup] = must_train_alone(world.model, jobs, world.task)
 
     def _world(self, setup: ClientSetup) -> World:
         """Return the run's world, for the thread that reads the messages."""
@@ -233,5 +223,4 @@ class CohortGrid(VirtualGrid):
 
 
 def _job(world: World, client: _Client) -> Job:
-    examples = world.data.client(client.name).train
-    return job_of(examples, client.name, client.start, client.task.order)
+    return job_of(world, client.name, client.start, client.task.order)

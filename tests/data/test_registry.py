@@ -136,7 +136,6 @@ def test_partitions_are_those_of_the_experiment_file() -> None:
 
 FUNCTIONS = """
 import numpy as np
-from fedlora.data import ClientData, Examples
 
 def arrays():
     return {name: {"inputs": np.ones((10, 3)), "targets": np.arange(10) % 2} for name in "ab"}
