@@ -25,6 +25,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from fedlora.adapter import Adapter, Array, LoraLayer
+from fedlora.data import Examples, draw_batches
 from fedlora.errors import ConfigError, FedloraError, NonFiniteError
 from fedlora.nn.batched import LayerStack, batched_layers, why_not_batched
 from fedlora.nn.inject import (
@@ -35,6 +36,8 @@ from fedlora.nn.inject import (
     require_fitting,
 )
 from fedlora.nn.local import evaluating, not_finite, train_local
+from fedlora.nn.precision import Precision, computing_in
+from fedlora.nn.prefix import cached_prefix
 from fedlora.nn.probe import find_leak
 from fedlora.nn.tasks import Batch, Task
 from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
@@ -43,7 +46,9 @@ __all__ = [
     "POSITIONS",
     "Job",
     "Trained",
+    "client_job",
     "group_jobs",
+    "must_train_alone",
     "train_alone",
     "train_cohort",
     "train_group",
@@ -118,28 +123,58 @@ def _trained(job: Job) -> list[Factor]:
     return [name for name in factors if name in job.rule.trained]
 
 
+def client_job(
+    examples: Examples,
+    client_id: str,
+    start: Adapter,
+    config: TrainConfig,
+    *,
+    seed: int,
+    round: int | str,
+    rule: LocalRule = LocalRule(),  # noqa: B008 - frozen
+) -> Job:
+    """Return the training of one client on its examples, in batches keyed by seed and round."""
+    rows = min(config.batch_size, len(examples))
+    return Job(
+        client_id,
+        start,
+        draw_batches(examples, config, seed, client_id, round),
+        config.steps_for(len(examples)),
+        config,
+        rule,
+        positions=max(1, math.ceil(rows * examples.mean_length)),
+        num_examples=len(examples),
+        shape=() if examples.is_text else examples.inputs.shape[1:],
+    )
+
+
 def train_cohort(
-    model: nn.Module, jobs: Sequence[Job], task: Task, *, positions: int = POSITIONS
+    model: nn.Module,
+    jobs: Sequence[Job],
+    task: Task,
+    *,
+    positions: int = POSITIONS,
+    precision: Precision = "fp32",
 ) -> list[Trained]:
     """Train all jobs, in groups; results come in the order of `jobs`.
 
     model: with LoRA injected on the layers of the jobs' adapters; its own factors are not used.
-    positions: token positions, or rows of features, in one pass.
+    positions: token positions, or rows of features, in one pass. precision: see
+    `fedlora.nn.precision`.
 
     Where clients cannot share a pass (see `why_alone`), they are trained one at a time, with a
     warning in the log, once a model, that says why. Raises what `train_group` raises.
     """
     given, jobs = jobs, list(jobs)
-    batches = _first_batches(jobs)
-    reason = why_alone(model, task, batches, jobs[0].start if jobs else None)
     results: dict[int, Trained] = {}
-    if reason is not None:
-        _say_once(model, reason)
+    if must_train_alone(model, jobs, task):
         with keeping_adapter(model):
-            results = {index: train_alone(model, job, task) for index, job in enumerate(jobs)}
+            for index, job in enumerate(jobs):
+                results[index] = train_alone(model, job, task, precision=precision)
     else:
         for group in group_jobs(jobs, positions):
-            trained = train_group(model, [jobs[index] for index in group], task)
+            some = [jobs[index] for index in group]
+            trained = train_group(model, some, task, precision=precision)
             results.update(zip(group, trained, strict=True))
     return [replace(results[index], job=job) for index, job in enumerate(given)]
 
@@ -168,13 +203,23 @@ def why_alone(
     return found
 
 
-def _say_once(model: nn.Module, reason: str) -> None:
+def must_train_alone(model: nn.Module, jobs: list[Job], task: Task) -> bool:
+    """Whether these jobs cannot share a pass (`why_alone`); the log says why, once a model.
+
+    The first batches are looked at: a job whose batches can be read only once is replaced in `jobs`
+    by one that has them all.
+    """
+    batches = _first_batches(jobs)
+    reason = why_alone(model, task, batches, jobs[0].start if jobs else None)
+    if reason is None:
+        return False
     findings, key = findings_of(model), ("said", reason)
     if key not in findings:
         findings[key] = True
         _log.warning(
             "clients are trained one at a time, with the same results but slower: %s", reason
         )
+    return True
 
 
 def _first_batches(jobs: list[Job]) -> list[Batch]:
@@ -221,7 +266,9 @@ def group_jobs(jobs: Sequence[Job], positions: int = POSITIONS) -> list[list[int
     return groups
 
 
-def train_group(model: nn.Module, jobs: Sequence[Job], task: Task) -> list[Trained]:
+def train_group(
+    model: nn.Module, jobs: Sequence[Job], task: Task, *, precision: Precision = "fp32"
+) -> list[Trained]:
     """Train the jobs of one group together; results in their order.
 
     The jobs' rules train the same factors, and rows of features have one shape; everything else may
@@ -235,11 +282,14 @@ def train_group(model: nn.Module, jobs: Sequence[Job], task: Task) -> list[Train
     _check(model, jobs)
     order = sorted(range(len(jobs)), key=lambda k: (-jobs[k].steps, _settings(jobs[k].config), k))
     group = _Group(model, [jobs[index] for index in order], task)
-    results = dict(zip(order, group.train(), strict=True))
+    with computing_in(model, precision):
+        results = dict(zip(order, group.train(), strict=True))
     return [results[index] for index in range(len(jobs))]
 
 
-def train_alone(model: nn.Module, job: Job, task: Task) -> Trained:
+def train_alone(
+    model: nn.Module, job: Job, task: Task, *, precision: Precision = "fp32"
+) -> Trained:
     """Train one job by `train_local`; the same result, and any model and task will do."""
     load_adapter_into(model, job.start)
     try:
@@ -251,6 +301,7 @@ def train_alone(model: nn.Module, job: Job, task: Task) -> Trained:
             rule=job.rule,
             num_examples=job.num_examples,
             seed=job.seed,
+            precision=precision,
         )
     except NonFiniteError as error:
         return Trained(job, np.zeros(0, np.float32), math.nan, 0, error)
@@ -292,10 +343,18 @@ class _Group:
 
     def train(self) -> list[Trained]:
         batches = [iter(job.batches) for job in self.jobs]
-        with evaluating(self.model), batched_layers(self.modules, self.stacks):
+        with (
+            evaluating(self.model),
+            batched_layers(self.modules, self.stacks),
+            cached_prefix(self.model, self._measured) as expect,
+        ):
             for step in range(max((job.steps for job in self.jobs), default=0)):
                 active = sum(job.steps > step for job in self.jobs)
-                self._step([self._next(batches[k], k, step) for k in range(active)], step)
+                now = [self._next(batches[k], k, step) for k in range(active)]
+                for stack in self.stacks.values():
+                    stack.next_step(active)
+                expect(now)
+                self._step(now, step)
         rows = self._rows()
         return [self._trained(k, row) for k, row in enumerate(rows)]
 
@@ -308,8 +367,6 @@ class _Group:
         )
 
     def _step(self, batches: list[Batch], step: int) -> None:
-        for stack in self.stacks.values():
-            stack.next_step(len(batches))
         assert self.task.losses is not None  # asked for by `why_alone`
         losses = self.task.losses(self.model, batches)
         if not losses.requires_grad:
@@ -324,6 +381,28 @@ class _Group:
                 self.errors[k] = not_finite(loss, step + 1)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step(len(batches))
+
+    def _measured(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Losses and gradients of the first clients on some batches, without a step."""
+        assert self.task.losses is not None
+        active = len(next(iter(self.stacks.values())).values["A"])
+        try:
+            for stack in self.stacks.values():
+                stack.next_step(len(batches))
+            losses = self.task.losses(self.model, batches)
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            return [
+                losses.detach(),
+                *(
+                    stack.gradients[name].clone()
+                    for stack in self.stacks.values()
+                    for name in stack.trained
+                    if stack.has_gradient(name)
+                ),
+            ]
+        finally:
+            for stack in self.stacks.values():
+                stack.next_step(active)
 
     def _rows(self) -> list[Array]:
         """Every client's factors in one row, of its own rank."""

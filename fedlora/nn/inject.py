@@ -26,6 +26,7 @@ from fedlora.errors import (
     ShapeMismatchError,
     UnsupportedError,
 )
+from fedlora.nn.kept import HalfWeights, KeptActivations
 from fedlora.nn.layers import LoraModule, spec_of, wrap
 from fedlora.targets import LayerSpec, initial_A, select_targets
 
@@ -33,18 +34,23 @@ __all__ = [
     "base_fingerprint",
     "extract_adapter",
     "findings_of",
+    "frozen_linears",
+    "half_weights",
     "inject_lora",
     "keeping_adapter",
+    "kept_activations",
     "layer_specs",
     "load_adapter_into",
     "lora_modules",
     "merge_lora",
     "remove_lora",
+    "replace_frozen",
     "require_fitting",
     "unmerge_lora",
 ]
 
 STATE = "_fedlora_injection"  # the attribute of an injected model that holds its `_Injection`
+QUANTIZED = "_fedlora_quantized"  # the attribute that holds the fingerprint of weights now gone
 OUTPUT_NAMES = ("lm_head", "classifier", "head", "score")
 
 
@@ -59,11 +65,15 @@ class _Injection:
     fast_paths: list[tuple[nn.Module, Any]] = field(default_factory=list)
     originals: dict[str, Tensor] | None = None  # weights of the base while merged
     findings: dict[Any, Any] = field(default_factory=dict)  # see `findings_of`
+    kept: KeptActivations = field(default_factory=KeptActivations)
+    halves: HalfWeights = field(default_factory=HalfWeights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Injection:
-        """Let an injected model be deep-copied: the config is immutable, and shared."""
+        """Let an injected model be deep-copied: the config and what is derived are shared."""
         parts = (self.layers, self.required_grad, self.fast_paths, self.originals)
-        return _Injection(self.config, self.base, *copy.deepcopy(parts, memo), self.findings)
+        copied = copy.deepcopy(parts, memo)
+        shared = (self.findings, self.kept, self.halves)
+        return _Injection(self.config, self.base, *copied, *shared)
 
 
 def inject_lora(
@@ -198,10 +208,16 @@ def merge_lora(model: nn.Module) -> None:
     """Put the adapter into the base's weights until `unmerge_lora`; outputs agree within 1e-5.
 
     Nothing is changed when it raises: `UnsupportedError` for a weight that is tied to another
-    module's, which would change too, and `NonFiniteError` for a merged weight that is not finite.
+    module's, which would change too, and for a quantized base; `NonFiniteError` for a merged weight
+    that is not finite.
     """
     injection = _injection(model)
     _require_unmerged(injection, "merge_lora")
+    if hasattr(model, QUANTIZED):
+        raise UnsupportedError(
+            "merge_lora: the base is quantized, and the sum would have to be rounded again; merge "
+            "the adapter into the full base"
+        )
     tied = _tied_paths(model)
     merged = {}
     for path, module in injection.layers.items():
@@ -256,8 +272,10 @@ def base_fingerprint(model: nn.Module) -> str:
 
     For each, sorted by name: name, dtype and shape as text, then its bytes in memory order. Names
     are those without LoRA; tied parameters count once, under the first name. The same before,
-    during (merged too) and after injection.
+    during (merged too) and after injection, and when the base is quantized (see `quantize_base`).
     """
+    if (before := getattr(model, QUANTIZED, None)) is not None:
+        return str(before)
     injection: _Injection | None = getattr(model, STATE, None)
     originals = (injection.originals if injection else None) or {}
     tensors: dict[str, Tensor] = {}
@@ -293,6 +311,51 @@ def lora_modules(model: nn.Module) -> Mapping[str, LoraModule]:
 def findings_of(model: nn.Module) -> dict[Any, Any]:
     """Return what is remembered of an injected model until `remove_lora`; its copies share it."""
     return _injection(model).findings
+
+
+def frozen_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of the base, under LoRA too, by path.
+
+    Those of the output, and those whose weight another module shares, are left out. Raises
+    `ConfigError` while an adapter is merged into them.
+    """
+    injection: _Injection | None = getattr(model, STATE, None)
+    if injection is not None:
+        _require_unmerged(injection, "frozen_linears")
+    modules, tied = dict(_base_modules(model)), _tied_paths(model)
+    return {
+        path: modules[path]
+        for path, spec in layer_specs(model).items()
+        if spec.kind == "linear"
+        and not spec.is_output
+        and len(tied.get(id(modules[path].weight), ())) == 1
+    }
+
+
+def replace_frozen(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
+    """Exchange modules of the base wherever they are, under LoRA too; the old ones are let go."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is None or child not in by:
+                continue
+            if isinstance(parent, LoraModule):
+                parent.set_base(by[child])
+            else:
+                parent._modules[name] = by[child]
+    injection: _Injection | None = getattr(model, STATE, None)
+    if injection is not None:
+        left = {id(parameter) for parameter in model.parameters()}
+        injection.required_grad = [pair for pair in injection.required_grad if id(pair[0]) in left]
+
+
+def half_weights(model: nn.Module) -> HalfWeights:
+    """Return the bfloat16 weights of an injected model; copies of the model share them."""
+    return _injection(model).halves
+
+
+def kept_activations(model: nn.Module) -> KeptActivations:
+    """Return what is kept of an injected model's frozen part; copies of the model share it."""
+    return _injection(model).kept
 
 
 def _injection(model: nn.Module) -> _Injection:

@@ -193,14 +193,15 @@ class _Places:
         steps = torch.arange(time, dtype=torch.float32, device=like.device)
         angles = torch.outer(steps, 1.0 / config.rope_theta**halves)
         cosine, sine = angles.cos(), angles.sin()
-        hidden = torch.full((time, time), float("-inf"), dtype=like.dtype, device=like.device)
+        exact = torch.promote_types(like.dtype, torch.float32)
+        hidden = torch.full((time, time), float("-inf"), dtype=exact, device=like.device)
         hidden = hidden.triu(1)
         if segments is not None:
             others = segments[:, None, :, None] != segments[:, None, None, :]
             hidden = hidden.expand(len(segments), 1, time, time).masked_fill(others, float("-inf"))
         return cls(
-            cosine=torch.cat((cosine, cosine), -1).to(like.dtype),
-            sine=torch.cat((-sine, sine), -1).to(like.dtype),
+            cosine=torch.cat((cosine, cosine), -1).to(exact),
+            sine=torch.cat((-sine, sine), -1).to(exact),
             hidden=hidden,
         )
 
@@ -253,17 +254,18 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, places: _Places) -> Tensor:
-        """(batch, time, hidden_size) to the same."""
+        """(batch, time, hidden_size) to the same; float32 at least between the projections."""
         batch, time, _ = x.shape
-        q = self._split(self.q_proj(x), self.heads)
-        k = self._split(self.k_proj(x), self.shared_heads)
-        v = self._split(self.v_proj(x), self.shared_heads)
+        exact = places.hidden.dtype
+        q = self._split(self.q_proj(x), self.heads).to(exact)
+        k = self._split(self.k_proj(x), self.shared_heads).to(exact)
+        v = self._split(self.v_proj(x), self.shared_heads).to(exact)
         q, k = _rotated(q * self.head_size**-0.5, places), _rotated(k, places)
         if self.shared_heads != self.heads:
             times = self.heads // self.shared_heads
             k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
         weights = (q @ k.transpose(-1, -2) + places.hidden).softmax(-1)
-        mixed = (weights.to(v.dtype) @ v).transpose(1, 2).reshape(batch, time, -1)
+        mixed = (weights @ v).to(x.dtype).transpose(1, 2).reshape(batch, time, -1)
         out: Tensor = self.o_proj(mixed)
         return out
 
@@ -302,7 +304,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, size) to the same."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normalized.to(x.dtype) * self.weight
 
 
 def load_llama(folder: Path) -> Llama:

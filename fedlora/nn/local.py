@@ -7,15 +7,17 @@ another client would notice; only LoRA's own dropout is active.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedlora.errors import ConfigError, NonFiniteError
 from fedlora.nn.inject import extract_adapter, lora_modules
 from fedlora.nn.layers import LoraModule
+from fedlora.nn.precision import Precision, computing_in
+from fedlora.nn.prefix import Measure, cached_prefix
 from fedlora.nn.tasks import Batch, Task, get_task
 from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
 
@@ -31,13 +33,14 @@ def train_local(
     rule: LocalRule = LocalRule(),  # noqa: B008 - frozen
     num_examples: int | None = None,
     seed: int = 0,
+    precision: Precision = "fp32",
 ) -> TrainResult:
     """Train the adapter that `model` carries, in place, one optimizer step a batch.
 
     The optimizer starts anew at every call (AdamW with betas 0.9, 0.999 and eps 1e-8, or SGD). Only
     the factors in `rule.trained` move. `num_examples` is what the client has (the sum over
     `batches` if None); `seed` drives dropout. How many batches there are is up to the caller: see
-    `TrainConfig.steps_for`.
+    `TrainConfig.steps_for`. precision: see `fedlora.nn.precision`.
 
     Raises `ConfigError` when the model has no LoRA, it is merged, or there is nothing to train, and
     `NonFiniteError` with the step when a loss is not finite.
@@ -52,12 +55,23 @@ def train_local(
         raise ConfigError("train_local: the rule trains magnitude only, and the adapter has none")
     losses: list[float] = []
     seen = 0
-    with _training(model, layers, rule, seed) as parameters:
+
+    def measure(some: Sequence[Batch]) -> list[Tensor]:
+        loss = task.loss(model, some[0])
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [loss.detach(), *(gradient for gradient in found if gradient is not None)]
+
+    with (
+        _training(model, layers, rule, seed) as parameters,
+        computing_in(model, precision),
+        _prefix(model, measure) as expect,
+    ):
         optimizer = _optimizer(parameters, config)
         starts = [p.detach().clone() for p in parameters] if rule.proximal_weight else []
         optimizer.zero_grad()  # of whoever used the model before
         for batch in batches:
             seen += len(batch["inputs"])
+            expect([batch])
             loss = task.loss(model, batch)
             if not loss.requires_grad:
                 raise ConfigError(
@@ -81,6 +95,15 @@ def train_local(
         loss=math.fsum(losses) / len(losses) if losses else math.nan,
         steps=len(losses),
     )
+
+
+def _prefix(
+    model: nn.Module, measure: Measure
+) -> AbstractContextManager[Callable[[Sequence[Batch]], None]]:
+    # LoRA's dropout would make two measurements differ; and it is the generator's one user.
+    if any(layer.dropout for layer in lora_modules(model).values()):
+        return nullcontext(lambda batches: None)
+    return cached_prefix(model, measure)
 
 
 def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +21,10 @@ from torch.nn import functional as F
 
 from fedlora.errors import ConfigError, unknown_name
 from fedlora.imports import import_function, is_function
-from fedlora.nn.layers import LoraModule
+from fedlora.nn.cross_entropy import head_cross_entropy
+from fedlora.nn.layers import LoraModule, is_bare_linear
 
-__all__ = ["Batch", "Task", "get_task"]
+__all__ = ["Batch", "Task", "get_task", "scored_positions"]
 
 Batch: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
@@ -40,7 +42,8 @@ class Task:
 
     `losses` takes a batch of each of K clients and returns their K losses, in one pass through the
     model in which the rows are client-major, in K blocks of equal size: what `loss` would return
-    for each. A task without it is trained one client at a time.
+    for each. A task without it is trained one client at a time. `scores` is to `score` what
+    `losses` is to `loss`.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     score: Callable[[nn.Module, Batch], dict[str, float]]
     losses: Callable[[nn.Module, Sequence[Batch]], Tensor] | None = None
+    scores: Callable[[nn.Module, Sequence[Batch]], list[dict[str, float]]] | None = None
 
 
 def get_task(name: str) -> Task:
@@ -74,8 +78,10 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     inputs, targets = _tensors(model, batch)
     counted = (targets != NOT_COUNTED).reshape(-1)
     wanted = targets.reshape(-1)[counted]
-    logits = _logits_at(model, inputs, counted)
-    return F.cross_entropy(logits, wanted, reduction="sum") / max(len(wanted), 1)
+    rows: dict[str, Tensor] = {}
+    if _can_pack(model):
+        inputs, counted, rows = _packed(inputs, counted)
+    return _nats(model, inputs, counted, wanted, rows).sum() / max(len(wanted), 1)
 
 
 @torch.no_grad()
@@ -106,31 +112,37 @@ def next_token_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
 
     Where texts can share a row, each client has one: half of a batch of short texts is padding.
     """
-    if _can_pack(model):
-        inputs, targets, segments = _rows_of_texts(batches)
-        rows = {} if segments is None else {"segments": segments}
-    else:
-        inputs, targets = _stacked(batches)
-        rows = {}
-    device = next(model.parameters()).device
-    inputs, targets = inputs.to(device), targets.to(device)
-    counted = (targets != NOT_COUNTED).reshape(-1)
-    clients = torch.arange(len(batches), device=device)
-    owner = clients.repeat_interleave(targets.numel() // len(batches))[counted]
-    wanted = targets.reshape(-1)[counted]
-    if "hidden_only" in _arguments(type(model).forward):
-        hidden = model(inputs, hidden_only=True, **{k: v.to(device) for k, v in rows.items()})
-        head: Any = model.lm_head
-        if isinstance(head, LoraModule):
-            # Clients have different numbers of counted targets: their rows are equal only in whole.
-            logits = head(hidden).flatten(0, 1)[counted].float()
-        else:
-            logits = head(hidden.flatten(0, 1)[counted]).float()
-    else:
-        logits = _logits(model, inputs, masked=False).flatten(0, 1)[counted]
-    nats = F.cross_entropy(logits, wanted, reduction="none")
+    inputs, counted, wanted, owner, rows = _client_rows(model, batches)
+    nats = _nats(model, inputs, counted, wanted, rows)
     counts = torch.bincount(owner, minlength=len(batches)).clamp(min=1)
     return nats.new_zeros(len(batches)).index_add(0, owner, nats) / counts
+
+
+@torch.no_grad()
+def next_token_scores(model: nn.Module, batches: Sequence[Batch]) -> list[dict[str, float]]:
+    """Return `next_token_score` of each client's batch, from one pass; see `scored_positions`."""
+    inputs, counted, wanted, owner, rows = _client_rows(model, batches)
+    logits = _counted_logits(model, inputs, counted, rows)
+    # In the order of the counted targets, which packing and padding leave as it is.
+    marked = [
+        np.broadcast_to(batch.get("word_starts", np.False_), batch["targets"].shape)[
+            batch["targets"] != NOT_COUNTED
+        ]
+        for batch in batches
+    ]
+    at_start = torch.from_numpy(np.concatenate(marked)).to(owner.device)
+    nats = F.cross_entropy(logits, wanted, reduction="none").double()
+    best = logits[at_start].topk(min(3, logits.shape[-1])).indices
+    hits = best == wanted[at_start, None]
+    starting = owner[at_start]
+    sums = {
+        "nats": _by_client(owner, nats, len(batches)),
+        "tokens": torch.bincount(owner, minlength=len(batches)),
+        "top1": _by_client(starting, hits[:, :1].sum(1), len(batches)),
+        "top3": _by_client(starting, hits.sum(1), len(batches)),
+        "word_starts": torch.bincount(starting, minlength=len(batches)),
+    }
+    return _rows(sums)
 
 
 def classification_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
@@ -142,6 +154,24 @@ def classification_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     nats = F.cross_entropy(logits, targets, reduction="none", ignore_index=NOT_COUNTED)
     counts = (targets != NOT_COUNTED).view(len(batches), -1).sum(1)
     return nats.view(len(batches), -1).sum(1) / counts
+
+
+@torch.no_grad()
+def classification_scores(model: nn.Module, batches: Sequence[Batch]) -> list[dict[str, float]]:
+    """Return `classification_score` of each client's batch, from one pass."""
+    inputs, targets = _stacked(batches)
+    device = next(model.parameters()).device
+    inputs, targets = inputs.to(device), targets.to(device)
+    logits = _logits(model, inputs, masked=True)
+    nats = F.cross_entropy(logits, targets, reduction="none", ignore_index=NOT_COUNTED)
+    correct = logits.argmax(-1) == targets  # a filled-up row has no class
+    return _rows(
+        {
+            "nats": nats.double().view(len(batches), -1).sum(1),
+            "examples": (targets != NOT_COUNTED).view(len(batches), -1).sum(1),
+            "correct": correct.view(len(batches), -1).sum(1),
+        }
+    )
 
 
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -166,7 +196,13 @@ def classification_score(model: nn.Module, batch: Batch) -> dict[str, float]:
 
 TASKS = {
     "next-token": Task(
-        "next-token", "loss", False, next_token_loss, next_token_score, next_token_losses
+        "next-token",
+        "loss",
+        False,
+        next_token_loss,
+        next_token_score,
+        next_token_losses,
+        next_token_scores,
     ),
     "classification": Task(
         "classification",
@@ -175,8 +211,50 @@ TASKS = {
         classification_loss,
         classification_score,
         classification_losses,
+        classification_scores,
     ),
 }
+
+
+def scored_positions(model: nn.Module) -> int:
+    """Return how many positions `scores` may be given at once: about `SCORED_LOGITS` logits."""
+    return max(1, SCORED_LOGITS // _vocabulary(model))
+
+
+def _client_rows(
+    model: nn.Module, batches: Sequence[Batch]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Put K clients' texts below one another, client-major, in equal blocks.
+
+    Return the inputs; which positions of them, flattened, are counted; the targets at these; whose
+    they are; and the model's further arguments. Where texts can share a row, each client has one.
+    """
+    rows: dict[str, Tensor] = {}
+    device = next(model.parameters()).device
+    if _can_pack(model):
+        inputs, targets, segments = _rows_of_texts(batches)
+        if segments is not None:
+            rows = {"segments": segments.to(device)}
+    else:
+        inputs, targets = _stacked(batches)
+    inputs, targets = inputs.to(device), targets.to(device)
+    counted = (targets != NOT_COUNTED).reshape(-1)
+    clients = torch.arange(len(batches), device=device)
+    owner = clients.repeat_interleave(targets.numel() // len(batches))[counted]
+    return inputs, counted, targets.reshape(-1)[counted], owner, rows
+
+
+def _by_client(owner: Tensor, values: Tensor, clients: int) -> Tensor:
+    return values.new_zeros(clients).index_add(0, owner, values)
+
+
+def _rows(sums: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    """Turn a column per sum into a dictionary per client."""
+    columns = {name: column.tolist() for name, column in sums.items()}
+    return [
+        {name: float(column[k]) for name, column in columns.items()}
+        for k in range(len(next(iter(columns.values()))))
+    ]
 
 
 def _tensors(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -200,20 +278,98 @@ def _logits(model: nn.Module, inputs: Tensor, *, masked: bool) -> Tensor:
 def _logits_at(model: nn.Module, inputs: Tensor, counted: Tensor) -> Tensor:
     """Logits (n, vocabulary) at the n counted positions of the flattened batch.
 
-    The head is by far the largest product of a small language model: a model that can return its
-    hidden states (`hidden_only`) computes the head at counted positions only. And half of a batch
-    of short texts is padding: where texts can share a row (`segments`), none of it is computed.
+    Half of a batch of short texts is padding: where texts can share a row (`segments`), none of it
+    is computed.
     """
-    arguments = _arguments(type(model).forward)
-    if "hidden_only" in arguments:
-        rows: dict[str, Tensor] = {}
-        if "segments" in arguments:
-            inputs, counted, rows = _packed(inputs, counted)
-        hidden = model(inputs, hidden_only=True, **rows)
-        logits: Tensor = model.lm_head(hidden.flatten(0, 1)[counted])  # type: ignore[operator]
-        return logits.float()
-    # Padding is on the right, where a causal model does not look: no mask.
-    return _logits(model, inputs, masked=False).flatten(0, 1)[counted]
+    rows: dict[str, Tensor] = {}
+    if _can_pack(model):
+        inputs, counted, rows = _packed(inputs, counted)
+    return _counted_logits(model, inputs, counted, rows)
+
+
+def _counted_logits(
+    model: nn.Module, inputs: Tensor, counted: Tensor, rows: dict[str, Tensor]
+) -> Tensor:
+    split = _hidden(model, inputs, rows)
+    if split is None:
+        # Padding is on the right, where a causal model does not look: no mask.
+        return _logits(model, inputs, masked=False).flatten(0, 1)[counted]
+    return _head_logits(*split, counted)
+
+
+def _nats(
+    model: nn.Module, inputs: Tensor, counted: Tensor, wanted: Tensor, rows: dict[str, Tensor]
+) -> Tensor:
+    """Nats (n,) of the targets (n,) at the counted positions of the flattened batch."""
+    split = _hidden(model, inputs, rows)
+    if split is None:
+        logits = _logits(model, inputs, masked=False).flatten(0, 1)[counted]
+        return F.cross_entropy(logits, wanted, reduction="none")
+    hidden, head = split
+    if is_bare_linear(head) and not any(p.requires_grad for p in head.parameters()):
+        states = hidden.flatten(0, 1)[counted]
+        return head_cross_entropy(states, head, wanted)  # type: ignore[arg-type]  # an nn.Linear
+    return F.cross_entropy(_head_logits(hidden, head, counted), wanted, reduction="none")
+
+
+def _head_logits(hidden: Tensor, head: nn.Module, counted: Tensor) -> Tensor:
+    """Logits at the counted positions of hidden states (rows, time, features)."""
+    logits: Tensor
+    if isinstance(head, LoraModule):
+        # Clients have different numbers of counted targets: their rows are equal only in whole.
+        logits = head(hidden).flatten(0, 1)[counted]
+    else:
+        logits = head(hidden.flatten(0, 1)[counted])
+    return logits.float()
+
+
+def _hidden(
+    model: nn.Module, inputs: Tensor, rows: dict[str, Tensor]
+) -> tuple[Tensor, nn.Module] | None:
+    """Hidden states (rows, time, features), and the head that would read them.
+
+    The head is by far the largest product of a small language model, and few positions need it.
+    None where a model cannot be divided there: it has neither `hidden_only` nor what transformers'
+    causal models have in public, a body at `base_model_prefix` and `get_output_embeddings`.
+    """
+    if "hidden_only" in _arguments(type(model).forward):
+        return model(inputs, hidden_only=True, **rows), model.lm_head  # type: ignore[return-value]
+    if not _is_divided(model, inputs):
+        return None
+    body, head = _body_and_head(model)
+    return body(inputs, **_options(body, inputs, masked=False)).last_hidden_state, head
+
+
+def _body_and_head(model: nn.Module) -> tuple[Any, Any]:
+    get_head = getattr(model, "get_output_embeddings", None)
+    prefix = getattr(model, "base_model_prefix", "")
+    body = getattr(model, prefix, None) if prefix else None
+    return body, get_head() if callable(get_head) else None
+
+
+_DIVIDED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _is_divided(model: nn.Module, inputs: Tensor) -> bool:
+    """Whether the model is its body and then its head, and nothing between, before or after.
+
+    Some models scale or bend the head's logits, so this is tried once, on one position a row: the
+    logits have to be equal, bit for bit, since the same operations would have made them.
+    """
+    known = _DIVIDED.get(model)
+    if known is None:
+        body, head = _body_and_head(model)
+        known = isinstance(body, nn.Module) and isinstance(head, nn.Module)
+        if known:
+            first = inputs[:, :1]
+            options = _options(model, first, masked=False)
+            hidden = body(first, **_options(body, first, masked=False))
+            logits, found = model(first, **options), getattr(hidden, "last_hidden_state", None)
+            whole = getattr(logits, "logits", None)
+            known = found is not None and whole is not None and torch.equal(head(found), whole)
+        _DIVIDED[model] = known
+    return known
 
 
 def _packed(inputs: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -313,12 +469,13 @@ def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
 
 def _row_chunks(model: nn.Module, inputs: Tensor) -> list[slice]:
     """Cut a batch by rows so that about `SCORED_LOGITS` logits exist at once, at least one row."""
-    head = getattr(model, "lm_head", None)
-    vocabulary = getattr(head, "out_features", None) or _vocabulary(model)
-    rows = max(1, SCORED_LOGITS // (inputs.shape[1] * vocabulary))
+    rows = max(1, scored_positions(model) // inputs.shape[1])
     return [slice(start, start + rows) for start in range(0, inputs.shape[0], rows)]
 
 
 def _vocabulary(model: nn.Module) -> int:
+    head = getattr(model, "lm_head", None)
+    if size := getattr(head, "out_features", None):
+        return int(size)
     config = getattr(model, "config", None)
     return int(getattr(config, "vocab_size", None) or 1 << 16)

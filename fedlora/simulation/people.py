@@ -1,20 +1,27 @@
-"""The last stage of a run: every client's four adapters, several clients at a time."""
+"""The last stage of a run: every client's four adapters, several clients at a time.
+
+Clients are taken in windows, one window a core at a time: its clients are trained and evaluated
+together, its rows are written, and its adapters are gone before the next one starts. So memory does
+not grow with the population, and a run that is killed loses the windows that it was at.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from fedlora.adapter import Adapter
+from fedlora.data import ClientData
 from fedlora.errors import NonFiniteError
-from fedlora.evaluation import evaluate
+from fedlora.evaluation import Trial, evaluate, evaluate_many
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import ClientRecord
 from fedlora.files import write_atomic
 from fedlora.formats import load_adapter, save_adapter
-from fedlora.personalization import compare_adapters
+from fedlora.personalization import Person, compare_adapters, compare_many
 from fedlora.simulation.folder import append_row, json_line, read_rows
 from fedlora.simulation.results import cross_matrix
 from fedlora.simulation.threads import in_order, one_torch_thread, worker_count
@@ -24,6 +31,9 @@ __all__ = ["cross_evaluate", "evaluate_clients"]
 
 T = TypeVar("T")
 S = TypeVar("S")
+
+WINDOW = 24  # clients whose adapters one thread holds at most
+WINDOWS = 16  # that there should be at least, for the cores of any machine
 
 Report = Callable[[int, int, str], None]  # done, of how many, a few words
 
@@ -54,27 +64,31 @@ def evaluate_clients(
         write_atomic(file, b"".join(json_line(row) for row in rows.values()))
     clients = [client for client in world.data.client_ids if client in records]
     kept = {name for name, path in keep_own.items() if path.is_file() and name in rows}
-    todo = [c for c in clients if c not in rows or (c in keep_own and c not in kept)]
+    todo = {c for c in clients if c not in rows or (c in keep_own and c not in kept)}
 
-    def one(local: World, client: str) -> dict[str, Any]:
+    def people(local: World, window: Sequence[str]) -> list[Person | NonFiniteError]:
+        everyone = [(local.data.client(client), records[client].steps) for client in window]
+        if config.engine.kind != "sequential":
+            return compare_many(
+                local.model, everyone, local.task, config, initial=local.initial, shared=shared
+            )
+        return [_alone(local, data, config, shared, steps) for data, steps in everyone]
+
+    def rows_of(local: World, window: Sequence[str]) -> list[dict[str, Any]]:
+        return [
+            row_of(client, person)
+            for client, person in zip(window, people(local, window), strict=True)
+        ]
+
+    def row_of(client: str, person: Person | NonFiniteError) -> dict[str, Any]:
         row = {
             "client": client,
             "held_out": records[client].held_out,
             "rounds": records[client].rounds,
             "global": digest,
         }
-        try:
-            person = compare_adapters(
-                local.model,
-                local.data.client(client),
-                local.task,
-                config,
-                initial=local.initial,
-                shared=shared,
-                federated_steps=records[client].steps,
-            )
-        except NonFiniteError as error:
-            return row | {"failed": f"client {client!r}: {error}"}
+        if isinstance(person, NonFiniteError):
+            return row | {"failed": f"client {client!r}: {person}"}
         for adapter, files in ((person.own, keep_own), (person.personal, keep_personal)):
             if client in files:
                 files[client].parent.mkdir(exist_ok=True)
@@ -84,38 +98,82 @@ def evaluate_clients(
 
     done = len(clients) - len(todo)
     report(done, len(clients), "")
-    for row in _on_all_cores(world, one, todo, config):
-        if row["client"] not in rows:
-            rows[row["client"]] = row
-            append_row(file, row | {"seconds": round(seconds(), 3)})  # of the run so far
-        done += 1
-        report(done, len(clients), row["client"])
+    # A window is done as a whole or again as a whole: a resumed run has the bits of any other.
+    windows = [w for w in _windows(clients, config) if not todo.isdisjoint(w)]
+    for window in _on_all_cores(world, rows_of, windows, config):
+        for row in window:
+            if row["client"] not in todo:
+                continue
+            if row["client"] not in rows:
+                rows[row["client"]] = row
+                append_row(file, row | {"seconds": round(seconds(), 3)})  # of the run so far
+            done += 1
+            report(done, len(clients), row["client"])
     return [rows[client] for client in clients]
+
+
+def _alone(
+    world: World, data: ClientData, config: ExperimentConfig, shared: Adapter, steps: int
+) -> Person | NonFiniteError:
+    try:
+        return compare_adapters(
+            world.model,
+            data,
+            world.task,
+            config,
+            initial=world.initial,
+            shared=shared,
+            federated_steps=steps,
+        )
+    except NonFiniteError as error:
+        return error
+
+
+def _windows(clients: Sequence[str], config: ExperimentConfig) -> list[Sequence[str]]:
+    """Divide clients into windows, in order; one client each where they train one at a time.
+
+    Nothing but the clients decides: neither the cores nor what an earlier part of the run has done.
+    """
+    share = math.ceil(len(clients) / WINDOWS)
+    size = 1 if config.engine.kind == "sequential" else max(1, min(WINDOW, share))
+    return [clients[start : start + size] for start in range(0, len(clients), size)]
 
 
 def cross_evaluate(
     world: World, config: ExperimentConfig, own: Mapping[str, Path], report: Report
 ) -> dict[str, Any]:
-    """Evaluate everyone's own adapter on everyone's held-out examples; see `cross_matrix`."""
+    """Evaluate everyone's own adapter on everyone's held-out examples; see `cross_matrix`.
+
+    Raises `NonFiniteError` when a loss is not finite.
+    """
     clients = list(own)
-    adapters = {client: load_adapter(path) for client, path in own.items()}
 
-    def column(local: World, client: str) -> list[float]:
-        examples = local.data.client(client).test
-        return [
-            evaluate(
-                local.model, adapters[i], examples, local.task, f"adapter {i!r} on {client!r}"
-            )[local.task.metric]
-            for i in clients
+    def values_of(local: World, owner: str) -> list[float]:
+        adapter = load_adapter(own[owner])
+        trials = [
+            Trial(adapter, local.data.client(client).test, f"adapter {owner!r} on {client!r}")
+            for client in clients
         ]
+        if config.engine.kind != "sequential":
+            found = evaluate_many(local.model, trials, local.task)
+        else:
+            found = [
+                evaluate(local.model, t.adapter, t.examples, local.task, t.who) for t in trials
+            ]
+        return [_metric(scores, local.task.metric) for scores in found]
 
-    columns = []
+    matrix = []
     report(0, len(clients), "")
-    for values in _on_all_cores(world, column, clients, config):
-        columns.append(values)
-        report(len(columns), len(clients), "")
-    better = world.task.higher_is_better
-    return cross_matrix(clients, list(zip(*columns, strict=True)), higher_is_better=better)
+    for values in _on_all_cores(world, values_of, clients, config):
+        matrix.append(values)
+        report(len(matrix), len(clients), "")
+    return cross_matrix(clients, matrix, higher_is_better=world.task.higher_is_better)
+
+
+def _metric(scores: dict[str, float] | NonFiniteError, name: str) -> float:
+    if isinstance(scores, NonFiniteError):
+        raise scores
+    return scores[name]
 
 
 def _on_all_cores(

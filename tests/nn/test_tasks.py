@@ -218,3 +218,50 @@ def test_texts_that_share_a_row_are_scored_as_if_each_were_alone():
     counted = int((targets >= 0).sum())
     loss = get_task("next-token").loss(model, {"inputs": inputs, "targets": targets})
     assert loss.item() == pytest.approx(sum(alone).item() / counted, abs=1e-5)
+
+
+def client_batches() -> list[Batch]:
+    """Batches of 3, 1 and 2 sentences, of which some are shorter and one has nothing counted."""
+    first, second = sentences(), sentences(seed=1)
+    one = {name: values[:1, :4] for name, values in second.items()}
+    return [first, one, {name: values[1:] for name, values in second.items()}]
+
+
+def packing() -> nn.Module:
+    torch.manual_seed(0)
+    return Llama(LlamaConfig(11, 16, 1, 2, 2, 24)).eval()
+
+
+@pytest.mark.parametrize("model", [packing, lambda: seeded(TiedLm)], ids=["packed", "padded"])
+def test_scores_of_many_clients_are_those_of_each_alone(model):
+    model, batches = model(), client_batches()
+    assert NEXT.scores is not None
+    for sums, batch in zip(NEXT.scores(model, batches), batches, strict=True):
+        alone = NEXT.score(model, batch)
+        assert sums.keys() == alone.keys()
+        # float32 with other orders of summation; counts are exact
+        assert sums.pop("nats") == pytest.approx(alone.pop("nats"), rel=1e-5)
+        assert sums == alone
+
+
+def test_scores_without_marked_word_starts_count_none():
+    batch = {name: v for name, v in sentences().items() if name != "word_starts"}
+    assert NEXT.scores is not None
+    (sums,) = NEXT.scores(packing(), [batch])
+    assert (sums["tokens"], sums["word_starts"], sums["top3"]) == (5, 0, 0)
+
+
+def test_scores_of_classes_do_not_count_the_rows_that_fill_a_block_up():
+    model, random = seeded(Mlp), np.random.default_rng(0)
+    batches = [
+        {
+            "inputs": random.normal(size=(rows, 6)).astype(np.float32),
+            "targets": random.integers(0, 3, rows),
+        }
+        for rows in (1, 4, 2)
+    ]
+    assert CLASSES.scores is not None
+    for sums, batch in zip(CLASSES.scores(model, batches), batches, strict=True):
+        alone = CLASSES.score(model, batch)
+        assert sums.pop("nats") == pytest.approx(alone.pop("nats"), rel=1e-5)
+        assert sums == alone
