@@ -27,7 +27,7 @@ def query(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train for one round."""
-    return handle_train(message, lambda setup: _open(setup, context))
+    return handle_train(message, lambda setup: _open(setup, context), context.state)
 
 
 def _open(setup: ClientSetup, context: Context) -> Trainer:

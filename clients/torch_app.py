@@ -16,7 +16,7 @@ from fedlora.bases import list_bases
 from fedlora.data import draw_batches, list_data
 from fedlora.errors import BaseMismatchError, ConfigError, UnsupportedError
 from fedlora.federation import ClientSetup
-from fedlora.federation.owner import owners_setup
+from fedlora.federation.owner import owners_checkpointing, owners_setup
 from fedlora.nn import load_adapter_into, train_local
 from fedlora.randomness import rng
 from fedlora.training import LocalRule, TrainConfig, TrainResult
@@ -74,7 +74,8 @@ def open_trainer(setup: ClientSetup, node_config: Mapping[str, object]) -> Torch
         "task": _TASKS,
     }
     setup = owners_setup(setup, node_config, os.environ, known)
-    world = thread_world(setup.base, setup.data, setup.lora, setup.seed)
+    checkpointing = owners_checkpointing(node_config, os.environ)
+    world = thread_world(setup.base, setup.data, setup.lora, setup.seed, checkpointing)
     return TorchTrainer(world, _client_id(world.data.client_ids, node_config))
 
 

@@ -274,6 +274,8 @@ class Adapter:
     layers: Mapping[str, LoraLayer]
     config: LoraConfig
     base: str | None = None
+    # The flat row that some of the factors are views of, and its form (`fedlora.flat` sets it).
+    made_of: tuple[Any, Array] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -376,6 +378,33 @@ class Adapter:
                     f"{who}, layer {path!r}: expected A {mine.A.shape} and B {mine.B.shape}, "
                     f"found A {theirs.A.shape} and B {theirs.B.shape}"
                 )
+
+
+def with_views(
+    like: Adapter, layers: dict[str, tuple[Array, Array, Array | None]], made_of: tuple[Any, Array]
+) -> Adapter:
+    """Return `like` with other arrays (A, B, magnitude) in its layers, none of them checked.
+
+    Only for `fedlora.flat`, which checks a whole row at once: the arrays must be finite, of the
+    same shapes as those of `like`, and views of memory that nobody can write to.
+    """
+    put, new = object.__setattr__, object.__new__  # past the checks of a frozen dataclass
+    built: dict[str, LoraLayer] = {}
+    for path, (A, B, magnitude) in layers.items():
+        before = like.layers[path]
+        layer = new(LoraLayer)
+        put(layer, "A", A)
+        put(layer, "B", B)
+        put(layer, "scaling", before.scaling)
+        put(layer, "magnitude", magnitude)
+        put(layer, "kind", before.kind)
+        built[path] = layer
+    adapter = new(Adapter)
+    put(adapter, "layers", MappingProxyType(built))
+    put(adapter, "config", like.config)
+    put(adapter, "base", like.base)
+    put(adapter, "made_of", made_of)
+    return adapter
 
 
 def stack(adapters: Sequence[Adapter]) -> Adapter:

@@ -46,7 +46,8 @@ class BaseConfig:
     """The frozen network."""
 
     id: str  # registry, a local Hugging Face folder, or "module:function"
-    num_classes: int | None = None  # put a new head for so many classes on a language model
+    num_classes: int | None = None  # put a new head for so many classes on a text model
+    quantize: Literal["nf4", "int8"] | None = None  # keep the frozen linear layers in fewer bits
 
     def __post_init__(self) -> None:
         _at_least("base.num_classes", self.num_classes, 2)
@@ -121,8 +122,20 @@ class PersonalizationConfig:
 class EngineConfig:
     """What runs the virtual clients."""
 
-    # cohort: many clients in one pass; flower: Flower's own simulation (Ray)
+    # Many clients in one pass, one client a core, or Flower's own simulation (Ray).
     kind: Literal["cohort", "sequential", "flower"] = "cohort"
+    # Ray workers for groups of clients: their number, or all processors of a cluster. 0: threads.
+    workers: int | Literal["cluster"] = 0
+    checkpointing: bool = False  # compute each block twice, and keep its input only
+
+    def __post_init__(self) -> None:
+        if self.workers != "cluster":
+            _at_least("engine.workers", self.workers, 0)
+        if self.workers and self.kind != "cohort":
+            raise ConfigError(
+                f"engine.workers is the cohort engine's: set engine.kind = 'cohort', found "
+                f"{self.kind!r}, or remove it"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +318,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         if value is None and type(None) in args:  # TOML has no None; overrides and JSON do
             return None
         choices = [choice for choice in args if choice is not type(None)]
+        if len(choices) == 1:
+            return _convert(value, choices[0], key)
         for choice in choices:
             try:
                 return _convert(value, choice, key)

@@ -14,8 +14,9 @@ from fedlora.data import FederatedData, load_data
 from fedlora.errors import ConfigError
 from fedlora.experiment import BaseConfig, DataConfig
 from fedlora.nn import Base, Task, extract_adapter, get_task, inject_lora, load_base
-
-NEW_HEAD = "zero_head"  # what `load_base` calls it
+from fedlora.nn.checkpointing import checkpoint_blocks
+from fedlora.nn.classifier import NEW_HEAD
+from fedlora.nn.quantize import quantize_base, require
 
 __all__ = ["World", "open_world", "shared_world", "thread_world"]
 
@@ -36,11 +37,20 @@ class World:
         return replace(self, model=copy.deepcopy(self.model, shared))
 
 
-def open_world(base: BaseConfig, data: DataConfig, lora: LoraConfig, seed: int) -> World:
+def open_world(
+    base: BaseConfig,
+    data: DataConfig,
+    lora: LoraConfig,
+    seed: int,
+    checkpointing: bool = False,
+) -> World:
     """Load the base, put LoRA on it, and open the data.
 
-    Raises what `load_base`, `load_data` and `inject_lora` raise.
+    checkpointing: trade time for memory, see `checkpoint_blocks`; no result depends on it. Raises
+    what `load_base`, `load_data`, `inject_lora`, `quantize_base` and `checkpoint_blocks` raise.
     """
+    if base.quantize is not None:
+        require(base.quantize)  # before minutes of loading
     loaded = load_base(base.id, num_classes=base.num_classes)
     population = load_data(
         data.id,
@@ -62,17 +72,27 @@ def open_world(base: BaseConfig, data: DataConfig, lora: LoraConfig, seed: int) 
                 f"lora: expected a rank of at least {layer.out_features}, the number of classes, "
                 f"for the new head {path!r}, found {layer.rank}; set lora.rank_pattern.{path}"
             )
+    if base.quantize is not None:
+        quantize_base(loaded.model, base.quantize)
+    if checkpointing:
+        checkpoint_blocks(loaded.model)
     return World(loaded.model, get_task(data.task), population, initial)
 
 
 def _require_head(loaded: Base, base: BaseConfig, data: DataConfig, people: FederatedData) -> None:
-    """Raise unless the base has a head for the classes of the data."""
+    """Raise unless the base has a head for the classes of the data, or for tokens."""
     classes = len(people.labels or ())
+    if data.task == "next-token" and loaded.card.task == "embedding":
+        raise ConfigError(
+            f"base {base.id!r} is an encoder and cannot predict tokens; use a language model, such "
+            "as tiny-chat"
+        )
     if data.task != "classification" or not classes:
         return
-    if loaded.card.task == "next-token":
+    if loaded.card.task in ("next-token", "embedding"):
+        does = "predicts tokens" if loaded.card.task == "next-token" else "has no head"
         raise ConfigError(
-            f"base {base.id!r} predicts tokens, and {data.id!r} has {classes} classes; "
+            f"base {base.id!r} {does}, and {data.id!r} has {classes} classes; "
             f"set base.num_classes = {classes} to put a new head on it"
         )
     if base.num_classes is None and loaded.card.labels and len(loaded.card.labels) != classes:
@@ -95,10 +115,16 @@ _OPENING = threading.Lock()
 _OF_THREAD = threading.local()
 
 
-def thread_world(base: BaseConfig, data: DataConfig, lora: LoraConfig, seed: int) -> World:
+def thread_world(
+    base: BaseConfig,
+    data: DataConfig,
+    lora: LoraConfig,
+    seed: int,
+    checkpointing: bool = False,
+) -> World:
     """Return `shared_world` for the main thread, and a copy of it for every other thread."""
     with _OPENING:
-        world = shared_world(base, data, lora, seed)
+        world = shared_world(base, data, lora, seed, checkpointing)
     if threading.current_thread() is threading.main_thread():
         return world
     if getattr(_OF_THREAD, "original", None) is not world:

@@ -75,7 +75,15 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         "federation.sampling: expected one of fixed, poisson, found 'bernoulli'",
     ),
     "another engine": (
-        {"engine.kind": "ray"}, "engine.kind: expected one of sequential, flower, found 'ray'",
+        {"engine.kind": "ray"},
+        "engine.kind: expected one of cohort, sequential, flower, found 'ray'",
+    ),
+    "other bits": (
+        {"base.quantize": "int4"}, "base.quantize: expected one of nf4, int8, found 'int4'",
+    ),
+    "a word for true": (
+        {"engine.checkpointing": "yes"},
+        "engine.checkpointing: expected true or false, found 'yes'",
     ),
     "no name": ({"name": " "}, "name: expected a word for this experiment, found an empty text"),
     "no client": ({"data.clients": 0}, "data.clients: expected a whole number >= 1, found 0"),

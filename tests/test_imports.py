@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module may import what is in a row below its own.
 ROWS = [
     {"errors", "files", "imports", "patterns", "randomness"},
-    {"adapter", "targets", "training"},
+    {"adapter", "flat", "targets", "training"},
     {"aggregation", "privacy", "formats", "store", "metrics"},
     {"experiment", "personalization", "evaluation", "nn", "bases", "data", "world"},
     {"simulation", "federation", "export", "device", "ota"},
@@ -29,6 +29,7 @@ ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
 BESIDE: dict[str, set[str]] = {
     "targets": {"adapter", "patterns"},
     "adapter": {"patterns"},
+    "flat": {"adapter", "training"},
     "training": {"adapter"},
     "simulation": {"federation"},
     "personalization": {"evaluation", "nn", "bases", "data", "experiment", "world"},

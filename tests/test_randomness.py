@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+
+import numpy as np
 
 from fedlora.randomness import rng
 
@@ -23,3 +26,12 @@ def test_keys_that_look_alike_give_different_numbers():
 def test_stream_is_the_published_one():
     # Adapters in the field were started from these numbers.
     assert rng(0, "init", "layer").integers(1000, size=3).tolist() == [613, 986, 619]
+
+
+def test_the_key_is_the_first_half_of_the_digest() -> None:
+    text = "int:1:7;str:7:batches;str:2:c1;int:1:3;"
+    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+    plain = np.random.Generator(np.random.Philox(key=key))
+    mine = rng(7, "batches", "c1", 3)
+    np.testing.assert_array_equal(mine.permutation(1000), plain.permutation(1000))
+    np.testing.assert_array_equal(mine.normal(size=9), plain.normal(size=9))

@@ -13,9 +13,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
-from fedlora.adapter import Adapter, LoraLayer
+from fedlora.adapter import Adapter
 from fedlora.aggregation.method import (
     Broadcast,
     ClientProfile,
@@ -25,6 +24,7 @@ from fedlora.aggregation.method import (
     checked,
 )
 from fedlora.errors import FederationError
+from fedlora.flat import RowForm, RowReader
 from fedlora.training import Factor, LocalRule
 
 __all__ = ["fedit", "ffa_lora", "mean_of_factors"]
@@ -48,26 +48,22 @@ def mean_of_factors(
 ) -> Adapter:
     """Return the global adapter with ``Σ p_k X_k`` in place of each of `factors`.
 
-    One float64 sum is kept, so that memory does not grow with the number of clients, and the
-    result is rounded to float32 once. ``p_k`` are the clients' num_examples over their sum.
+    One float64 sum over flat rows is kept, so that memory does not grow with the number of clients,
+    and the result is rounded to float32 once. ``p_k`` are the clients' num_examples over their sum.
     """
-    sums: dict[tuple[str, Factor], npt.NDArray[np.float64]] = {}
+    row_of = RowReader(state.adapter, factors)
+    sums = np.zeros(row_of.size)
+    weighted = np.empty_like(sums)
     total = 0.0
     for update in checked(state, updates, method):
-        for path, layer in update.adapter.layers.items():
-            for factor in factors:
-                value = _factor(layer, factor)
-                if (path, factor) not in sums:
-                    sums[path, factor] = np.zeros(value.shape)
-                sums[path, factor] += update.num_examples * value.astype(np.float64)
+        np.multiply(row_of(update.adapter), update.num_examples, out=weighted, dtype=np.float64)
+        sums += weighted
         total += update.num_examples
     if total == 0.0:
         raise FederationError(f"round {state.round + 1}: {method} got no update to average")
-    layers = {}
-    for path, layer in state.adapter.layers.items():
-        means = {factor: (sums[path, factor] / total).astype(np.float32) for factor in factors}
-        layers[path] = replace(layer, A=means.get("A", layer.A), B=means.get("B", layer.B))
-    return replace(state.adapter, layers=layers)
+    mean = (sums / total).astype("<f4").tobytes()
+    # A copy does not say what it was made of: else it would keep the adapters of all rounds alive.
+    return replace(RowForm.of(state.adapter, factors).read(mean))
 
 
 def _averaging(name: str, factors: frozenset[Factor], *, exact: bool) -> Method:
@@ -89,7 +85,3 @@ def _averaging(name: str, factors: frozenset[Factor], *, exact: bool) -> Method:
 
 def _whole_adapter(state: ServerState, profile: ClientProfile) -> Broadcast:
     return Broadcast(state.adapter, state.frozen)
-
-
-def _factor(layer: LoraLayer, factor: Factor) -> npt.NDArray[np.float32]:
-    return layer.A if factor == "A" else layer.B

@@ -90,18 +90,23 @@ def checked(state: ServerState, updates: Iterable[Update], method: str) -> Itera
     naming the client.
     """
     for update in updates:
-        who = f"client {update.client_id!r}"
         if not 0 < update.num_examples < float("inf"):
             raise FederationError(
-                f"{who}: expected num_examples > 0 and finite, found {update.num_examples!r}"
+                f"client {update.client_id!r}: expected num_examples > 0 and finite, found "
+                f"{update.num_examples!r}"
             )
         if update.adapter.config.uses_dora:
             raise UnsupportedError(
-                f"{who}: {method} averages A and B alone, DoRA has a magnitude; use variant 'lora'"
+                f"client {update.client_id!r}: {method} averages A and B alone, DoRA has a "
+                "magnitude; use variant 'lora'"
             )
-        state.adapter.require_same_layout(update.adapter, who)
-        for path, layer in update.adapter.layers.items():
-            _require_same_scaling(state.adapter[path], layer, f"{who}, layer {path!r}")
+        made_of = update.adapter.made_of
+        # What was made of a row in the form of the global adapter has its layout and scalings.
+        if made_of is None or made_of[0].like is not state.adapter:
+            who = f"client {update.client_id!r}"
+            state.adapter.require_same_layout(update.adapter, who)
+            for path, layer in update.adapter.layers.items():
+                _require_same_scaling(state.adapter[path], layer, f"{who}, layer {path!r}")
         yield update
 
 

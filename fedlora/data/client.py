@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -21,9 +22,12 @@ class ClientData:
     test: Examples
 
 
+KEPT = 4096  # clients whose data stays in memory; there may be a hundred thousand
+
+
 @dataclass(frozen=True, eq=False)
 class FederatedData:
-    """Clients and their data, each client read when it is asked for and then kept.
+    """Clients and their data, each client read when it is asked for; the last `KEPT` are kept.
 
     `client_ids` are sorted. An id such as ``"u7#2"`` is a second copy of client u7, made when more
     clients are asked for than there are; `notes` then says so.
@@ -37,6 +41,7 @@ class FederatedData:
     notes: tuple[str, ...] = ()  # what a report must say about this data
     _kept: dict[str, ClientData] = field(default_factory=dict, init=False, repr=False)
     _known: frozenset[str] = field(init=False, repr=False)
+    _keeping: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_known", frozenset(self.client_ids))
@@ -49,9 +54,13 @@ class FederatedData:
         if client_id not in self._known:
             raise unknown_name(f"client of {self.id}", client_id, self.client_ids)
         original = client_id.partition("#")[0]
-        if original not in self._kept:
-            self._kept[original] = self.read(original)
-        found = self._kept[original]
+        found = self._kept.get(original)
+        if found is None:
+            found = self.read(original)
+            with self._keeping:
+                if len(self._kept) >= KEPT:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[original] = found
         return ClientData(client_id, found.train, found.validation, found.test)
 
     def clients(self) -> Iterator[ClientData]:

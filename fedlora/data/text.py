@@ -1,6 +1,7 @@
 """Messages as token ids, for learning the next token or a class. NumPy, and tokenizers when used.
 
-A message stands alone: a separator token, its tokens, the separator again.
+A message stands alone: a separator token, its tokens, the separator again. To be classified it is
+framed as encoders know it, where the tokenizer has their tokens: [CLS], its tokens, [SEP].
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ WORD_PREFIXES = ("Ġ", "▁")  # how byte-level BPE and SentencePiece write a le
 def load_tokenizer(source: TokenizerLike) -> Tokenizer:
     """Return a tokenizer from a tokenizer.json, its folder, or a tokenizer object.
 
-    Raises `MissingExtraError` without the package tokenizers, and `ConfigError`.
+    One that pads or cuts (a file may say so, as that of all-MiniLM-L6-v2 does) is copied without
+    that: here lengths are data. Raises `MissingExtraError` without the package tokenizers, and
+    `ConfigError`.
     """
     try:
         from tokenizers import Tokenizer
@@ -51,14 +54,23 @@ def load_tokenizer(source: TokenizerLike) -> Tokenizer:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise ConfigError(f"tokenizer: expected the file {path}, found none")
-        return Tokenizer.from_file(str(path))
+        return _plain(Tokenizer.from_file(str(path)))
     tokenizer = getattr(source, "backend_tokenizer", source)
     if not isinstance(tokenizer, Tokenizer):
         raise ConfigError(
             "tokenizer: expected a tokenizer.json, its folder or a tokenizers.Tokenizer, "
             f"found {type(source).__name__}"
         )
-    return tokenizer
+    return _plain(tokenizer)
+
+
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
+    if tokenizer.padding is None and tokenizer.truncation is None:
+        return tokenizer
+    copied = type(tokenizer).from_str(tokenizer.to_str())
+    copied.no_padding()
+    copied.no_truncation()
+    return copied
 
 
 def separator_id(tokenizer: Tokenizer) -> int:
@@ -105,13 +117,26 @@ def encode_messages(
 def encode_classes(
     messages: Sequence[str], classes: Sequence[int], tokenizer: Tokenizer, max_length: int = 64
 ) -> Examples:
-    """Encode messages to be classified: inputs = [separator] + message, cut to `max_length`."""
-    separator = separator_id(tokenizer)
-    rows = [[separator, *ids][:max_length] for ids in _encode(tokenizer, messages)]
+    """Encode messages to be classified, cut to `max_length`.
+
+    inputs = [separator] + message; for an encoder's tokenizer [CLS] + message + [SEP].
+    """
+    before, after = _frame(tokenizer)
+    room = max(max_length - len(before) - len(after), 0)
+    encoded = _encode(tokenizer, messages)
+    rows = [[*before, *ids[:room], *after][:max_length] for ids in encoded]
     inputs = np.zeros((len(rows), max((len(row) for row in rows), default=1)), np.int64)
     for index, row in enumerate(rows):
         inputs[index, : len(row)] = row
     return Examples(inputs, np.array(classes, np.int64))
+
+
+def _frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return what stands before and behind a message that is classified."""
+    begin, end = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
+    if begin is None or end is None:
+        return [separator_id(tokenizer)], []
+    return [begin], [end]
 
 
 def _encode(tokenizer: Tokenizer, messages: Sequence[str]) -> list[list[int]]:

@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +48,11 @@ __all__ = [
 ]
 
 VERSION = 1
+_NUMBER, _OPTIONAL = (int,), (int, type(None))
+_CLIENT_TYPES: Mapping[str, tuple[type, ...]] = {
+    "client_id": (str,), "rank": _OPTIONAL, "num_examples": _OPTIONAL, "held_out": (bool,),
+    "rounds": _NUMBER, "steps": _NUMBER,
+}  # fmt: skip
 # Keys of an experiment that may differ on resume: how long it runs and on what.
 FREE_KEYS = ("federation.rounds", "engine")
 
@@ -135,20 +140,22 @@ def write_checkpoint(out: Path, checkpoint: Checkpoint, config: ExperimentConfig
         "files": files,
         "experiment": config.to_table(),
         "experiment_digest": _experiment_digest(config.to_table()),
-        "clients": [dataclasses.asdict(client) for client in checkpoint.clients],
         "bytes_up": checkpoint.bytes_up,
         "bytes_down": checkpoint.bytes_down,
         "seconds": checkpoint.seconds,
         "failed_in_a_row": checkpoint.failed_in_a_row,
-        "left_out": [dataclasses.asdict(dropped) for dropped in checkpoint.left_out],
+        "left_out": [_table(dropped) for dropped in checkpoint.left_out],
     }
-    write_atomic(folder / "state.json", json.dumps(document, indent=1).encode())
+    write_atomic(folder / "state.json", _with_clients(document, checkpoint.clients))
     _delete_others(folder, {entry["file"] for entry in files.values()})
 
 
 def read_checkpoint(out: Path) -> Checkpoint:
     """Read the checkpoint of a run. Raises `RunError`, and `DigestMismatchError` for a bad file."""
-    document = _document(out)
+    return _checkpoint(out, _document(out))
+
+
+def _checkpoint(out: Path, document: dict[str, Any]) -> Checkpoint:
     folder = out / "checkpoint"
     try:
         files = document["files"]
@@ -163,7 +170,7 @@ def read_checkpoint(out: Path) -> Checkpoint:
         )
         return Checkpoint(
             state,
-            tuple(from_plain(ClientRecord, client) for client in document["clients"]),
+            tuple(map(_client, document["clients"])),
             document["bytes_up"],
             document["bytes_down"],
             document["seconds"],
@@ -193,7 +200,7 @@ def resume_run(out: Path, config: ExperimentConfig) -> Checkpoint:
             f"{out}: cannot resume with another experiment: {shown}{more}; only "
             f"{' and '.join(FREE_KEYS)} may change; restore them, or choose another folder"
         )
-    checkpoint = read_checkpoint(out)
+    checkpoint = _checkpoint(out, document)
     kept = [record for record in read_rounds(out) if record.round <= checkpoint.state.round]
     write_atomic(out / "rounds.jsonl", b"".join(_line(record) for record in kept))
     _delete_others(out / "checkpoint", {entry["file"] for entry in document["files"].values()})
@@ -226,7 +233,43 @@ def read_rounds(out: Path) -> list[RoundRecord]:
 
 
 def _line(record: RoundRecord) -> bytes:
-    return json.dumps(dataclasses.asdict(record), ensure_ascii=False).encode() + b"\n"
+    table = _table(record) | {"dropped": [_table(dropped) for dropped in record.dropped]}
+    return json.dumps(table, ensure_ascii=False).encode() + b"\n"
+
+
+def _table(value: Dropped | RoundRecord) -> dict[str, Any]:
+    """Return the fields of a record; `dataclasses.asdict` would copy a cohort's every id."""
+    return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+
+
+def _with_clients(document: Mapping[str, Any], clients: Sequence[ClientRecord]) -> bytes:
+    """Return `document` as JSON with the clients in it, one a line.
+
+    They are written as text here: 100,000 tables of them, and their encoding with an indent, would
+    take 150 MB and seconds a round.
+    """
+    lines = (
+        f'  {{"client_id": {json.dumps(c.client_id)}, "rank": {_or_null(c.rank)}, '
+        f'"num_examples": {_or_null(c.num_examples)}, '
+        f'"held_out": {"true" if c.held_out else "false"}, '
+        f'"rounds": {c.rounds}, "steps": {c.steps}}}'
+        for c in clients
+    )
+    head = json.dumps(document, indent=1).removesuffix("\n}")
+    return b"".join((head.encode(), b',\n "clients": [\n', ",\n".join(lines).encode(), b"\n ]\n}"))
+
+
+def _or_null(number: int | None) -> int | str:
+    return "null" if number is None else number
+
+
+def _client(table: Any) -> ClientRecord:
+    """Read one client; only what is not as it was written takes the way that says what is wrong."""
+    if type(table) is dict and table.keys() == _CLIENT_TYPES.keys():
+        known = all(type(value) in _CLIENT_TYPES[key] for key, value in table.items())
+        if known:
+            return ClientRecord(**table)
+    return from_plain(ClientRecord, table)
 
 
 def _document(out: Path) -> dict[str, Any]:

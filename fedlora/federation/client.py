@@ -9,33 +9,31 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 
 from fedlora.adapter import Adapter
 from fedlora.aggregation import Broadcast
 from fedlora.errors import AdapterError, FederationError, FedloraError, UsageError
 from fedlora.federation._flower_private import CLIENT_ERROR
-from fedlora.federation.guard import check_answer, check_reply
-from fedlora.federation.layout import segments_of
-from fedlora.federation.records import (
-    ClientAnswer,
-    ClientSetup,
-    TrainOrder,
-    decode_broadcast,
-    encode_reply,
-    from_record,
-    to_record,
+from fedlora.federation.private import (
+    kept_factors,
+    kept_segments,
+    read_state,
+    with_kept,
+    write_state,
 )
+from fedlora.federation.records import ClientSetup
+from fedlora.federation.tasks import answer_query, answer_task, read_query, read_task
+from fedlora.flat import pack
 from fedlora.training import LocalRule, TrainConfig, TrainResult
 
-__all__ = ["OpenTrainer", "Trainer", "handle_query", "handle_train", "one_line"]
+__all__ = ["OpenTrainer", "Trainer", "error_reply", "handle_query", "handle_train", "one_line"]
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 # Their texts are of configuration, shapes and layers, never of examples.
@@ -71,9 +69,15 @@ def handle_query(message: Message, open_trainer: OpenTrainer) -> Message:
     return _answer(message, lambda: _query(message.content, open_trainer))
 
 
-def handle_train(message: Message, open_trainer: OpenTrainer) -> Message:
-    """Train for one round; the reply holds the uploaded factors and the declared metrics."""
-    return _answer(message, lambda: _train(message.content, open_trainer))
+def handle_train(
+    message: Message, open_trainer: OpenTrainer, state: RecordDict | None = None
+) -> Message:
+    """Train for one round; the reply holds the uploaded factors and the declared metrics.
+
+    state: this client's own (`Context.state`), for factors that it trains and does not share; None:
+    such a round is refused.
+    """
+    return _answer(message, lambda: _train(message.content, open_trainer, state))
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -82,42 +86,63 @@ def one_line(text: str, limit: int = 300) -> str:
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
+def error_reply(message: Message, error: Exception) -> Message:
+    """Return the reply that says of `error` what may leave this client, and log the rest here."""
+    known = isinstance(error, FedloraError)
+    _log.warning("no reply: %s", one_line(str(error)), exc_info=None if known else error)
+    return Message(Error(CLIENT_ERROR, _reason(error)), reply_to=message)
+
+
 def _query(content: RecordDict, open_trainer: OpenTrainer) -> RecordDict:
-    setup = _read(ClientSetup, content, "setup")
+    setup = read_query(content)
     trainer = open_trainer(setup)
-    shared = setup.share_num_examples
-    count = trainer.num_examples if shared else None
-    reply = RecordDict({"client": to_record(ClientAnswer(trainer.client_id, trainer.rank, count))})
-    check_answer(reply, share_num_examples=shared)
-    return reply
+    # Not asked where it is not shared: it may mean to read the data.
+    count = trainer.num_examples if setup.share_num_examples else 0
+    return answer_query(setup, trainer.client_id, trainer.rank, count)
 
 
-def _train(content: RecordDict, open_trainer: OpenTrainer) -> RecordDict:
-    setup = _read(ClientSetup, content, "setup")
-    order = _read(TrainOrder, content, "train")
-    if not order.uploaded <= order.rule.trained:
-        raise FederationError(
-            f"message from the server: expected to upload some of {sorted(order.rule.trained)}, "
-            f"what this round trains, found {sorted(order.uploaded)}"
-        )
-    broadcast = decode_broadcast(content, setup)
-    trainer = open_trainer(setup)
+def _train(content: RecordDict, open_trainer: OpenTrainer, state: RecordDict | None) -> RecordDict:
+    task = read_task(content)
+    order, broadcast = task.order, task.broadcast
+    trainer = open_trainer(task.setup)
+    if own := kept_factors(task):
+        if state is None:
+            raise FederationError(
+                f"{', '.join(sorted(own))}: expected a place for factors that are trained and not "
+                "shared, found none"
+            )
+        row = read_state(task, state)
+        if row is not None:
+            broadcast = Broadcast(with_kept(task, row), broadcast.frozen)
     result = trainer.train(broadcast, order.train, order.rule, order.round, order.seed)
-    _require_frozen(broadcast.trainable, result.adapter, order.rule)
-    metrics = {"loss": float(result.loss), "steps": int(result.steps)} | dict(result.metrics)
-    if setup.share_num_examples:
-        metrics["num-examples"] = int(result.num_examples)
-    reply = encode_reply(result.adapter, order.uploaded, metrics, order.round)
-    segments = segments_of(broadcast.trainable, order.uploaded)
-    check_reply(reply, segments, share_num_examples=setup.share_num_examples)
-    return reply
+    _require_kept(broadcast.trainable, result.adapter, order.rule)
+    if own and state is not None:
+        write_state(task, state, pack(result.adapter, kept_segments(task)))
+    return answer_task(
+        task,
+        pack(result.adapter, task.reply.segments),
+        num_examples=result.num_examples,
+        loss=result.loss,
+        steps=result.steps,
+        metrics=result.metrics,
+    )
 
 
-def _require_frozen(sent: Adapter, trained: Adapter, rule: LocalRule) -> None:
-    """Raise unless the trainer kept the layout, and every factor that it was not to train."""
+def _require_kept(sent: Adapter, trained: Adapter, rule: LocalRule) -> None:
+    """Raise unless the trainer kept layout, base, scalings and every factor not to be trained.
+
+    Only the factors travel; with another scaling they would mean something else on the server.
+    """
     sent.require_same_layout(trained, "the trainer's result")
+    if trained.base != sent.base:
+        raise FederationError("the trainer's result: it is for another base than what was sent")
     for path, layer in sent.layers.items():
         mine = trained[path]
+        if mine.scaling != layer.scaling:
+            raise FederationError(
+                f"the trainer's result, layer {path!r}: expected scaling {layer.scaling:g} as it "
+                f"was sent, found {mine.scaling:g}"
+            )
         for factor, before, after in (("A", layer.A, mine.A), ("B", layer.B, mine.B)):
             if factor not in rule.trained and not np.array_equal(before, after):
                 raise FederationError(
@@ -130,9 +155,7 @@ def _answer(message: Message, build: Callable[[], RecordDict]) -> Message:
     try:
         content = build()
     except Exception as error:
-        known = isinstance(error, FedloraError)
-        _log.warning("no reply: %s", one_line(str(error)), exc_info=None if known else error)
-        return Message(Error(CLIENT_ERROR, _reason(error)), reply_to=message)
+        return error_reply(message, error)
     return Message(content, reply_to=message)
 
 
@@ -142,10 +165,3 @@ def _reason(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown place"
     return f"{type(error).__name__} at {where}; see the client's log"
-
-
-def _read(cls: type[T], content: RecordDict, name: str) -> T:
-    record: Mapping[str, object] | None = content.get(name)
-    if not isinstance(record, ConfigRecord):
-        raise FederationError(f"message from the server: expected a record {name!r}, found none")
-    return from_record(cls, record, f"message from the server, {name}")

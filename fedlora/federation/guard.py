@@ -6,14 +6,13 @@ that adds a metric, a factor or a record is stopped here, on the client.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 from typing import TypeVar, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlora.errors import FederationError
-from fedlora.federation.layout import Segment
-from fedlora.federation.records import LAYOUT_KEYS
+from fedlora.federation.buffers import LAYOUT_KEYS, BufferForm
 
 __all__ = ["ANSWER_KEYS", "METRICS", "check_answer", "check_reply"]
 
@@ -21,35 +20,40 @@ R = TypeVar("R")
 
 METRICS = frozenset({"loss", "num-examples", "steps"})  # what a client may tell of a round
 ANSWER_KEYS = frozenset({"client_id", "num_examples", "rank"})  # what it may tell of itself
+_METRICS_UNCOUNTED = METRICS - {"num-examples"}
+_ANSWER_KEYS_UNCOUNTED = ANSWER_KEYS - {"num_examples"}
+_REPLY_RECORDS = frozenset({"factors", "layout", "metrics"})
+_ANSWER_RECORDS = frozenset({"client"})
+_ARRAYS = frozenset({"factors"})
 
 
 def check_answer(content: RecordDict, *, share_num_examples: bool) -> None:
     """Raise `FederationError` unless `content` is an answer to a query and nothing more."""
-    _refuse_others("the reply", set(content), {"client"})
+    _refuse_others("the reply", content.keys(), _ANSWER_RECORDS)
     client = _record(content, "client", ConfigRecord)
-    allowed = ANSWER_KEYS if share_num_examples else ANSWER_KEYS - {"num_examples"}
-    _refuse_others("record client", set(client), allowed)
+    allowed = ANSWER_KEYS if share_num_examples else _ANSWER_KEYS_UNCOUNTED
+    _refuse_others("record client", client.keys(), allowed)
 
 
-def check_reply(
-    content: RecordDict, segments: tuple[Segment, ...], *, share_num_examples: bool
-) -> None:
+def check_reply(content: RecordDict, form: BufferForm, *, share_num_examples: bool) -> None:
     """Raise `FederationError` unless `content` is a round's reply and nothing more.
 
-    `segments` are the factors that the method shares in this round.
+    `form` is of the factors that the method shares in this round.
     """
-    _refuse_others("the reply", set(content), {"factors", "layout", "metrics"})
+    _refuse_others("the reply", content.keys(), _REPLY_RECORDS)
     factors = _record(content, "factors", ArrayRecord)
     layout = _record(content, "layout", ConfigRecord)
     metrics = _record(content, "metrics", MetricRecord)
-    _refuse_others("record factors", set(factors), {"factors"})
-    _refuse_others("record layout", set(layout), LAYOUT_KEYS)
-    texts = {str(segment) for segment in segments}
-    _refuse_others("the layout", set(cast(list[str], layout["segments"])), texts)
-    if math.prod(factors["factors"].shape) != sum(segment.size for segment in segments):
+    _refuse_others("record factors", factors.keys(), _ARRAYS)
+    _refuse_others("record layout", layout.keys(), LAYOUT_KEYS)
+    texts = cast(list[str], layout["segments"])
+    if texts != list(form.texts):  # a list that is the form's own is nothing but what is allowed
+        _refuse_others("the layout", texts, frozenset(form.texts))
+    array = factors["factors"]
+    if array.shape != (form.size,) or len(array.data) != len(form.header) + 4 * form.size:
         raise FederationError("refused to send factors: their number is not that of the layout")
-    allowed = METRICS if share_num_examples else METRICS - {"num-examples"}
-    _refuse_others("the metrics", set(metrics), allowed)
+    allowed = METRICS if share_num_examples else _METRICS_UNCOUNTED
+    _refuse_others("the metrics", metrics.keys(), allowed)
     for name, value in metrics.items():
         if type(value) not in (int, float):
             raise FederationError(f"refused to send metric {name!r}: it is not one number")
@@ -62,10 +66,11 @@ def _record(content: RecordDict, name: str, kind: type[R]) -> R:
     return record
 
 
-def _refuse_others(where: str, found: set[str], allowed: set[str] | frozenset[str]) -> None:
-    others = sorted(found - allowed)
-    if others:
-        raise FederationError(
-            f"refused to send {others[0]!r} in {where}: only {', '.join(sorted(allowed)[:6])} "
-            "may leave this client"
-        )
+def _refuse_others(where: str, found: Collection[str], allowed: frozenset[str]) -> None:
+    if allowed.issuperset(found):
+        return
+    others = sorted(set(found) - allowed)
+    raise FederationError(
+        f"refused to send {others[0]!r} in {where}: only {', '.join(sorted(allowed)[:6])} "
+        "may leave this client"
+    )

@@ -1,6 +1,6 @@
-"""How the factors of an adapter lie in one flat float32 buffer. NumPy only.
+"""The texts that say how factors lie in a message's flat float32 buffer. NumPy only.
 
-A message carries one buffer and its layout, a segment a factor, sorted by path with A before B:
+A message carries one row (`fedlora.flat`) and its layout, a segment a factor:
 
     fc|A|8x768
     fc|B|10x8
@@ -11,74 +11,23 @@ the layout that came: it compares it with the one that it expects, so that nothi
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import numpy as np
 
-from fedlora.adapter import Adapter, Array, LoraLayer
+from fedlora.adapter import Array
 from fedlora.errors import FederationError, LayerMismatchError, ShapeMismatchError
+from fedlora.flat import Segment
 from fedlora.training import Factor
 
-__all__ = [
-    "Segment",
-    "digest",
-    "pack",
-    "parse_segments",
-    "require_same_segments",
-    "segments_of",
-    "unpack",
-    "with_factors",
-]
+__all__ = ["parse_segments", "require_same_segments", "unpack"]
 
-_ORDER: tuple[Factor, ...] = ("A", "B", "magnitude")
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """One factor's place in the buffer; its text is ``path|factor|sizes``."""
-
-    path: str
-    factor: Factor
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Numbers in it."""
-        return math.prod(self.shape)
-
-    def __str__(self) -> str:
-        return f"{self.path}|{self.factor}|{'x'.join(map(str, self.shape))}"
-
-
-def segments_of(adapter: Adapter, factors: Iterable[Factor]) -> tuple[Segment, ...]:
-    """Return the layout of some factors of `adapter`."""
-    wanted = [factor for factor in _ORDER if factor in set(factors)]
-    found = []
-    for path, layer in adapter.layers.items():
-        for factor in wanted:
-            value = _factor(layer, factor)
-            if value is not None:
-                found.append(Segment(path, factor, tuple(map(int, value.shape))))
-    return tuple(found)
+_FACTORS = ("A", "B", "magnitude")
 
 
 def parse_segments(texts: Sequence[str], who: str) -> tuple[Segment, ...]:
     """Read a layout that came in a message. Raises `FederationError`, which opens with `who`."""
     return tuple(_parse(text, who) for text in texts)
-
-
-def pack(adapter: Adapter, segments: Sequence[Segment]) -> Array:
-    """Return the factors of `adapter` that `segments` name as one 1-D float32 buffer."""
-    parts = []
-    for segment in segments:
-        value = _factor(adapter[segment.path], segment.factor)
-        if value is None or value.shape != segment.shape:
-            raise ShapeMismatchError(f"{segment}: the adapter has no such factor")
-        parts.append(value.reshape(-1))
-    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 def unpack(buffer: Array, segments: Sequence[Segment], who: str) -> dict[tuple[str, Factor], Array]:
@@ -96,27 +45,6 @@ def unpack(buffer: Array, segments: Sequence[Segment], who: str) -> dict[tuple[s
         factors[segment.path, segment.factor] = values
         start += segment.size
     return factors
-
-
-def with_factors(adapter: Adapter, factors: Mapping[tuple[str, Factor], Array]) -> Adapter:
-    """Return `adapter` with the given factors in place of its own."""
-    layers = {}
-    for path, layer in adapter.layers.items():
-        layers[path] = LoraLayer(
-            factors.get((path, "A"), layer.A),
-            factors.get((path, "B"), layer.B),
-            layer.scaling,
-            factors.get((path, "magnitude"), layer.magnitude),
-            layer.kind,
-        )
-    return replace(adapter, layers=layers)
-
-
-def digest(segments: Sequence[Segment], buffer: Array) -> str:
-    """Return the SHA-256 over the layout's texts and the buffer's little-endian bytes."""
-    hashed = hashlib.sha256("\n".join(map(str, segments)).encode())
-    hashed.update(np.ascontiguousarray(buffer, dtype="<f4").data)
-    return hashed.hexdigest()
 
 
 def require_same_segments(expected: Sequence[Segment], found: Sequence[Segment], who: str) -> None:
@@ -151,7 +79,7 @@ def _parse(text: str, who: str) -> Segment:
     valid = (
         path
         and len(rest) == 2
-        and rest[0] in _ORDER
+        and rest[0] in _FACTORS
         and all(s.isascii() and s.isdigit() and len(s) < 11 and 0 < int(s) < 2**31 for s in sizes)
     )
     if not valid:
@@ -160,7 +88,3 @@ def _parse(text: str, who: str) -> Segment:
         )
     factor: Factor = rest[0]  # type: ignore[assignment]
     return Segment(path, factor, tuple(map(int, sizes)))
-
-
-def _factor(layer: LoraLayer, factor: Factor) -> Array | None:
-    return {"A": layer.A, "B": layer.B, "magnitude": layer.magnitude}[factor]

@@ -9,6 +9,9 @@ device. The rule is therefore:
 2. From a message only a name that is in fedlora's own registry is taken.
 
 `fedlora simulate` is the owner of its virtual clients: it puts the experiment's own ids there.
+
+How a device computes is its owner's word alone: gradient checkpointing is on with
+``checkpointing="true"`` in the node config (``FEDLORA_CHECKPOINTING``), and no message asks for it.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from fedlora.errors import FederationError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.records import ClientSetup
 
-__all__ = ["owner_environment", "owner_node_config", "owners_setup"]
+__all__ = ["owner_environment", "owner_node_config", "owners_checkpointing", "owners_setup"]
 
 _KEYS = ("base", "data", "task")
 
@@ -53,9 +56,22 @@ def owners_setup(
     )
 
 
+def owners_checkpointing(node_config: Mapping[str, object], environment: Mapping[str, str]) -> bool:
+    """Whether this device trains with gradient checkpointing.
+
+    Raises `FederationError` for another word than true or false.
+    """
+    word = node_config.get("checkpointing", environment.get("FEDLORA_CHECKPOINTING", False))
+    known = {"true": True, "false": False}
+    if str(word).lower() not in known:
+        raise FederationError(f"node config checkpointing: expected true or false, found {word!r}")
+    return known[str(word).lower()]
+
+
 def owner_node_config(config: ExperimentConfig) -> dict[str, str]:
     """Return the node config with which the caller vouches for an experiment's own ids."""
-    return {"base": config.base.id, "data": config.data.id, "task": config.data.task}
+    ids = {"base": config.base.id, "data": config.data.id, "task": config.data.task}
+    return ids | {"checkpointing": str(config.engine.checkpointing).lower()}
 
 
 def owner_environment(config: ExperimentConfig) -> dict[str, str]:

@@ -7,16 +7,13 @@
                   "frozen" + "frozen-layout"                 the part that stays (if there is one)
             up    "factors" + "layout", "metrics"            the uploaded factors only
 
-Factors travel as one flat float32 buffer with its layout (`fedlora.federation.layout`). Every value
-that arrives is checked against its type, and every layout against the one that is expected; an
-error names the sender.
+Factors travel as one flat float32 buffer with its layout (`fedlora.federation.buffers`); the answer
+to a training message is in `fedlora.federation.replies`. Every value that arrives is checked
+against its type, and every layout against the one that is expected; an error names the sender.
 """
 
 from __future__ import annotations
 
-import functools
-import io
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
@@ -24,22 +21,15 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 from flwr.app import Array as FlowerArray
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedlora.adapter import Adapter, Array, LoraConfig, LoraLayer
+from fedlora.adapter import Adapter, LoraConfig, LoraLayer
 from fedlora.aggregation import Broadcast
-from fedlora.errors import ConfigError, FederationError, FedloraError, ShapeMismatchError
+from fedlora.errors import ConfigError, FederationError
 from fedlora.experiment import BaseConfig, DataConfig, ExperimentConfig, from_plain, to_plain
-from fedlora.federation.layout import (
-    Segment,
-    digest,
-    pack,
-    parse_segments,
-    require_same_segments,
-    segments_of,
-    unpack,
-    with_factors,
-)
+from fedlora.federation.buffers import BufferForm, FixedList, describe, read_array, read_layout
+from fedlora.federation.layout import parse_segments, unpack
+from fedlora.flat import Segment, pack, segments_of
 from fedlora.training import Factor, LocalRule, TrainConfig
 
 __all__ = [
@@ -47,13 +37,12 @@ __all__ = [
     "ClientAnswer",
     "ClientSetup",
     "EncodedAdapter",
-    "Reply",
     "TrainOrder",
+    "answer_content",
     "content_bytes",
+    "decode_answer",
     "decode_broadcast",
-    "decode_reply",
     "encode_adapter",
-    "encode_reply",
     "from_record",
     "query_content",
     "to_record",
@@ -64,15 +53,10 @@ T = TypeVar("T")
 
 BOTH: frozenset[Factor] = frozenset({"A", "B"})
 
-# What describes a buffer, each with its type; those of LAYOUT_LISTS are lists of it.
-LAYOUT_ORDER: Mapping[str, type] = {
-    "segments": str, "kinds": str, "scalings": float, "base": str, "round": int, "digest": str,
-}  # fmt: skip
-LAYOUT_LISTS = frozenset({"segments", "kinds", "scalings"})
-LAYOUT_KEYS = frozenset(LAYOUT_ORDER)
+_ANSWER: Mapping[str, type] = {"client_id": str, "rank": int, "num_examples": int}
 
-# The last adapter that came down, by its record's name: its array, its description, itself.
-_DECODED: dict[str, tuple[FlowerArray, tuple[str, LoraConfig], Adapter]] = {}
+# The last adapter that came down, by its record's name: its bytes, its description, itself.
+_DECODED: dict[str, tuple[bytes, tuple[Any, ...], Adapter]] = {}
 _PARSED: dict[tuple[type, str], Any] = {}  # frozen values of the last records, by their text
 
 
@@ -128,16 +112,6 @@ class ClientAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """One client's round as it arrived, checked."""
-
-    adapter: Adapter  # the uploaded factors; the others are those that were sent down
-    num_examples: int | None
-    loss: float  # NaN when there was no step
-    steps: int
-
-
-@dataclass(frozen=True, slots=True)
 class EncodedAdapter:
     """An adapter's records, made once and put in the messages of a whole round."""
 
@@ -171,9 +145,32 @@ def from_record(cls: type[T], record: Mapping[str, Any], who: str) -> T:
     return cast(T, value)
 
 
-def query_content(setup: ClientSetup) -> RecordDict:
-    """Return the message that asks a client who it is."""
-    return RecordDict({"setup": to_record(setup)})
+def query_content(setup: ConfigRecord) -> RecordDict:
+    """Return a message that asks a client who it is, with a record of its own."""
+    return RecordDict({"setup": setup.copy()})
+
+
+def answer_content(answer: ClientAnswer) -> RecordDict:
+    """Return what a client answers to a query."""
+    told = {
+        "client_id": answer.client_id, "rank": answer.rank, "num_examples": answer.num_examples,
+    }  # fmt: skip
+    known: dict[str, Any] = {key: value for key, value in told.items() if value is not None}
+    return RecordDict({"client": ConfigRecord(known)})
+
+
+def decode_answer(content: RecordDict, who: str) -> ClientAnswer:
+    """Read and check the answer to a query. Raises `FederationError`, which opens with `who`."""
+    record = content.get("client")
+    if not isinstance(record, ConfigRecord):
+        raise FederationError(f"{who}: expected a record 'client', found none")
+    told: dict[str, Any] = dict(record.items())
+    if told.keys() <= _ANSWER.keys() and all(type(v) is _ANSWER[key] for key, v in told.items()):
+        try:
+            return ClientAnswer(**told)
+        except (FederationError, TypeError):  # what is wrong is said below
+            pass
+    return _parse_record(ClientAnswer, record, who)
 
 
 def train_content(
@@ -192,20 +189,11 @@ def train_content(
 
 def encode_adapter(adapter: Adapter, factors: frozenset[Factor], round: int) -> EncodedAdapter:
     """Pack some factors of `adapter` into one buffer, and describe it."""
-    segments = segments_of(adapter, factors)
-    buffer = pack(adapter, segments)
-    layers = adapter.layers.values()
-    layout = ConfigRecord(
-        {
-            "segments": [str(segment) for segment in segments],
-            "kinds": [str(layer.kind) for layer in layers],
-            "scalings": [layer.scaling for layer in layers],
-            "base": adapter.base or "",
-            "round": round,
-            "digest": digest(segments, buffer),
-        }
-    )
-    return EncodedAdapter(ArrayRecord({"factors": FlowerArray(buffer)}), layout, segments)
+    form = BufferForm.of(segments_of(adapter, factors))
+    array = form.array(pack(adapter, form.segments))
+    layout = describe(adapter, form, round)
+    layout["digest"] = form.digest(array.data)
+    return EncodedAdapter(ArrayRecord({"factors": array}), layout, form.segments)
 
 
 def decode_broadcast(content: RecordDict, setup: ClientSetup) -> Broadcast:
@@ -214,43 +202,6 @@ def decode_broadcast(content: RecordDict, setup: ClientSetup) -> Broadcast:
     if "frozen" in content:
         frozen = _decode_adapter(content, "frozen", "frozen-layout", setup.lora)
     return Broadcast(_decode_adapter(content, "factors", "layout", setup.lora), frozen)
-
-
-def encode_reply(
-    adapter: Adapter, uploaded: frozenset[Factor], metrics: Mapping[str, int | float], round: int
-) -> RecordDict:
-    """Return a client's answer to a training message: the uploaded factors and the metrics."""
-    content = RecordDict()
-    encode_adapter(adapter, uploaded, round).put_in(content, "factors", "layout")
-    content["metrics"] = MetricRecord(dict(metrics))
-    return content
-
-
-def decode_reply(
-    content: RecordDict, sent: Adapter, expected: tuple[Segment, ...], round: int, who: str
-) -> Reply:
-    """Read and check a client's answer; `sent` is the adapter that it trained from.
-
-    Raises a `FedloraError` that opens with `who`: another layout, base, round, digest or size, a
-    number that is not finite, a missing or senseless metric.
-    """
-    layout = _config(content, "layout", who)
-    factors = _decode_factors(content, "factors", layout, who, expected)
-    if layout["round"] != round:
-        raise FederationError(f"{who}: expected a reply to round {round}, found {layout['round']}")
-    if layout["base"] != (sent.base or ""):
-        raise FederationError(
-            f"{who}: expected an adapter for base {_short(sent.base)}, found "
-            f"{_short(layout['base'])}"
-        )
-    mine = [layer.scaling for layer in sent.layers.values()]
-    if list(layout["scalings"]) != mine:
-        raise FederationError(f"{who}: expected the server's scalings, found others")
-    try:
-        adapter = with_factors(sent, factors)
-    except FedloraError as error:
-        raise type(error)(f"{who}: {error}") from None
-    return Reply(adapter, *_metrics(content, who))
 
 
 def content_bytes(content: RecordDict) -> int:
@@ -281,22 +232,25 @@ def _decode_adapter(content: RecordDict, name: str, layout_name: str, lora: Lora
     """
     record, layout = content.get(name), content.get(layout_name)
     array = record.get("factors") if isinstance(record, ArrayRecord) else None
-    described = (repr(layout), lora)
+    if not isinstance(array, FlowerArray):
+        return _read_adapter(content, name, layout_name, lora)
+    described = (repr(layout), array.shape, array.dtype, lora)
     last = _DECODED.get(name)
-    if last is not None and array is not None and array is last[0] and described == last[1]:
+    if last is not None and array.data is last[0] and described == last[1]:
         return last[2]
     adapter = _read_adapter(content, name, layout_name, lora)
-    if array is not None:
-        _DECODED[name] = (array, described, adapter)
+    _DECODED[name] = (array.data, described, adapter)
     return adapter
 
 
 def _read_adapter(content: RecordDict, name: str, layout_name: str, lora: LoraConfig) -> Adapter:
     who = f"message from the server, {name}"
-    layout = _config(content, layout_name, who)
-    segments = parse_segments(layout["segments"], who)
-    factors = _decode_factors(content, name, layout, who, segments)
-    paths = sorted({segment.path for segment in segments})
+    layout = read_layout(content, layout_name, who)
+    form = BufferForm.of(parse_segments(layout["segments"], who))
+    data = read_array(content, name, layout, form, who)
+    buffer = np.frombuffer(data, np.float32, offset=len(form.header))
+    factors = unpack(buffer, form.segments, who)
+    paths = sorted({segment.path for segment in form.segments})
     kinds, scalings = layout["kinds"], layout["scalings"]
     if not len(paths) == len(kinds) == len(scalings):
         raise FederationError(
@@ -313,87 +267,10 @@ def _read_adapter(content: RecordDict, name: str, layout_name: str, lora: LoraCo
     return Adapter(layers, lora, layout["base"] or None)
 
 
-def _decode_factors(
-    content: RecordDict,
-    name: str,
-    layout: Mapping[str, Any],
-    who: str,
-    expected: tuple[Segment, ...],
-) -> dict[tuple[str, Factor], Array]:
-    # The usual case needs no parsing: the texts are equal.
-    if list(layout["segments"]) != [str(segment) for segment in expected]:
-        require_same_segments(expected, parse_segments(layout["segments"], who), who)
-    record = content.get(name)
-    if not isinstance(record, ArrayRecord) or list(record) != ["factors"]:
-        raise FederationError(f"{who}: expected one array 'factors', found something else")
-    buffer = _read_array(record["factors"], sum(segment.size for segment in expected), who)
-    if layout["digest"] != digest(expected, buffer):
-        raise FederationError(f"{who}: the factors are not those that their digest was made of")
-    return unpack(buffer, expected, who)
-
-
-def _read_array(array: FlowerArray, size: int, who: str) -> Array:
-    """Return a 1-D float32 array of `size` numbers, a view of the message's bytes.
-
-    Flower's own reader parses a header that the sender wrote and allocates what it asks for. The
-    header of what we expect is known, so here it is only compared.
-    """
-    if tuple(array.shape) != (size,) or array.dtype != "float32":
-        raise ShapeMismatchError(
-            f"{who}: expected a buffer of ({size},) float32, found {tuple(array.shape)[:8]} "
-            f"{array.dtype[:20]}"
-        )
-    header = _array_header(size)
-    if array.data[: len(header)] != header or len(array.data) != len(header) + 4 * size:
-        raise FederationError(f"{who}: the buffer's bytes are not {size} float32 numbers")
-    return np.frombuffer(array.data, dtype=np.float32, offset=len(header))
-
-
-@functools.cache
-def _array_header(size: int) -> bytes:
-    stream = io.BytesIO()
-    description = {"descr": "<f4", "fortran_order": False, "shape": (size,)}
-    np.lib.format.write_array_header_1_0(stream, description)
-    return stream.getvalue()
-
-
-def _config(content: RecordDict, name: str, who: str) -> Mapping[str, Any]:
-    """Return a layout's record with every key there and of its type."""
-    record = content.get(name)
-    if not isinstance(record, ConfigRecord) or set(record) != LAYOUT_KEYS:
-        raise FederationError(f"{who}: expected a record {name!r} with {', '.join(LAYOUT_ORDER)}")
-    for key, kind in LAYOUT_ORDER.items():
-        value = record[key]
-        items = value if isinstance(value, list) and key in LAYOUT_LISTS else [value]
-        if isinstance(value, list) != (key in LAYOUT_LISTS) or not all(
-            type(item) is kind for item in items
-        ):
-            raise FederationError(f"{who}: {name}.{key} is not of type {kind.__name__}")
-    return record
-
-
-def _metrics(content: RecordDict, who: str) -> tuple[int | None, float, int]:
-    record = content.get("metrics")
-    if not isinstance(record, MetricRecord) or not {"loss", "steps"} <= set(record):
-        raise FederationError(f"{who}: expected the metrics loss and steps")
-    count, loss, steps = record.get("num-examples"), record["loss"], record["steps"]
-    if count is not None and (type(count) is not int or not 1 <= count < 2**53):
-        raise FederationError(f"{who}: expected num-examples, a whole number >= 1, found {count!r}")
-    if type(steps) is not int or steps < 0:
-        raise FederationError(f"{who}: expected steps, a whole number >= 0, found {steps!r}")
-    if type(loss) is not float or (steps > 0 and not math.isfinite(loss)):
-        raise FederationError(f"{who}: expected a finite loss, found {loss!r}")
-    return count, loss, steps
-
-
 def _flatten(table: Mapping[str, Any], prefix: str, flat: dict[str, Any]) -> None:
     for name, value in table.items():
         key = f"{prefix}{quote(name, safe='')}"  # a name may be a regular expression
         if isinstance(value, Mapping):
             _flatten(value, f"{key}/", flat)
         elif value != []:  # Flower cannot count the bytes of an empty list; it is the default here
-            flat[key] = value
-
-
-def _short(fingerprint: str | None) -> str:
-    return fingerprint[:12] if fingerprint else "of no name"
+            flat[key] = FixedList(value) if isinstance(value, list) else value

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
 from fedlora.adapter import Adapter
@@ -30,7 +30,13 @@ from fedlora.federation.checkpoint import (
     write_checkpoint,
 )
 from fedlora.federation.client import one_line
-from fedlora.federation.records import ClientAnswer, ClientSetup, from_record, query_content
+from fedlora.federation.records import (
+    ClientAnswer,
+    ClientSetup,
+    decode_answer,
+    query_content,
+    to_record,
+)
 from fedlora.federation.sampling import draw_held_out
 from fedlora.federation.strategy import FederatedLora
 from fedlora.targets import initial_adapter
@@ -94,7 +100,7 @@ def _start(
 
         card = load_card(config.base.id, config.base.num_classes)
         initial = initial_adapter(card.layers, config.lora, config.seed, card.fingerprint)
-    held_out = draw_held_out(answers, config.data.held_out_clients, config.seed)
+    held_out = frozenset(draw_held_out(answers, config.data.held_out_clients, config.seed))
     clients = tuple(
         ClientRecord(client_id, held_out=client_id in held_out) for client_id in sorted(answers)
     )
@@ -120,7 +126,14 @@ def _with_answers(
     for client in checkpoint.clients:
         if client.client_id in answers:
             answer = answers[client.client_id][1]
-            client = replace(client, rank=answer.rank, num_examples=answer.num_examples)
+            client = ClientRecord(
+                client.client_id,
+                answer.rank,
+                answer.num_examples,
+                client.held_out,
+                client.rounds,
+                client.steps,
+            )
         clients.append(client)
     return replace(checkpoint, clients=tuple(clients))
 
@@ -130,14 +143,15 @@ def _meet_clients(
 ) -> tuple[dict[str, tuple[int, ClientAnswer]], tuple[Dropped, ...]]:
     """Ask every node who it is. Return (node id, answer) by client id, and who was left out."""
     nodes = _wait_for_nodes(grid, min_clients, timeout)
-    setup = ClientSetup.of(config)
+    setup = to_record(ClientSetup.of(config))
     messages = (Message(query_content(setup), node, "query", group_id="0") for node in nodes)
+    asked = frozenset(nodes)
     answers: dict[str, tuple[int, ClientAnswer]] = {}
     left_out: dict[int, Dropped] = {}
     seen: set[int] = set()
     for reply in grid.send_and_receive(messages, timeout=timeout):
         node = reply.metadata.src_node_id
-        if node not in nodes or node in seen:
+        if node not in asked or node in seen:
             continue
         seen.add(node)
         try:
@@ -169,10 +183,7 @@ def _meet_clients(
 def _read_answer(reply: Message, who: str, needs_examples: bool) -> ClientAnswer:
     if reply.has_error():
         raise FederationError(f"{who}: {reply.error.reason or 'failed, no reason'}")
-    record = reply.content.get("client")
-    if not isinstance(record, ConfigRecord):
-        raise FederationError(f"{who}: expected a record 'client', found none")
-    answer = from_record(ClientAnswer, record, who)
+    answer = decode_answer(reply.content, who)
     if needs_examples and answer.num_examples is None:
         raise FederationError(f"{who}: expected num-examples, found none")
     return answer

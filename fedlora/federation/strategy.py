@@ -17,31 +17,29 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedlora.adapter import Adapter
-from fedlora.aggregation import ClientProfile, Method, Update
+from fedlora.aggregation import Broadcast, ClientProfile, Method, Update
 from fedlora.errors import FederationError, FedloraError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint, ClientRecord, Dropped, RoundRecord
 from fedlora.federation.client import one_line
-from fedlora.federation.layout import Segment
 from fedlora.federation.records import (
     BOTH,
     ClientSetup,
-    EncodedAdapter,
-    Reply,
     TrainOrder,
     content_bytes,
-    decode_reply,
     encode_adapter,
     to_record,
     train_content,
 )
+from fedlora.federation.replies import Reply, ReplyForm, decode_reply, reply_bytes
 from fedlora.federation.sampling import draw_cohort
+from fedlora.training import Factor
 
 __all__ = ["MAX_FAILED_ROUNDS", "FederatedLora"]
 
@@ -57,8 +55,8 @@ class _Round:
     number: int
     cohort: tuple[str, ...]
     started: float
-    awaited: dict[int, _Sent] = field(default_factory=dict)  # by node id
-    answered: set[int] = field(default_factory=set)
+    awaited: dict[int, _Sent] = field(default_factory=dict)  # by node id, until it answers
+    answered: dict[int, str] = field(default_factory=dict)  # node id -> client id
     dropped: list[Dropped] = field(default_factory=list)
     valid: dict[str, int] = field(default_factory=dict)  # client id -> steps
     loss_sum: float = 0.0
@@ -72,8 +70,17 @@ class _Sent:
     """What was sent to one client, against which its reply is checked."""
 
     client_id: str
-    trainable: Adapter
-    expected: tuple[Segment, ...]
+    form: ReplyForm  # one for all clients that were sent the same
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A broadcast as records, made once for all the clients that get it."""
+
+    source: Broadcast  # kept alive, so that its adapters' ids stay theirs
+    content: Callable[[], RecordDict]  # a message with records of its own
+    num_bytes: int
+    form: ReplyForm
 
 
 class FederatedLora(Strategy):
@@ -130,7 +137,7 @@ class FederatedLora(Strategy):
             state = replace(state, round=current.number)  # nothing changes but the number
         else:
             state = self.method.aggregate(state, itertools.chain([first], updates))
-        for sent in (s for node, s in current.awaited.items() if node not in current.answered):
+        for sent in current.awaited.values():
             self._drop(current, sent.client_id, "no reply in time")
         self._finish(current, replace(self.checkpoint, state=state), updated=first is not None)
         loss = _mean_loss(current)
@@ -171,7 +178,7 @@ class FederatedLora(Strategy):
                 self.method.rule(current.number),
             )
         )
-        encode = _EncodeOnce(current.number)
+        prepare = _PrepareOnce(setup, order, uploaded, current.number)
         for client_id in current.cohort:
             node = self._nodes.get(client_id)
             if node is None:
@@ -179,32 +186,29 @@ class FederatedLora(Strategy):
                 continue
             client = self._clients[client_id]
             profile = ClientProfile(client_id, client.rank, client.num_examples)
-            broadcast = self.method.broadcast(self.checkpoint.state, profile)
-            trainable = encode(broadcast.trainable)
-            frozen = None if broadcast.frozen is None else encode(broadcast.frozen)
-            expected = tuple(s for s in trainable.segments if s.factor in uploaded)
-            current.awaited[node] = _Sent(client_id, broadcast.trainable, expected)
-            content = train_content(setup, order, trainable, frozen)
-            current.bytes_down += content_bytes(content)
-            yield Message(content, node, "train", group_id=str(current.number))
+            prepared = prepare(self.method.broadcast(self.checkpoint.state, profile))
+            current.awaited[node] = _Sent(client_id, prepared.form)
+            current.bytes_down += prepared.num_bytes
+            yield Message(prepared.content(), node, "train", group_id=str(current.number))
 
     def _updates(self, current: _Round, replies: Iterable[Message]) -> Iterator[Update]:
         """Yield an update per valid reply; drop the others, each with its reason."""
         for message in replies:
             node = message.metadata.src_node_id
-            sent = current.awaited.get(node)
+            sent = current.awaited.pop(node, None)
+            if sent is None and node in current.answered:
+                client = current.answered[node]
+                self._drop(current, client, "a second reply in one round; the first counts")
+                continue
             if sent is None:
                 self._drop(current, f"node {node}", "was not asked in this round")
                 continue
-            if node in current.answered:
-                self._drop(current, sent.client_id, "a second reply in one round; the first counts")
-                continue
-            current.answered.add(node)
+            current.answered[node] = sent.client_id
             if message.has_error():
                 self._drop(current, sent.client_id, message.error.reason or "failed, no reason")
                 continue
             try:
-                current.bytes_up += content_bytes(message.content)
+                current.bytes_up += reply_bytes(message.content, sent.form)
                 reply, weight = self._check(current, sent, message)
             except FedloraError as error:
                 self._drop(current, sent.client_id, str(error))
@@ -221,7 +225,7 @@ class FederatedLora(Strategy):
 
     def _check(self, current: _Round, sent: _Sent, message: Message) -> tuple[Reply, float]:
         who = f"client {sent.client_id!r}"
-        reply = decode_reply(message.content, sent.trainable, sent.expected, current.number, who)
+        reply = decode_reply(message.content, sent.form, who)
         if self.config.federation.weights == "equal":
             return reply, 1.0
         told = self._clients[sent.client_id].num_examples
@@ -268,19 +272,34 @@ class FederatedLora(Strategy):
             )
 
 
-class _EncodeOnce:
-    """Encode the adapter that most clients share once a round, not once a client."""
+class _PrepareOnce:
+    """Prepare the broadcast that most clients share once a round, not once a client."""
 
-    def __init__(self, round: int) -> None:
-        self._round = round
-        self._kept: dict[int, tuple[Adapter, EncodedAdapter]] = {}
+    def __init__(
+        self, setup: ConfigRecord, order: ConfigRecord, uploaded: frozenset[Factor], round: int
+    ) -> None:
+        self._setup, self._order = setup, order
+        self._uploaded, self._round = uploaded, round
+        self._kept: dict[tuple[int, int], _Prepared] = {}
 
-    def __call__(self, adapter: Adapter) -> EncodedAdapter:
-        if id(adapter) not in self._kept:
-            if len(self._kept) > 1:  # one trainable and one frozen; per-client ones do not pile up
+    def __call__(self, broadcast: Broadcast) -> _Prepared:
+        """Return the messages of `broadcast`; the same value for the same adapters."""
+        key = id(broadcast.trainable), id(broadcast.frozen)
+        found = self._kept.get(key)
+        if found is None:
+            if len(self._kept) >= 4:  # some ranks; those of single clients do not pile up
                 self._kept.clear()
-            self._kept[id(adapter)] = (adapter, encode_adapter(adapter, BOTH, self._round))
-        return self._kept[id(adapter)][1]
+            found = self._kept[key] = self._prepared(broadcast)
+        return found
+
+    def _prepared(self, broadcast: Broadcast) -> _Prepared:
+        trainable = encode_adapter(broadcast.trainable, BOTH, self._round)
+        frozen = None
+        if broadcast.frozen is not None:
+            frozen = encode_adapter(broadcast.frozen, BOTH, self._round)
+        content = partial(train_content, self._setup, self._order, trainable, frozen)
+        form = ReplyForm.of(broadcast.trainable, self._uploaded, self._round)
+        return _Prepared(broadcast, content, content_bytes(content()), form)
 
 
 def _mean_loss(current: _Round) -> float | None:
@@ -288,6 +307,14 @@ def _mean_loss(current: _Round) -> float | None:
 
 
 def _counted(client: ClientRecord, valid: Mapping[str, int]) -> ClientRecord:
-    if client.client_id not in valid:
+    steps = valid.get(client.client_id)
+    if steps is None:
         return client
-    return replace(client, rounds=client.rounds + 1, steps=client.steps + valid[client.client_id])
+    return ClientRecord(
+        client.client_id,
+        client.rank,
+        client.num_examples,
+        client.held_out,
+        client.rounds + 1,
+        client.steps + steps,
+    )

@@ -12,10 +12,11 @@ sorted by steps, and the stacks are narrowed to those that go on.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby, islice
 
 import numpy as np
 import torch
@@ -26,8 +27,15 @@ from torch.optim.sgd import sgd
 from fedlora.adapter import Adapter, Array, LoraLayer
 from fedlora.errors import ConfigError, FedloraError, NonFiniteError
 from fedlora.nn.batched import LayerStack, batched_layers, why_not_batched
-from fedlora.nn.inject import load_adapter_into, lora_modules, require_fitting
+from fedlora.nn.inject import (
+    findings_of,
+    keeping_adapter,
+    load_adapter_into,
+    lora_modules,
+    require_fitting,
+)
 from fedlora.nn.local import evaluating, not_finite, train_local
+from fedlora.nn.probe import find_leak
 from fedlora.nn.tasks import Batch, Task
 from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
 
@@ -41,6 +49,8 @@ __all__ = [
     "train_group",
     "why_alone",
 ]
+
+_log = logging.getLogger(__name__)
 
 # Positions (rows times their length) in one pass. Below, a step is overhead; above, nothing is
 # gained and the activations leave the cache.
@@ -116,23 +126,72 @@ def train_cohort(
     model: with LoRA injected on the layers of the jobs' adapters; its own factors are not used.
     positions: token positions, or rows of features, in one pass.
 
-    Raises `ConfigError` when the model or the task cannot be batched: see `why_alone`.
+    Where clients cannot share a pass (see `why_alone`), they are trained one at a time, with a
+    warning in the log, once a model, that says why. Raises what `train_group` raises.
     """
+    given, jobs = jobs, list(jobs)
+    batches = _first_batches(jobs)
+    reason = why_alone(model, task, batches, jobs[0].start if jobs else None)
     results: dict[int, Trained] = {}
-    for group in group_jobs(jobs, positions):
-        trained = train_group(model, [jobs[index] for index in group], task)
-        results.update(zip(group, trained, strict=True))
-    return [results[index] for index in range(len(jobs))]
+    if reason is not None:
+        _say_once(model, reason)
+        with keeping_adapter(model):
+            results = {index: train_alone(model, job, task) for index, job in enumerate(jobs)}
+    else:
+        for group in group_jobs(jobs, positions):
+            trained = train_group(model, [jobs[index] for index in group], task)
+            results.update(zip(group, trained, strict=True))
+    return [replace(results[index], job=job) for index, job in enumerate(given)]
 
 
-def why_alone(model: nn.Module, task: Task) -> str | None:
-    """Return why clients of this model and task have to be trained one at a time; None if not."""
+def why_alone(
+    model: nn.Module, task: Task, batches: Sequence[Batch] = (), adapter: Adapter | None = None
+) -> str | None:
+    """Return why clients of this model and task have to be trained one at a time; None if not.
+
+    With a batch of each of two clients and an adapter that fits the model, the model is also probed
+    for rows that reach one another (`find_leak`), once for a model and task. Without, only for what
+    its layers tell.
+    """
     if task.losses is None:
         return f"task {task.name!r} has no `losses`, the loss of each client in a batch of several"
     modules = lora_modules(model)
     if any(module.dropout for module in modules.values()):
         return "lora_dropout draws from torch's one generator, which clients would share"
-    return why_not_batched(modules)
+    reason = why_not_batched(modules)
+    if reason is not None or not batches or adapter is None:
+        return reason
+    findings, key = findings_of(model), ("leak", task)
+    if key not in findings:
+        findings[key] = find_leak(model, task, batches, adapter)
+    found: str | None = findings[key]
+    return found
+
+
+def _say_once(model: nn.Module, reason: str) -> None:
+    findings, key = findings_of(model), ("said", reason)
+    if key not in findings:
+        findings[key] = True
+        _log.warning(
+            "clients are trained one at a time, with the same results but slower: %s", reason
+        )
+
+
+def _first_batches(jobs: list[Job]) -> list[Batch]:
+    """Return a batch of each of two jobs with rows of one shape, or of as many as there are.
+
+    Batches that can be iterated over only once are put together again, in `jobs`.
+    """
+    found: list[Batch] = []
+    with_steps = [index for index, job in enumerate(jobs) if job.steps]
+    alike = [index for index in with_steps if jobs[index].shape == jobs[with_steps[0]].shape]
+    for index in alike[:2]:
+        batches = iter(jobs[index].batches)
+        for batch in islice(batches, 1):
+            found.append(batch)
+            if batches is jobs[index].batches:
+                jobs[index] = replace(jobs[index], batches=chain([batch], batches))
+    return found
 
 
 def group_jobs(jobs: Sequence[Job], positions: int = POSITIONS) -> list[list[int]]:

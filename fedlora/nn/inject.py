@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,17 +32,22 @@ from fedlora.targets import LayerSpec, initial_A, select_targets
 __all__ = [
     "base_fingerprint",
     "extract_adapter",
+    "findings_of",
+    "frozen_linears",
     "inject_lora",
+    "keeping_adapter",
     "layer_specs",
     "load_adapter_into",
     "lora_modules",
     "merge_lora",
     "remove_lora",
+    "replace_frozen",
     "require_fitting",
     "unmerge_lora",
 ]
 
 STATE = "_fedlora_injection"  # the attribute of an injected model that holds its `_Injection`
+QUANTIZED = "_fedlora_quantized"  # the attribute that holds the fingerprint of weights now gone
 OUTPUT_NAMES = ("lm_head", "classifier", "head", "score")
 
 
@@ -55,11 +61,12 @@ class _Injection:
     required_grad: list[tuple[nn.Parameter, bool]]
     fast_paths: list[tuple[nn.Module, Any]] = field(default_factory=list)
     originals: dict[str, Tensor] | None = None  # weights of the base while merged
+    findings: dict[Any, Any] = field(default_factory=dict)  # see `findings_of`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Injection:
         """Let an injected model be deep-copied: the config is immutable, and shared."""
         parts = (self.layers, self.required_grad, self.fast_paths, self.originals)
-        return _Injection(self.config, self.base, *copy.deepcopy(parts, memo))
+        return _Injection(self.config, self.base, *copy.deepcopy(parts, memo), self.findings)
 
 
 def inject_lora(
@@ -151,6 +158,32 @@ def require_fitting(model: nn.Module, adapter: Adapter, who: str) -> None:
     _require_same_layers(injection.layers, adapter, who)
 
 
+@contextmanager
+def keeping_adapter(model: nn.Module) -> Iterator[None]:
+    """Give the model its adapter back after this block: the same parameters with their gradients.
+
+    Inside, the model has copies of them to load and train.
+    """
+    injection = _injection(model)
+    kept = [
+        (module, dict(module._parameters), module.scaling, module.dropout)
+        for module in injection.layers.values()
+    ]
+    config = injection.config
+    try:
+        for module, factors, *_ in kept:
+            for name, factor in factors.items():
+                if factor is not None:
+                    copied = nn.Parameter(factor.detach().clone(), factor.requires_grad)
+                    module._parameters[name] = copied
+        yield
+    finally:
+        for module, factors, scaling, dropout in kept:
+            module._parameters.update(factors)
+            module.scaling, module.dropout = scaling, dropout
+        injection.config = config
+
+
 def remove_lora(model: nn.Module) -> None:
     """Take LoRA off again: modules, weights and `requires_grad` flags are what they were."""
     injection = _injection(model)
@@ -168,10 +201,16 @@ def merge_lora(model: nn.Module) -> None:
     """Put the adapter into the base's weights until `unmerge_lora`; outputs agree within 1e-5.
 
     Nothing is changed when it raises: `UnsupportedError` for a weight that is tied to another
-    module's, which would change too, and `NonFiniteError` for a merged weight that is not finite.
+    module's, which would change too, and for a quantized base; `NonFiniteError` for a merged weight
+    that is not finite.
     """
     injection = _injection(model)
     _require_unmerged(injection, "merge_lora")
+    if hasattr(model, QUANTIZED):
+        raise UnsupportedError(
+            "merge_lora: the base is quantized, and the sum would have to be rounded again; merge "
+            "the adapter into the full base"
+        )
     tied = _tied_paths(model)
     merged = {}
     for path, module in injection.layers.items():
@@ -226,8 +265,10 @@ def base_fingerprint(model: nn.Module) -> str:
 
     For each, sorted by name: name, dtype and shape as text, then its bytes in memory order. Names
     are those without LoRA; tied parameters count once, under the first name. The same before,
-    during (merged too) and after injection.
+    during (merged too) and after injection, and when the base is quantized (see `quantize_base`).
     """
+    if (before := getattr(model, QUANTIZED, None)) is not None:
+        return str(before)
     injection: _Injection | None = getattr(model, STATE, None)
     originals = (injection.originals if injection else None) or {}
     tensors: dict[str, Tensor] = {}
@@ -258,6 +299,46 @@ def base_fingerprint(model: nn.Module) -> str:
 def lora_modules(model: nn.Module) -> Mapping[str, LoraModule]:
     """Return the wrappers of an injected model by the paths of what they wrap."""
     return _injection(model).layers
+
+
+def findings_of(model: nn.Module) -> dict[Any, Any]:
+    """Return what is remembered of an injected model until `remove_lora`; its copies share it."""
+    return _injection(model).findings
+
+
+def frozen_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of the base, under LoRA too, by path.
+
+    Those of the output, and those whose weight another module shares, are left out. Raises
+    `ConfigError` while an adapter is merged into them.
+    """
+    injection: _Injection | None = getattr(model, STATE, None)
+    if injection is not None:
+        _require_unmerged(injection, "frozen_linears")
+    modules, tied = dict(_base_modules(model)), _tied_paths(model)
+    return {
+        path: modules[path]
+        for path, spec in layer_specs(model).items()
+        if spec.kind == "linear"
+        and not spec.is_output
+        and len(tied.get(id(modules[path].weight), ())) == 1
+    }
+
+
+def replace_frozen(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
+    """Exchange modules of the base wherever they are, under LoRA too; the old ones are let go."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is None or child not in by:
+                continue
+            if isinstance(parent, LoraModule):
+                parent.set_base(by[child])
+            else:
+                parent._modules[name] = by[child]
+    injection: _Injection | None = getattr(model, STATE, None)
+    if injection is not None:
+        left = {id(parameter) for parameter in model.parameters()}
+        injection.required_grad = [pair for pair in injection.required_grad if id(pair[0]) in left]
 
 
 def _injection(model: nn.Module) -> _Injection:

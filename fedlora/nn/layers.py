@@ -80,6 +80,10 @@ class LoraModule(nn.Module):
         self.scaling = layer.scaling
         self.dropout = dropout
 
+    def set_base(self, base_layer: nn.Module) -> None:
+        """Put the adapter around another frozen module of the same shape."""
+        self.base_layer = base_layer
+
     def layer(self) -> LoraLayer:
         """Return a copy of the factors as they are now."""
         return LoraLayer(
@@ -141,6 +145,10 @@ class LoraLinear(LoraModule):
 
     def __init__(self, base_layer: nn.Module, layer: LoraLayer, dropout: float) -> None:
         super().__init__(base_layer, layer, dropout)
+        self.set_base(base_layer)
+
+    def set_base(self, base_layer: nn.Module) -> None:
+        super().set_base(base_layer)
         self.transposed = _is_transposed_linear(base_layer)
         self.is_plain = is_bare_linear(base_layer) and base_layer.weight.dtype == torch.float32
 

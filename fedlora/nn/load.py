@@ -27,9 +27,9 @@ from fedlora.nn.inject import base_fingerprint, layer_specs
 from fedlora.nn.llama import load_llama
 from fedlora.nn.watch_cnn import WatchCNN, WatchCNNConfig
 
-__all__ = ["Base", "card_of", "load_base"]
+__all__ = ["Base", "card_of", "load_base", "load_encoder"]
 
-BaseTask = Literal["next-token", "classification"]
+BaseTask = Literal["next-token", "classification", "embedding"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,8 +44,9 @@ class Base:
 def load_base(id: str, *, num_classes: int | None = None, task: BaseTask | None = None) -> Base:
     """Load the base called `id`: bundled, fetched, a local Hugging Face folder, "module:function".
 
-    num_classes: put a new head for so many classes on a language model, see `Classifier`.
-    task: what a Hugging Face folder is loaded for; "classification" keeps the head in its weights.
+    num_classes: put a new head for so many classes on a language model or an encoder, see
+    `Classifier`. task: what a Hugging Face folder is loaded for; "classification" keeps the head in
+    its weights, "embedding" is a body without one. None: as its config.json says.
 
     The files of a bundled or fetched base are compared with the digests in its card, the weights
     with its fingerprint when they are not. Nothing is downloaded. For a folder, a function or a new
@@ -115,8 +116,7 @@ def _from_folder(id: str, task: BaseTask | None) -> Base:
     config = _json(folder / "config.json")
     if task is None:
         names = config.get("architectures") or [""]
-        is_classifier = names[0].endswith("ForSequenceClassification")
-        task = "classification" if is_classifier else "next-token"
+        task = _task_of(names[0])
     model = _ready(_transformers(folder, task))
     labels = config.get("id2label") if task == "classification" else None
     tokenizer = tokenizer_file(id)
@@ -128,6 +128,15 @@ def _from_folder(id: str, task: BaseTask | None) -> Base:
         tokenizer=None if tokenizer is None else tokenizer.name,
     )
     return Base(model, card, tokenizer)
+
+
+def _task_of(architecture: str) -> BaseTask:
+    """Return what a folder is for by the class that its config.json names."""
+    if architecture.endswith("ForSequenceClassification"):
+        return "classification"
+    # BertModel, MPNetModel, ...: a body. GPT2LMHeadModel has a head in spite of its name.
+    headless = architecture.endswith("Model") and "Head" not in architecture
+    return "embedding" if headless else "next-token"
 
 
 def _from_function(id: str) -> Base:
@@ -143,16 +152,20 @@ def _from_function(id: str) -> Base:
     return Base(model, card_of(model, id, task), tokenizer)
 
 
+def load_encoder(folder: Path) -> nn.Module:
+    """Load a body without a head from a Hugging Face folder, frozen, in float32."""
+    return _ready(_transformers(folder, "embedding"))
+
+
 def _transformers(folder: Path, task: str) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
         raise MissingExtraError("a base in a Hugging Face folder", "text") from error
-    auto = (
-        transformers.AutoModelForSequenceClassification
-        if task == "classification"
-        else transformers.AutoModelForCausalLM
-    )
+    auto = {
+        "classification": transformers.AutoModelForSequenceClassification,
+        "embedding": transformers.AutoModel,
+    }.get(task, transformers.AutoModelForCausalLM)
     try:
         model: nn.Module = auto.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True

@@ -19,7 +19,7 @@ from fedlora.nn.layers import LoraModule
 from fedlora.nn.tasks import Batch, Task, get_task
 from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
 
-__all__ = ["evaluating", "not_finite", "train_local"]
+__all__ = ["evaluating", "not_finite", "seeded", "train_local"]
 
 
 def train_local(
@@ -110,7 +110,7 @@ def _training(
     factors = [factor for layer in layers for factor in _factors(layer)]
     fixed = [parameter for name, parameter in factors if name not in rule.trained]
     dropping = [layer for layer in layers if layer.dropout]
-    with _seeded(layers[0].lora_A.device, seed), evaluating(model):
+    with seeded(layers[0].lora_A.device, seed), evaluating(model):
         try:
             for layer in dropping:
                 layer.training = True
@@ -138,7 +138,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch's generator for this block only."""
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else None):
         if device.type == "cpu":

@@ -1,9 +1,12 @@
-"""A Flower `Grid` in this process: the unchanged ServerApp and ClientApp, some clients at a time.
+"""Flower `Grid`s in this process: the unchanged ServerApp and ClientApp, some clients at a time.
 
 Flower's own simulation starts Ray and takes about 20 s and 1 GB before the first round. This grid
 calls the ClientApp directly, and keeps what matters of a real link: every client gets records of
 its own, an exception becomes an error reply, and a client keeps its `Context.state`. Replies are
 made shortly before the server reads them, so neither they nor the messages pile up.
+
+`VirtualGrid` is what such a grid shares with `fedlora.simulation.cohort_grid`, which calls no
+ClientApp.
 """
 
 from __future__ import annotations
@@ -25,38 +28,26 @@ from fedlora.federation._flower_private import (
 )
 from fedlora.simulation.threads import in_order
 
-__all__ = ["InProcessGrid"]
+__all__ = ["InProcessGrid", "VirtualGrid"]
 
 _FIRST_NODE = 1000  # node ids are made up here, and have no meaning beyond one run
 
 
-class InProcessGrid(Grid):
-    """Run `num_clients` virtual clients of `client_app` in this process.
+class VirtualGrid(Grid):
+    """`num_clients` virtual clients of this process; a subclass says how they reply."""
 
-    A client's `node_config` is what Flower's simulation gives it (``partition-id`` and
-    ``num-partitions``), and `node_config`: the settings of this device's owner, who here is the
-    caller. Contexts are made when a client is called; one is kept only while it holds state.
-    `workers` clients run at a time, each in a thread; replies come in the order of the messages.
-    """
-
-    def __init__(
-        self,
-        client_app: ClientApp,
-        num_clients: int,
-        node_config: Mapping[str, str | int | float | bool] | None = None,
-        workers: int = 1,
-    ) -> None:
+    def __init__(self, num_clients: int) -> None:
         if num_clients < 1:
             raise FederationError(f"expected at least one virtual client, found {num_clients}")
-        self._app = client_app
-        self._num_clients = num_clients
-        self._node_config = dict(node_config or {})
-        self._states: dict[int, RecordDict] = {}
+        self.num_clients = num_clients
         self._run = empty_run()
         self._pushed: dict[str, Message] = {}
         self._numbers = itertools.count(1)
-        self._workers = workers
         identify_process(self._run.run_id)
+
+    def replies(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Yield a reply to each message, in an order that only depends on the messages."""
+        raise NotImplementedError
 
     def set_run(self, run: Any) -> None:
         """Set the run; nothing here depends on it."""
@@ -69,7 +60,17 @@ class InProcessGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the node ids of all virtual clients."""
-        return range(_FIRST_NODE, _FIRST_NODE + self._num_clients)
+        return range(_FIRST_NODE, _FIRST_NODE + self.num_clients)
+
+    def number_of(self, message: Message) -> int:
+        """Return the place in the data of the client that a message is for.
+
+        Raises `FederationError` for a node that is not of this simulation.
+        """
+        number = message.metadata.dst_node_id - _FIRST_NODE
+        if not 0 <= number < self.num_clients:
+            raise FederationError(f"no node {message.metadata.dst_node_id} in this simulation")
+        return number
 
     def create_message(
         self,
@@ -93,28 +94,51 @@ class InProcessGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Run the clients of pushed messages, and yield their replies."""
-        for message_id in message_ids:
-            message = self._pushed.pop(message_id, None)
-            if message is not None:
-                yield self._call(message)
+        found = (self._pushed.pop(message_id, None) for message_id in message_ids)
+        yield from map(self._number, self.replies(m for m in found if m is not None))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Yield the replies in the order of `messages`; `timeout` has no meaning in one process."""
-        return in_order(self._call, map(self._number, messages), self._workers)
+        """Yield the replies; `timeout` has no meaning in one process."""
+        return map(self._number, self.replies(map(self._number, messages)))
 
     def _number(self, message: Message) -> Message:
         set_message_id(message, str(next(self._numbers)))
         return message
 
+
+class InProcessGrid(VirtualGrid):
+    """Call `client_app` for each of `num_clients` virtual clients, in this process.
+
+    A client's `node_config` is what Flower's simulation gives it (``partition-id`` and
+    ``num-partitions``), and `node_config`: the settings of this device's owner, who here is the
+    caller. Contexts are made when a client is called; one is kept only while it holds state.
+    `workers` clients run at a time, each in a thread; replies come in the order of the messages.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_clients: int,
+        node_config: Mapping[str, str | int | float | bool] | None = None,
+        workers: int = 1,
+    ) -> None:
+        super().__init__(num_clients)
+        self._app = client_app
+        self._node_config = dict(node_config or {})
+        self._states: dict[int, RecordDict] = {}
+        self._workers = workers
+
+    def replies(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Yield the replies in the order of `messages`."""
+        return in_order(self._call, messages, self._workers)
+
     def _call(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
-        partition = node - _FIRST_NODE
         message.content = _copied(message.content)
         try:
-            if not 0 <= partition < self._num_clients:
-                raise FederationError(f"no node {node} in this simulation")
+            partition = self.number_of(message)
             context = self._context(node, partition)
             reply = self._app(message, context)
             self._keep_state(node, context)
@@ -122,10 +146,10 @@ class InProcessGrid(Grid):
             # The text is Flower's own, so that both simulations report the same.
             reason = f"{type(error)}:<'{error}'>"
             reply = Message(Error(CLIENT_ERROR, reason), reply_to=message)
-        return self._number(reply)
+        return reply
 
     def _context(self, node: int, partition: int) -> Context:
-        config = {"partition-id": partition, "num-partitions": self._num_clients}
+        config = {"partition-id": partition, "num-partitions": self.num_clients}
         return Context(
             run_id=self._run.run_id,
             node_id=node,

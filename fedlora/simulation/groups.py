@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedlora.adapter import Adapter, Array
 from fedlora.data import Examples, draw_batches
 from fedlora.errors import FedloraError
+from fedlora.experiment import EngineConfig
 from fedlora.federation import ClientSetup
 from fedlora.federation.records import TrainOrder
-from fedlora.nn.cohort import Job, Trained, train_alone, train_group
+from fedlora.nn.cohort import Job, train_alone, train_group
 from fedlora.randomness import rng
-from fedlora.world import World
+from fedlora.world import World, thread_world
 
-__all__ = ["GroupOrder", "Outcome", "job_of", "train_order"]
+__all__ = ["GroupOrder", "Outcome", "job_of", "train_order", "world_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupOrder:
     """One group's share of a round."""
 
+    engine: EngineConfig
     setup: ClientSetup
     order: TrainOrder
     clients: tuple[str, ...]
@@ -32,28 +33,33 @@ class GroupOrder:
 class Outcome:
     """One client's training."""
 
-    row: Array  # the trained factors one after another, by path, A before B
+    row: Array  # (n,) the trained factors one after another, by path, A before B
     loss: float
     steps: int
     num_examples: int
-    error: FedloraError | None
+    error: FedloraError | None = None
 
 
-def train_order(world: World, order: GroupOrder) -> list[Outcome]:
+def train_order(order: GroupOrder) -> list[Outcome]:
     """Train a group in this thread; one outcome a client, in the order of `order.clients`."""
+    world = world_of(order.setup, order.engine)
     starts = order.starts * (len(order.clients) if len(order.starts) == 1 else 1)
     jobs = [
         job_of(world.data.client(client).train, client, start, order.order)
         for client, start in zip(order.clients, starts, strict=True)
     ]
     if order.alone:
-        trained: Sequence[Trained] = [train_alone(world.model, job, world.task) for job in jobs]
+        seeds = [_dropout_seed(order.order, job.client_id) for job in jobs]
+        jobs = [replace(job, seed=seed) for job, seed in zip(jobs, seeds, strict=True)]
+        trained = [train_alone(world.model, job, world.task) for job in jobs]
     else:
         trained = train_group(world.model, jobs, world.task)
-    return [
-        Outcome(result.row, result.loss, result.steps, result.job.num_examples, result.error)
-        for result in trained
-    ]
+    return [Outcome(t.row, t.loss, t.steps, t.job.num_examples, t.error) for t in trained]
+
+
+def world_of(setup: ClientSetup, engine: EngineConfig) -> World:
+    """Return this thread's world for a run."""
+    return thread_world(setup.base, setup.data, setup.lora, setup.seed, engine.checkpointing)
 
 
 def job_of(examples: Examples, client: str, start: Adapter, order: TrainOrder) -> Job:
@@ -69,5 +75,9 @@ def job_of(examples: Examples, client: str, start: Adapter, order: TrainOrder) -
         positions=max(1, round(rows * examples.mean_length)),
         num_examples=len(examples),
         shape=() if examples.is_text else examples.inputs.shape[1:],
-        seed=int(rng(order.seed, "dropout", client, order.round).integers(2**31)),
     )
+
+
+def _dropout_seed(order: TrainOrder, client: str) -> int:
+    """The seed that the ClientApp's trainer uses; see `clients.torch_app`."""
+    return int(rng(order.seed, "dropout", client, order.round).integers(2**31))

@@ -33,7 +33,7 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 WINDOW = 24  # clients whose adapters one thread holds at most
-WINDOWS = 4  # that each thread should have at least: or one waits long for another at the end
+WINDOWS = 16  # that there should be at least, for the cores of any machine
 
 Report = Callable[[int, int, str], None]  # done, of how many, a few words
 
@@ -64,7 +64,7 @@ def evaluate_clients(
         write_atomic(file, b"".join(json_line(row) for row in rows.values()))
     clients = [client for client in world.data.client_ids if client in records]
     kept = {name for name, path in keep_own.items() if path.is_file() and name in rows}
-    todo = [c for c in clients if c not in rows or (c in keep_own and c not in kept)]
+    todo = {c for c in clients if c not in rows or (c in keep_own and c not in kept)}
 
     def people(local: World, window: Sequence[str]) -> list[Person | NonFiniteError]:
         everyone = [(local.data.client(client), records[client].steps) for client in window]
@@ -98,8 +98,12 @@ def evaluate_clients(
 
     done = len(clients) - len(todo)
     report(done, len(clients), "")
-    for window in _on_all_cores(world, rows_of, _windows(todo, config), config):
+    # A window is done as a whole or again as a whole: a resumed run has the bits of any other.
+    windows = [w for w in _windows(clients, config) if not todo.isdisjoint(w)]
+    for window in _on_all_cores(world, rows_of, windows, config):
         for row in window:
+            if row["client"] not in todo:
+                continue
             if row["client"] not in rows:
                 rows[row["client"]] = row
                 append_row(file, row | {"seconds": round(seconds(), 3)})  # of the run so far
@@ -126,8 +130,11 @@ def _alone(
 
 
 def _windows(clients: Sequence[str], config: ExperimentConfig) -> list[Sequence[str]]:
-    """Divide clients into windows, in order; one client each where they train one at a time."""
-    share = math.ceil(len(clients) / (WINDOWS * worker_count(config)))
+    """Divide clients into windows, in order; one client each where they train one at a time.
+
+    Nothing but the clients decides: neither the cores nor what an earlier part of the run has done.
+    """
+    share = math.ceil(len(clients) / WINDOWS)
     size = 1 if config.engine.kind == "sequential" else max(1, min(WINDOW, share))
     return [clients[start : start + size] for start in range(0, len(clients), size)]
 

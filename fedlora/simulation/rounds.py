@@ -11,13 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from flwr.serverapp import Grid
+
 from fedlora.errors import RunError
 from fedlora.experiment import ExperimentConfig, app_root
 from fedlora.federation import Checkpoint, RoundRecord, read_checkpoint, run_federation
 from fedlora.federation.owner import owner_node_config
+from fedlora.simulation.cohort_grid import CohortGrid
 from fedlora.simulation.flower import run_in_flower
 from fedlora.simulation.grid import InProcessGrid
 from fedlora.simulation.threads import one_torch_thread, worker_count
+from fedlora.simulation.workers import ray_workers
 
 __all__ = ["load_app", "run_rounds"]
 
@@ -39,15 +43,24 @@ def run_rounds(
     if config.engine.kind == "flower":
         run_in_flower(config, out, num_clients, on_round=on_round)
     else:
-        with _quiet_flower(), one_torch_thread():
-            grid = InProcessGrid(
-                load_app("clientapp"),
-                num_clients,
-                owner_node_config(config),
-                workers=worker_count(config),
-            )
+        with _quiet_flower(), one_torch_thread(), _grid(config, out, num_clients) as grid:
             run_federation(grid, config, out, on_round=on_round)
     return read_checkpoint(out)
+
+
+@contextmanager
+def _grid(config: ExperimentConfig, out: Path, num_clients: int) -> Iterator[Grid]:
+    threads, private = worker_count(config), out / "private"
+    if config.engine.kind == "sequential":
+        app, node_config = load_app("clientapp"), owner_node_config(config)
+        yield InProcessGrid(app, num_clients, node_config, workers=threads)
+    elif config.engine.workers == 0:
+        yield CohortGrid(num_clients, engine=config.engine, workers=threads, private=private)
+    else:
+        with ray_workers(config.engine.workers) as pool:
+            yield CohortGrid(
+                num_clients, engine=config.engine, workers=pool.count, train=pool, private=private
+            )
 
 
 def load_app(component: Literal["clientapp", "serverapp"]) -> Any:

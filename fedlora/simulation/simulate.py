@@ -117,7 +117,9 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     def seconds() -> float:
         return before + time.monotonic() - started
 
-    world = shared_world(config.base, config.data, config.lora, config.seed)
+    world = shared_world(
+        config.base, config.data, config.lora, config.seed, config.engine.checkpointing
+    )
     show = _show_rounds(config, folder, report)
     checkpoint = run_rounds(config, folder, len(world.data), on_round=show)
     state, took_part = checkpoint.state, checkpoint.clients

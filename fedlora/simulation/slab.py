@@ -17,8 +17,8 @@ import numpy as np
 
 from fedlora.adapter import Array
 from fedlora.errors import RunError, ShapeMismatchError
-from fedlora.federation.layout import Segment
 from fedlora.files import write_atomic
+from fedlora.flat import Segment
 
 __all__ = ["PersonalSlab"]
 
@@ -81,7 +81,7 @@ class PersonalSlab:
         return max(usable, key=lambda place: int(rounds[place]), default=None)
 
 
-def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:  # type: ignore[type-arg]
+def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
     """Map a file of zeros, made sparse where it is not there or was left half made."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if not path.is_file() or path.stat().st_size != size:

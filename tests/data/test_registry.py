@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from fedlora.data import Examples, FederatedData, list_data, load_data
+from fedlora.data import ClientData, Examples, FederatedData, list_data, load_data
 from fedlora.data.chitchat import read_messages
 from fedlora.data.registry import PARTITIONS
 from fedlora.data.watch import BASE_PERSONS, CLIENT_PERSONS, WINDOW, read_client, recordings
@@ -214,3 +214,18 @@ def test_a_client_is_read_once_and_only_when_asked_for() -> None:
     assert asked == []
     data.client("b"), data.client("b")
     assert asked == ["b"]
+
+
+def test_the_data_of_so_many_clients_is_kept_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlora.data.client.KEPT", 2)
+    read: list[str] = []
+
+    def reading(client_id: str) -> ClientData:
+        read.append(client_id)
+        examples = Examples(np.zeros((1, 2)), np.zeros(1, np.int64))
+        return ClientData(client_id, examples, examples, examples)
+
+    data = FederatedData("d", "classification", ("a", "b", "c"), reading)
+    for client_id in ("a", "b", "a", "c", "b", "a"):
+        assert data.client(client_id).client_id == client_id
+    assert read == ["a", "b", "c", "a"]  # b stayed when c came, a had to be read again

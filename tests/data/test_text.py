@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedlora.bases import tokenizer_file
 from fedlora.data import IGNORED
@@ -78,6 +78,35 @@ def test_text_to_classify_begins_with_the_separator_and_has_no_end(tokenizer: To
     assert examples.inputs[0].tolist() == [0, *ids]
     assert examples.targets.tolist() == [1, 4]
     assert examples.word_starts is None
+
+
+def encoders_tokenizer() -> Tokenizer:
+    """As a sentence encoder's file has it: its own frame, padding and cutting."""
+    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "hi": 4, "there": 5}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_padding(length=6)
+    tokenizer.enable_truncation(4)
+    return tokenizer
+
+
+def test_an_encoder_gets_its_frame_and_no_padding_of_the_tokenizers() -> None:
+    theirs = encoders_tokenizer()
+    tokenizer = load_tokenizer(theirs)
+    examples = encode_classes(["hi there", "hi " * 9, "hi"], [1, 0, 1], tokenizer, max_length=8)
+    assert examples.inputs.tolist() == [
+        [2, 4, 5, 3, 0, 0, 0, 0],
+        [2, 4, 4, 4, 4, 4, 4, 3],
+        [2, 4, 3, 0, 0, 0, 0, 0],
+    ]
+    assert encode_messages(["hi"], tokenizer).targets.tolist() == [[4, 3]]
+    assert len(theirs.encode("hi").ids) == 6  # the caller's own object is as it was
+
+
+@pytest.mark.parametrize(("max_length", "row"), [(1, [2]), (2, [2, 3]), (3, [2, 4, 3])])
+def test_a_frame_is_cut_like_everything_else(max_length: int, row: list[int]) -> None:
+    tokenizer = load_tokenizer(encoders_tokenizer())
+    assert encode_classes(["hi there"], [0], tokenizer, max_length).inputs.tolist() == [row]
 
 
 ENDED = [

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fedlora.aggregation import ServerState
-from fedlora.errors import DigestMismatchError, RunError
+from fedlora.errors import ConfigError, DigestMismatchError, RunError
 from fedlora.federation import (
     Checkpoint,
     ClientRecord,
@@ -228,3 +228,50 @@ def test_everything_of_a_checkpoint_comes_back(tmp_path: Path) -> None:
     for name, value in moments.items():
         assert again.state.method_state[name].dtype == value.dtype
         assert np.array_equal(again.state.method_state[name], value)
+
+
+def test_many_clients_come_back_from_one_line_each(tmp_path: Path) -> None:
+    names = [*(f"c{number:05d}" for number in range(5000)), 'quoted "x"\\', "näme ☃", "z{}"]
+    clients = tuple(
+        ClientRecord(name, number % 3 or None, number or None, number % 2 == 0, number, 2**40)
+        for number, name in enumerate(names)
+    )
+    config = experiment()
+    checkpoint = Checkpoint(ServerState.start(start_adapter(config)), clients)
+    write_checkpoint(tmp_path, checkpoint, config)
+    assert read_checkpoint(tmp_path).clients == clients
+    text = (tmp_path / "checkpoint" / "state.json").read_text()
+    lines = [line for line in text.splitlines() if line.startswith('  {"client_id": ')]
+    assert len(lines) == len(clients)
+    assert json.loads(text)["clients"][1] == {
+        "client_id": "c00001", "rank": 1, "num_examples": 1, "held_out": False, "rounds": 1,
+        "steps": 2**40,
+    }  # fmt: skip
+
+
+def test_no_clients_are_a_list_without_items(tmp_path: Path) -> None:
+    config = experiment()
+    checkpoint = Checkpoint(ServerState.start(start_adapter(config)), ())
+    write_checkpoint(tmp_path, checkpoint, config)
+    assert read_checkpoint(tmp_path).clients == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"rounds": "3"}, "rounds: expected a whole number, found '3'"),
+        ({"steps": True}, "steps: expected a whole number, found True"),
+        ({"age": 44}, "age: unknown key"),
+    ],
+)
+def test_a_client_of_another_type_in_a_checkpoint_is_refused(
+    change: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    run(experiment(), tmp_path)
+    state = tmp_path / "checkpoint" / "state.json"
+    document = json.loads(state.read_text())
+    document["clients"][2] |= change
+    state.write_text(json.dumps(document))
+    with pytest.raises(ConfigError) as error:
+        read_checkpoint(tmp_path)
+    assert str(error.value).startswith(text)

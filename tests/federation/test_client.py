@@ -15,18 +15,19 @@ from fedlora.aggregation import method
 from fedlora.errors import DataError, FederationError, NonFiniteError
 from fedlora.federation import ClientSetup, handle_query, handle_train
 from fedlora.federation._flower_private import identify_process
+from fedlora.federation.buffers import BufferForm
 from fedlora.federation.client import one_line
 from fedlora.federation.guard import check_answer, check_reply
-from fedlora.federation.layout import segments_of
 from fedlora.federation.records import (
     BOTH,
     TrainOrder,
     encode_adapter,
-    encode_reply,
     query_content,
     to_record,
     train_content,
 )
+from fedlora.federation.replies import encode_reply
+from fedlora.flat import segments_of
 from fedlora.training import TrainResult
 from tests.federation.fakes import FakeTrainer, experiment, raises, start_adapter
 
@@ -47,7 +48,8 @@ def train_message(method_name: str = "fedit", **overrides: Any) -> Message:
 
 
 def query_message(**overrides: Any) -> Message:
-    return Message(query_content(ClientSetup.of(experiment(**overrides))), 1001, "query")
+    setup = to_record(ClientSetup.of(experiment(**overrides)))
+    return Message(query_content(setup), 1001, "query")
 
 
 def trainer(change: Callable[[TrainResult], TrainResult] = lambda result: result) -> FakeTrainer:
@@ -84,6 +86,10 @@ def _without_a_layer(result: TrainResult) -> TrainResult:
     return replace(result, adapter=replace(result.adapter, layers=layers))
 
 
+def _of_another_base(result: TrainResult) -> TrainResult:
+    return replace(result, adapter=replace(result.adapter, base="f" * 64))
+
+
 def _raise(error: Exception) -> Callable[[TrainResult], TrainResult]:
     def change(result: TrainResult) -> TrainResult:
         raise error
@@ -106,6 +112,15 @@ MISTAKES: dict[str, tuple[Callable[[TrainResult], TrainResult], str]] = {
     "a layer lost": (
         _without_a_layer,
         "LayerMismatchError: the trainer's result: 1 missing layer(s): 'conv'",
+    ),
+    "another scaling": (
+        lambda result: replace(result, adapter=result.adapter.scaled(2.0)),
+        "FederationError: the trainer's result, layer 'body.0.fc': expected scaling 2 as it was "
+        "sent, found 4",
+    ),
+    "another base": (
+        _of_another_base,
+        "FederationError: the trainer's result: it is for another base than what was sent",
     ),
     "an error of ours without data": (
         _raise(NonFiniteError("step 3: expected a finite loss")),
@@ -148,7 +163,7 @@ def test_a_reason_is_one_short_line() -> None:
 
 
 def test_a_message_without_an_order_is_refused() -> None:
-    message = Message(query_content(ClientSetup.of(experiment())), 1001, "train")
+    message = Message(query_content(to_record(ClientSetup.of(experiment()))), 1001, "train")
     reply = handle_train(message, lambda setup: trainer())
     assert reply.error.reason == (
         "FederationError: message from the server: expected a record 'train', found none"
@@ -196,6 +211,13 @@ LEAKS: dict[str, tuple[Callable[[RecordDict], None], frozenset[str], str]] = {
         BOTH,
         "refused to send factors: their number is not that of the layout",
     ),
+    "bytes behind the numbers": (
+        lambda content: setattr(
+            content["factors"]["factors"], "data", content["factors"]["factors"].data + b"hello"
+        ),
+        BOTH,
+        "refused to send factors: their number is not that of the layout",
+    ),
     "a factor that is not shared": (
         lambda content: None,
         frozenset({"B"}),
@@ -211,17 +233,18 @@ def test_the_guard_stops_whatever_is_not_declared(name: str) -> None:
     content = _reply()
     change(content)
     with raises(FederationError, text):
-        check_reply(content, segments_of(ADAPTER, shared), share_num_examples=True)  # type: ignore[arg-type]
+        form = BufferForm.of(segments_of(ADAPTER, shared))  # type: ignore[arg-type]
+        check_reply(content, form, share_num_examples=True)
 
 
 def test_the_guard_stops_a_count_when_weights_are_equal() -> None:
-    segments = segments_of(ADAPTER, BOTH)
-    check_reply(_reply(), segments, share_num_examples=True)
+    form = BufferForm.of(segments_of(ADAPTER, BOTH))
+    check_reply(_reply(), form, share_num_examples=True)
     with raises(
         FederationError,
         "refused to send 'num-examples' in the metrics: only loss, steps may leave this client",
     ):
-        check_reply(_reply(), segments, share_num_examples=False)
+        check_reply(_reply(), form, share_num_examples=False)
     answer = RecordDict({"client": ConfigRecord({"client_id": "a", "num_examples": 3})})
     check_answer(answer, share_num_examples=True)
     with raises(

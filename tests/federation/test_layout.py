@@ -11,17 +11,10 @@ from hypothesis import strategies as st
 
 from fedlora.adapter import Adapter, LoraConfig, LoraLayer
 from fedlora.errors import FederationError, LayerMismatchError, ShapeMismatchError
-from fedlora.federation.layout import (
-    Segment,
-    digest,
-    pack,
-    parse_segments,
-    require_same_segments,
-    segments_of,
-    unpack,
-    with_factors,
-)
+from fedlora.federation.layout import parse_segments, require_same_segments, unpack
+from fedlora.flat import Segment, pack, segments_of
 from tests.federation.fakes import experiment, raises, start_adapter
+from tests.reference.flat import digest, with_factors
 
 sizes = st.integers(1, 5)
 

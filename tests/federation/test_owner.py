@@ -6,7 +6,12 @@ import pytest
 
 from fedlora.errors import FederationError
 from fedlora.federation import ClientSetup
-from fedlora.federation.owner import owner_environment, owner_node_config, owners_setup
+from fedlora.federation.owner import (
+    owner_environment,
+    owner_node_config,
+    owners_checkpointing,
+    owners_setup,
+)
 from tests.federation.fakes import experiment, raises
 
 KNOWN = {"base": ["watch-cnn"], "data": ["watch"], "task": ["classification"]}
@@ -57,3 +62,21 @@ def test_a_simulation_vouches_for_its_own_experiment() -> None:
     setup = ClientSetup.of(config)
     assert owners_setup(setup, owner_node_config(config), {}, KNOWN) == setup
     assert owners_setup(setup, {}, owner_environment(config), KNOWN) == setup
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_simulation_decides_about_checkpointing_in_whatever_process(wanted: bool) -> None:
+    config = experiment(engine__checkpointing=wanted)
+    assert owners_checkpointing(owner_node_config(config), {}) is wanted
+    assert owners_checkpointing({}, owner_environment(config)) is wanted
+    assert "checkpointing" not in str(ClientSetup.of(config))
+
+
+def test_a_device_checkpoints_only_by_its_owners_word() -> None:
+    assert owners_checkpointing({}, {}) is False
+    assert owners_checkpointing({"checkpointing": True}, {}) is True
+    assert owners_checkpointing({"checkpointing": "false"}, {"FEDLORA_CHECKPOINTING": "true"}) is (
+        False
+    )
+    with raises(FederationError, "node config checkpointing: expected true or false, found 'yes'"):
+        owners_checkpointing({"checkpointing": "yes"}, {})

@@ -12,7 +12,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlora.adapter import Adapter, stack
 from fedlora.errors import FederationError, FedloraError, NonFiniteError, ShapeMismatchError
-from fedlora.federation.layout import segments_of
 from fedlora.federation.records import (
     BOTH,
     ClientAnswer,
@@ -20,15 +19,15 @@ from fedlora.federation.records import (
     TrainOrder,
     content_bytes,
     decode_broadcast,
-    decode_reply,
     encode_adapter,
-    encode_reply,
     from_record,
     to_record,
     train_content,
 )
+from fedlora.federation.replies import ReplyForm, decode_reply, encode_reply
 from fedlora.training import LocalRule, TrainConfig
 from tests.federation.fakes import experiment, raises, start_adapter
+from tests.reference.flat import digest
 
 CONFIG = experiment(
     lora__rank_pattern={r"body\..*/fc": 3, "conv": 1},
@@ -141,7 +140,7 @@ def test_only_the_uploaded_factors_come_back_and_the_rest_is_as_sent() -> None:
     sent, trained = adapter(1), adapter(2)
     content = encode_reply(trained, frozenset({"B"}), METRICS, 3)
     assert content_bytes(content) < content_bytes(encode_reply(trained, BOTH, METRICS, 3))
-    reply = decode_reply(content, sent, segments_of(sent, {"B"}), 3, "client 'a'")
+    reply = decode_reply(content, ReplyForm.of(sent, frozenset({"B"}), 3), "client 'a'")
     for path in sent:
         assert np.array_equal(reply.adapter[path].A, sent[path].A)
         assert np.array_equal(reply.adapter[path].B, trained[path].B)
@@ -262,7 +261,7 @@ def test_a_forged_reply_is_refused_and_the_client_named(name: str) -> None:
     content = encode_reply(zeros, BOTH, METRICS, 3)
     change(content)
     with raises(error, f"client 'mallory': {text}"):
-        decode_reply(content, sent, segments_of(sent, BOTH), 3, "client 'mallory'")
+        decode_reply(content, ReplyForm.of(sent, BOTH, 3), "client 'mallory'")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -271,9 +270,8 @@ def test_one_number_that_is_not_finite_is_refused_and_the_client_named(bad: floa
     encoded = encode_adapter(sent, BOTH, 3)
     buffer = np.frombuffer(encoded.factors["factors"].data, np.float32, offset=128).copy()
     buffer[5] = bad
-    from fedlora.federation.layout import digest
-
-    layout = ConfigRecord(dict(encoded.layout) | {"digest": digest(encoded.segments, buffer)})
+    told = digest(encoded.segments, buffer)
+    layout = ConfigRecord(dict(encoded.layout) | {"digest": told})
     content = RecordDict(
         {
             "factors": ArrayRecord({"factors": Array(buffer)}),
@@ -282,7 +280,7 @@ def test_one_number_that_is_not_finite_is_refused_and_the_client_named(bad: floa
         }
     )
     with pytest.raises(NonFiniteError) as error:
-        decode_reply(content, sent, encoded.segments, 3, "client 'mallory'")
+        decode_reply(content, ReplyForm.of(sent, BOTH, 3), "client 'mallory'")
     assert str(error.value) == (
         f"client 'mallory': A: expected finite numbers, found {bad} at (0, 5) and 0 more"
     )
@@ -291,5 +289,5 @@ def test_one_number_that_is_not_finite_is_refused_and_the_client_named(bad: floa
 def test_a_client_without_steps_has_no_loss() -> None:
     sent = adapter(1)
     content = encode_reply(sent, BOTH, {"num-examples": 9, "loss": float("nan"), "steps": 0}, 3)
-    reply = decode_reply(content, sent, segments_of(sent, BOTH), 3, "client 'a'")
+    reply = decode_reply(content, ReplyForm.of(sent, BOTH, 3), "client 'a'")
     assert np.isnan(reply.loss)

@@ -13,8 +13,9 @@ import pytest
 from flwr.app import Array, ConfigRecord, Error, Message
 
 from fedlora.adapter import Adapter
+from fedlora.aggregation import Broadcast, method
 from fedlora.errors import FederationError
-from fedlora.federation import read_checkpoint, read_rounds
+from fedlora.federation import read_checkpoint, read_rounds, run_federation
 from fedlora.federation._flower_private import set_message_id
 from fedlora.simulation.grid import InProcessGrid
 from fedlora.training import TrainResult
@@ -32,8 +33,6 @@ EVERYONE = {"federation__cohort": 8, "federation__rounds": 1}
 
 def expected_mean(config: Any, clients: list[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """One round by hand: every client's own result, weighted by its 10 + i examples."""
-    from fedlora.aggregation import Broadcast
-
     start = start_adapter(config)
     results = []
     for i in clients:
@@ -52,8 +51,6 @@ def expected_mean(config: Any, clients: list[int]) -> dict[str, tuple[np.ndarray
 
 
 def fake_rule(config: Any) -> Any:
-    from fedlora.aggregation import method
-
     return method(config.federation.method).rule(1)
 
 
@@ -255,6 +252,31 @@ def test_held_out_clients_never_take_part(tmp_path: Path) -> None:
     assert drawn == set(checkpoint.client_ids)
     assert all(c.rounds == c.steps == 0 for c in checkpoint.clients if c.held_out)
     assert all(c.rounds == 6 and c.steps == 30 for c in checkpoint.clients if not c.held_out)
+
+
+def test_clients_that_are_sent_adapters_of_their_own_are_checked_against_them(
+    tmp_path: Path,
+) -> None:
+    """Equal adapters, but one object a client: the same result by the way without shortcuts."""
+    usual, sent = method("fedit"), []
+
+    def broadcast(state: Any, profile: Any) -> Broadcast:
+        sent.append(replace(state.adapter))
+        return Broadcast(sent[-1])
+
+    config = experiment(federation__cohort=8, federation__rounds=2)
+    start = start_adapter(config)
+    own, shared = (
+        run_federation(
+            InProcessGrid(fake_app(), 8), config, tmp_path / name, initial=start, method=how
+        )
+        for name, how in (("own", replace(usual, broadcast=broadcast)), ("shared", usual))
+    )
+    assert len({id(adapter) for adapter in sent}) == 16
+    assert own.adapter == shared.adapter
+    own_rounds, shared_rounds = (read_rounds(tmp_path / name) for name in ("own", "shared"))
+    assert [r.bytes_down for r in own_rounds] == [r.bytes_down for r in shared_rounds]
+    assert [r.dropped for r in own_rounds] == [(), ()]
 
 
 def test_replies_are_made_one_at_a_time_when_the_sum_asks_for_them(tmp_path: Path) -> None:

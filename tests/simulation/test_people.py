@@ -1,10 +1,13 @@
 """Who is evaluated, and with which global adapter."""
 
 from dataclasses import replace
+from shutil import copyfile
 
 import numpy as np
 import pytest
 
+from fedlora.adapter import LoraConfig
+from fedlora.bases import tokenizer_file
 from fedlora.errors import ConfigError
 from fedlora.evaluation import evaluate
 from fedlora.experiment import BaseConfig, DataConfig, EngineConfig, ExperimentConfig
@@ -83,6 +86,21 @@ def test_a_base_with_another_number_of_classes_is_refused(tmp_path, monkeypatch)
     data = DataConfig("five:data", "classification")
     with pytest.raises(ConfigError, match="tells 7 classes apart, and 'five:data' has 5"):
         open_world(BaseConfig("watch-cnn"), data, config.lora, 0)
+
+
+def test_an_encoder_needs_a_head_and_predicts_no_tokens(tmp_path, monkeypatch):
+    from transformers import BertConfig, BertModel
+
+    monkeypatch.setenv("FEDLORA_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "bert"
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    BertModel(BertConfig(vocab_size=2100, num_hidden_layers=1, **sizes)).save_pretrained(folder)
+    copyfile(tokenizer_file("tiny-chat"), folder / "tokenizer.json")
+    base = BaseConfig(str(folder))
+    with pytest.raises(ConfigError, match=r"has no head, .* set base\.num_classes = 5"):
+        open_world(base, DataConfig("chitchat-punctuation", "classification", 2), LoraConfig(), 0)
+    with pytest.raises(ConfigError, match="is an encoder and cannot predict tokens; use a"):
+        open_world(base, DataConfig("chitchat", "next-token", 2), LoraConfig(), 0)
 
 
 LINEAR = {

@@ -1,0 +1,173 @@
+"""What a message asks of a client, and the client's answer: the one way in and the one way out.
+
+The real client and every engine of a simulation go through here. A virtual client costs little:
+what many clients are asked alike is read once (`read_task` gives back the very same value for as
+long as the records are the same objects), and an answer is made from one flat row. Nothing leaves
+unseen: each answer goes through the guard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import is_
+from typing import Any, Generic, TypeVar
+
+from flwr.app import Array as FlowerArray
+from flwr.app import ConfigRecord, RecordDict
+
+from fedlora.adapter import Array
+from fedlora.aggregation import Broadcast
+from fedlora.errors import FederationError
+from fedlora.federation.buffers import FixedList
+from fedlora.federation.guard import check_answer, check_reply
+from fedlora.federation.records import (
+    ClientAnswer,
+    ClientSetup,
+    TrainOrder,
+    answer_content,
+    decode_broadcast,
+    from_record,
+)
+from fedlora.federation.replies import ReplyForm, encode_reply_row
+
+__all__ = ["TrainTask", "answer_query", "answer_task", "read_query", "read_task"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainTask:
+    """A training message, read. All clients of a round that are sent the same share one."""
+
+    setup: ClientSetup
+    order: TrainOrder
+    broadcast: Broadcast
+    reply: ReplyForm  # the factors that it asks back, and how they lie in a row
+
+
+def read_query(content: RecordDict) -> ClientSetup:
+    """Read a query. Raises `FederationError`."""
+    return _QUERY.of(content) or _QUERY.keep(content, _read(ClientSetup, content, "setup"))
+
+
+def read_task(content: RecordDict) -> TrainTask:
+    """Read a training message. Raises `FederationError` or an `AdapterError`."""
+    return _TASK.of(content) or _TASK.keep(content, _read_task(content))
+
+
+def answer_query(
+    setup: ClientSetup, client_id: str, rank: int | None, num_examples: int
+) -> RecordDict:
+    """Return a client's answer to a query. Raises `FederationError` for a senseless value."""
+    count = num_examples if setup.share_num_examples else None
+    content = answer_content(ClientAnswer(client_id, rank, count))
+    check_answer(content, share_num_examples=setup.share_num_examples)
+    return content
+
+
+def answer_task(
+    task: TrainTask,
+    row: Array,
+    *,
+    num_examples: int,
+    loss: float,
+    steps: int,
+    metrics: Mapping[str, float] | None = None,
+) -> RecordDict:
+    """Return a client's answer to a training message.
+
+    row: ``(task.reply.rows.size,)`` float32, the trained factors in the order of
+    ``task.reply.segments``; it is copied. metrics: what the trainer tells beside these, which the
+    guard refuses unless it is declared.
+
+    Raises `ShapeMismatchError`, and `FederationError` for what must not leave.
+    """
+    told: dict[str, int | float] = {"loss": float(loss), "steps": int(steps), **(metrics or {})}
+    if task.setup.share_num_examples:
+        told["num-examples"] = int(num_examples)
+    content = encode_reply_row(task.reply, row, told)
+    shared = task.setup.share_num_examples
+    check_reply(content, task.reply.buffer, share_num_examples=shared)
+    return content
+
+
+def _read_task(content: RecordDict) -> TrainTask:
+    setup = _read(ClientSetup, content, "setup")
+    order = _read(TrainOrder, content, "train")
+    if not order.uploaded <= order.rule.trained:
+        raise FederationError(
+            f"message from the server: expected to upload some of {sorted(order.rule.trained)}, "
+            f"what this round trains, found {sorted(order.uploaded)}"
+        )
+    broadcast = decode_broadcast(content, setup)
+    form = ReplyForm.of(broadcast.trainable, order.uploaded, order.round)
+    return TrainTask(setup, order, broadcast, form)
+
+
+def _read(cls: type[T], content: RecordDict, name: str) -> T:
+    record: Mapping[str, object] | None = content.get(name)
+    if not isinstance(record, ConfigRecord):
+        raise FederationError(f"message from the server: expected a record {name!r}, found none")
+    return from_record(cls, record, f"message from the server, {name}")
+
+
+class _Last(Generic[T]):
+    """The last content that was read, and what it was read as.
+
+    The messages of a round have records of their own, whose values are the same objects: comparing
+    identities costs a hundredth of reading, and cannot take True for 1. Where messages come by a
+    wire or are copied whole, nothing is the same object, and every message is read.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[_Seen, T] | None = None  # replaced whole: threads may read at any time
+
+    def of(self, content: RecordDict) -> T | None:
+        last = self._last
+        return last[1] if last is not None and last[0].is_again(content) else None
+
+    def keep(self, content: RecordDict, value: T) -> T:
+        self._last = (_Seen(content), value)
+        return value
+
+
+class _Seen:
+    """The objects that a content was made of."""
+
+    def __init__(self, content: RecordDict) -> None:
+        self._names = list(content.keys())
+        self._records: list[tuple[Any, list[Any]]] = [
+            (record.copy(), list(record.values())) for record in content.values()
+        ]
+        values = [value for _, values in self._records for value in values]
+        # What can be changed in place; most lists of a message cannot.
+        plain = (v for v in values if isinstance(v, list) and not isinstance(v, FixedList))
+        self._lists = [(value, tuple(value)) for value in plain]
+        self._arrays = [
+            (value, (value.dtype, value.shape, value.data))
+            for value in values
+            if isinstance(value, FlowerArray)
+        ]
+
+    def is_again(self, content: RecordDict) -> bool:
+        """Whether `content` is made of the very same objects, none of them changed since."""
+        if list(content.keys()) != self._names:
+            return False
+        record: Any
+        for record, (seen, values) in zip(content.values(), self._records, strict=True):
+            # Equal keys, and then identical values: 1 equals True.
+            if type(record) is not type(seen) or record != seen:
+                return False
+            if not all(map(is_, record.values(), values)):
+                return False
+        for array, parts in self._arrays:
+            if not all(map(is_, (array.dtype, array.shape, array.data), parts)):
+                return False
+        return all(
+            len(value) == len(parts) and all(map(is_, value, parts)) for value, parts in self._lists
+        )
+
+
+_QUERY: _Last[ClientSetup] = _Last()
+_TASK: _Last[TrainTask] = _Last()

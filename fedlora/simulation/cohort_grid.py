@@ -1,0 +1,237 @@
+"""A Flower `Grid` whose clients train in groups: the unchanged ServerApp and Strategy on it.
+
+A round's messages are read in windows. The clients of a window are sorted into groups that go
+through the base together (`fedlora.nn.cohort`), several groups at a time, each in a thread of its
+own or on a Ray worker. Replies stream back as groups are done, in an order that depends on nothing
+but the messages: neither the number of cores nor that of workers changes a result, and memory does
+not grow with the cohort.
+
+The clients are all the caller's own, so no message passes through a ClientApp. What a client says
+is made by the same functions as on a device, and passes the same guard.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from flwr.app import Message
+
+from fedlora.adapter import Adapter, Array
+from fedlora.errors import BaseMismatchError, FederationError, UnsupportedError
+from fedlora.experiment import EngineConfig
+from fedlora.federation import ClientSetup
+from fedlora.federation.client import error_reply
+from fedlora.federation.private import kept_factors, kept_segments, split_row, with_kept
+from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
+from fedlora.flat import Segment
+from fedlora.nn.cohort import POSITIONS, Job, group_jobs, why_alone
+from fedlora.simulation.grid import VirtualGrid
+from fedlora.simulation.groups import GroupOrder, Outcome, job_of, train_order, world_of
+from fedlora.simulation.slab import PersonalSlab
+from fedlora.simulation.threads import in_order
+from fedlora.world import World
+
+__all__ = ["CohortGrid"]
+
+_log = logging.getLogger(__name__)
+
+WINDOW = 1024  # messages that are sorted into groups together
+WINDOW_BYTES = 1 << 26  # and the bytes of their factors, if that is fewer
+
+Train = Callable[[GroupOrder], list[Outcome]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Client:
+    """One client's task of a round."""
+
+    message: Message
+    number: int  # its place in the data
+    name: str
+    task: TrainTask
+    start: Adapter  # the broadcast, with the factors that the client keeps to itself
+
+
+class CohortGrid(VirtualGrid):
+    """Train `num_clients` virtual clients in groups, `workers` groups at a time.
+
+    train: carries out a group, called in the thread of a worker; by default it does so itself.
+    private: the folder for the factors that clients train and do not share; None: a method that
+    has such factors is refused. positions: token positions, or rows of features, of a pass.
+    """
+
+    def __init__(
+        self,
+        num_clients: int,
+        *,
+        engine: EngineConfig = EngineConfig(),  # noqa: B008 - frozen
+        workers: int = 1,
+        train: Train = train_order,
+        private: Path | None = None,
+        positions: int = POSITIONS,
+    ) -> None:
+        super().__init__(num_clients)
+        self._workers, self._positions = workers, positions
+        self._engine, self._train = engine, train
+        self._private = private
+        self._slabs: dict[tuple[Segment, ...], PersonalSlab] = {}
+        self._alone: dict[ClientSetup, bool] = {}
+        self._opened: tuple[ClientSetup, World] | None = None
+
+    def replies(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Yield a reply to each message, group by group."""
+        for done in in_order(lambda work: work(), self._works(messages), self._workers):
+            yield from done
+        for slab in self._slabs.values():
+            slab.flush()
+
+    def _works(self, messages: Iterable[Message]) -> Iterator[Callable[[], list[Message]]]:
+        """Read messages, and yield what has to be done, a group's work each."""
+        source = iter(messages)
+        size = WINDOW
+        while window := list(islice(source, size)):
+            clients: list[_Client] = []
+            answers: list[Message] = []
+            for message in window:
+                try:
+                    if message.metadata.message_type == "train":
+                        clients.append(self._read(message))
+                    else:
+                        answers.append(self._answer(message))
+                except Exception as error:
+                    answers.append(error_reply(message, error))
+            if answers:
+                yield lambda answers=answers: answers  # type: ignore[misc]
+            if clients:  # before any group runs: the probe needs the model for itself
+                self._probe(clients)
+            for group in self._groups(clients):
+                yield lambda group=group: self._train_group(group)  # type: ignore[misc]
+            if clients:
+                size = min(WINDOW, max(64, WINDOW_BYTES // clients[0].start.num_bytes))
+
+    def _answer(self, message: Message) -> Message:
+        setup = read_query(message.content)
+        data = self._world(setup).data
+        name = data.client_ids[self.number_of(message)]
+        count = len(data.client(name).train) if setup.share_num_examples else 0
+        return Message(answer_query(setup, name, None, count), reply_to=message)
+
+    def _read(self, message: Message) -> _Client:
+        task = read_task(message.content)
+        world, sent = self._world(task.setup), task.broadcast
+        if sent.frozen is not None:
+            raise UnsupportedError("training beside a frozen adapter is not supported in torch yet")
+        if sent.trainable.base != world.initial.base:
+            raise BaseMismatchError("the server's adapter is for another base than this run's")
+        number = self.number_of(message)
+        start = self._start(task, number)
+        return _Client(message, number, world.data.client_ids[number], task, start)
+
+    def _groups(self, clients: Sequence[_Client]) -> Iterator[list[_Client]]:
+        """Yield the groups of a window; clients of one group have the same setup and order."""
+        rest = list(clients)
+        while rest:
+            task = rest[0].task
+            same = [c for c in rest if c.task.order == task.order and c.task.setup == task.setup]
+            rest = [c for c in rest if c.task.order != task.order or c.task.setup != task.setup]
+            world = self._world(task.setup)
+            jobs = [_job(world, client) for client in same]
+            for group in group_jobs(jobs, self._positions):
+                yield [same[index] for index in group]
+
+    def _train_group(self, group: Sequence[_Client]) -> list[Message]:
+        """Train a group and return its replies."""
+        task, starts = group[0].task, tuple(client.start for client in group)
+        if all(start is starts[0] for start in starts):
+            starts = starts[:1]
+        names = tuple(client.name for client in group)
+        alone = self._alone[task.setup]
+        order = GroupOrder(self._engine, task.setup, task.order, names, starts, alone)
+        try:
+            outcomes = self._train(order)
+        except Exception as error:
+            if len(group) == 1:
+                return [error_reply(group[0].message, error)]
+            # One client's data or settings may be at fault, and the others' work is not.
+            return [reply for client in group for reply in self._train_group([client])]
+        return [self._reply(*pair) for pair in zip(group, outcomes, strict=True)]
+
+    def _reply(self, client: _Client, outcome: Outcome) -> Message:
+        try:
+            if outcome.error is not None:
+                raise outcome.error
+            content = answer_task(
+                client.task,
+                self._uploaded(client, outcome.row),
+                num_examples=outcome.num_examples,
+                loss=outcome.loss,
+                steps=outcome.steps,
+            )
+        except Exception as error:
+            return error_reply(client.message, error)
+        return Message(content, reply_to=client.message)
+
+    def _probe(self, clients: Sequence[_Client]) -> None:
+        """Find out once for a run whether its clients can share a pass; say so if they cannot."""
+        for setup, some in itertools.groupby(clients, key=lambda client: client.task.setup):
+            if setup in self._alone:
+                continue
+            world, two = self._world(setup), list(islice(some, 2))
+            jobs = [_job(world, client) for client in two]
+            batches = [batch for job in jobs for batch in islice(job.batches, 1)]
+            reason = why_alone(world.model, world.task, batches, two[0].start)
+            if reason is not None:
+                _log.warning(
+                    "clients are trained one at a time, with the same results but slower: %s",
+                    reason,
+                )
+            self._alone[setup] = reason is not None
+
+    def _world(self, setup: ClientSetup) -> World:
+        """Return the run's world, for the thread that reads the messages."""
+        if self._opened is None or self._opened[0] is not setup:
+            world = world_of(setup, self._engine)
+            if len(world.data) != self.num_clients:
+                raise FederationError(
+                    f"expected data of {self.num_clients} clients, one a node, found "
+                    f"{len(world.data)}"
+                )
+            self._opened = setup, world
+        return self._opened[1]
+
+    def _start(self, task: TrainTask, number: int) -> Adapter:
+        """Return what the client starts from: the broadcast, with its own factors in it."""
+        if not kept_factors(task):
+            return task.broadcast.trainable
+        row = self._slab(task).read(number, task.order.round)
+        return task.broadcast.trainable if row is None else with_kept(task, row)
+
+    def _uploaded(self, client: _Client, row: Array) -> Array:
+        """Return the part of a trained row that the client uploads, and keep the rest for it."""
+        task = client.task
+        if not kept_factors(task):
+            return row
+        kept, uploaded = split_row(task, row)
+        self._slab(task).write(client.number, task.order.round, kept)
+        return uploaded
+
+    def _slab(self, task: TrainTask) -> PersonalSlab:
+        segments = kept_segments(task)
+        if segments not in self._slabs:
+            if self._private is None:
+                raise FederationError(
+                    f"{', '.join(sorted(kept_factors(task)))}: expected a folder for factors that "
+                    "are trained and not shared, found none"
+                )
+            self._slabs[segments] = PersonalSlab(self._private, self.num_clients, segments)
+        return self._slabs[segments]
+
+
+def _job(world: World, client: _Client) -> Job:
+    examples = world.data.client(client.name).train
+    return job_of(examples, client.name, client.start, client.task.order)

@@ -1,0 +1,1 @@
+"""Benchmarks: both sides interleaved in one run, ratios with their spread, JSON and a table."""

@@ -1,0 +1,161 @@
+"""Run a benchmark from a clone; progress on stderr, Markdown tables on stdout.
+
+    python -m simulations.bench cohort                      all usual cases, about half an hour
+    python -m simulations.bench cohort --case minilm-b4-qv --repeat 7 --json cohort.json
+    python -m simulations.bench cohort --quick --no-ray
+    python -m simulations.bench cohort --profile minilm-b4-qv
+    python -m simulations.bench scale --clients 1000 10000 100000
+
+`simulations.bench.sides` says what is compared, `simulations.bench.work` what is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fedlora.errors import ConfigError, FedloraError, MissingExtraError
+from simulations.bench.cases import BASES, DEFAULT, QUICK, case_named
+from simulations.bench.tables import ratio_table, scale_table, time_table
+
+CASE_SECONDS = 3600.0
+QUICK_CLIENTS = 8
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit code: 1 when a case failed."""
+    options = _parser().parse_args(arguments)
+    run = {"cohort": _cohort, "scale": _scale}[options.benchmark]
+    try:
+        return run(options)
+    except FedloraError as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.bench", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    which = parser.add_subparsers(dest="benchmark", required=True)
+    cohort = which.add_parser("cohort", help="the cohort engine against PEFT and Flower")
+    cohort.add_argument(
+        "--case", nargs="+", metavar="NAME", default=list(DEFAULT),
+        help=f"<base>-b<1|4|8>-<qv|all>[-top<blocks>][-mixed], bases {', '.join(BASES)}",
+    )  # fmt: skip
+    cohort.add_argument("--repeat", type=int, default=5, help="how often each side takes its turn")
+    cohort.add_argument("--quick", action="store_true", help="one small case, once")
+    cohort.add_argument("--no-ray", action="store_true", help="without Flower's simulation")
+    cohort.add_argument("--profile", metavar="CASE", help="only show where this case's time goes")
+    scale = which.add_parser("scale", help="cost a client and memory, up to 100,000 clients")
+    scale.add_argument("--clients", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    scale.add_argument(
+        "--side", nargs="+", default=["cohort", "engine"],
+        choices=["sequential", "cohort", "engine"],
+    )  # fmt: skip
+    for command in (cohort, scale):
+        command.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    return parser
+
+
+def _cohort(options: argparse.Namespace) -> int:
+    if options.profile is not None:
+        return _own("profiling", case_named(options.profile).name)
+    names = QUICK if options.quick else options.case
+    clients = QUICK_CLIENTS if options.quick else None
+    repeat = 1 if options.quick else options.repeat
+    cases = [case_named(name, clients) for name in names]
+    _require("peft", "dev")
+    if not options.no_ray:
+        _require("ray", "ray")
+    results, failed = [], []
+    for case in cases:
+        more = ["--repeat", str(repeat), "--clients", str(case.clients)]
+        more += ["--no-ray"] if options.no_ray else []
+        result = _measured("compare", case.name, *more)
+        if result is None:
+            failed.append(case.name)
+            continue
+        results.append(result)
+        if options.json is not None:  # after every case: the whole takes long
+            _write(options.json, results)
+    print(time_table(results), ratio_table(results), sep="\n\n")
+    return _report(failed)
+
+
+def _scale(options: argparse.Namespace) -> int:
+    results, failed = [], []
+    for side in options.side:
+        for clients in options.clients:
+            result = _measured("scale", side, str(clients))
+            if result is None:
+                failed.append(f"{side} with {clients} clients")
+            else:
+                results.append(result)
+    if options.json is not None:
+        _write(options.json, results)
+    print(scale_table(results))
+    return _report(failed)
+
+
+def _require(package: str, extra: str) -> None:
+    if find_spec(package) is None:
+        raise MissingExtraError(f"this benchmark ({package})", extra)
+
+
+def _measured(module: str, *arguments: str) -> dict[str, Any] | None:
+    """Run a measurement in a process of its own, which starts with clean memory; None if failed."""
+    command = [sys.executable, "-m", f"simulations.bench.{module}", *arguments]
+    print(f"== {' '.join(command[2:])}", file=sys.stderr, flush=True)
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, timeout=CASE_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode != 0:
+        return None
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _own(module: str, *arguments: str) -> int:
+    command = [sys.executable, "-m", f"simulations.bench.{module}", *arguments]
+    return subprocess.run(command, check=False).returncode
+
+
+def _report(failed: list[str]) -> int:
+    for name in failed:
+        print(f"failed: {name}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _write(file: Path, results: list[dict[str, Any]]) -> None:
+    packages = [
+        name
+        for name in ("torch", "flwr", "ray", "peft", "transformers", "numpy")
+        if find_spec(name) is not None
+    ]
+    table = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": platform.platform(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "results": results,
+    }
+    file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
