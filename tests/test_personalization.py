@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedlora.adapter import Adapter, LoraConfig, LoraLayer
 from fedlora.data import ClientData, Examples
@@ -124,6 +125,8 @@ def test_a_client_without_training_examples_keeps_what_it_was_given():
 
 def test_a_diverging_client_has_the_error_that_it_has_alone_and_changes_no_other():
     model = seeded(Mlp)
+    with torch.no_grad():
+        model.first.weight.mul_(20)  # so that a huge feature overflows
     inject_lora(model, LoraConfig(rank=2, target_modules="all-linear"), seed=0)
     initial = extract_adapter(model)
     setting = {"initial": initial, "shared": shaken(initial)}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.func import functional_call
+from torch.func import functional_call, grad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
@@ -115,6 +115,23 @@ def test_a_forward_traces_to_a_graph_with_the_same_logits() -> None:
 
     graph = make_fx(forward)(weights, ids)
     assert torch.equal(graph(weights, ids), model(ids))
+
+
+def test_a_training_step_traces_to_a_graph_with_the_same_gradient() -> None:
+    model, ids = model_of(GROUPED), ids_of(GROUPED, 2, 6)
+    name = "model.layers.0.mlp.up_proj.weight"
+    fixed = {n: p.detach() for n, p in model.named_parameters() if n != name}
+
+    def loss(weight: Tensor, tokens: Tensor) -> Tensor:
+        logits = functional_call(model, {**fixed, name: weight}, (tokens,))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    weight = model.get_parameter(name).detach()
+    graph = make_fx(grad(loss))(weight, ids)
+    loss(model.get_parameter(name), ids).backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(
+        graph(weight, ids), model.get_parameter(name).grad, atol=1e-6, rtol=1e-5
+    )
 
 
 def test_dropout_is_there_in_training_only() -> None:
