@@ -25,7 +25,7 @@ from fedlora.nn.local import evaluating
 from fedlora.nn.serving import serving
 from fedlora.nn.tasks import scored_positions
 
-__all__ = ["Trial", "evaluate", "evaluate_many"]
+__all__ = ["FEATURE_POSITIONS", "TEXT_POSITIONS", "Trial", "evaluate", "evaluate_many"]
 
 # Positions in one forward pass. Texts share a row there, and attention grows with its square; more
 # rows than 512 gain nothing on tiny-chat, and with 2048 the activations leave the cache.

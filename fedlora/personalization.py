@@ -18,7 +18,13 @@ from torch import nn
 from fedlora.adapter import Adapter
 from fedlora.data import ClientData, draw_batches
 from fedlora.errors import NonFiniteError
-from fedlora.evaluation import Trial, evaluate, evaluate_many
+from fedlora.evaluation import (
+    FEATURE_POSITIONS,
+    TEXT_POSITIONS,
+    Trial,
+    evaluate,
+    evaluate_many,
+)
 from fedlora.experiment import ExperimentConfig
 from fedlora.nn import Task, load_adapter_into, train_local
 from fedlora.nn.cohort import Job, client_job, must_train_alone, train_cohort
@@ -28,7 +34,6 @@ from fedlora.training import TrainConfig
 __all__ = ["Person", "compare_adapters", "compare_many", "train_adapter"]
 
 ADAPTERS = ("base", "own", "global", "personal")
-POSITIONS = 512  # in one pass: on tiny-chat more are slower, since activations leave the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +145,11 @@ def _job(data: ClientData, start: Adapter, config: TrainConfig, seed: int, phase
 def _trained_together(
     model: nn.Module, jobs: Sequence[Job], task: Task, precision: Precision
 ) -> list[Adapter | NonFiniteError]:
-    results = train_cohort(model, jobs, task, positions=POSITIONS, precision=precision)
+    # As many as evaluation takes. Of tiny-chat's tokens more are slower; of a watch's samples, a
+    # hundred of which are one example, a quarter of that gives groups of one, half as fast.
+    is_text = all(job.shape == () for job in jobs)
+    positions = TEXT_POSITIONS if is_text else FEATURE_POSITIONS
+    results = train_cohort(model, jobs, task, positions=positions, precision=precision)
     return [_adapter_or_error(result.adapter) for result in results]
 
 
