@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
@@ -56,6 +57,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+_PROBING = threading.Lock()
 
 # Positions (rows times their length) in one pass. Below, a step is overhead; above, nothing is
 # gained and the activations leave the cache.
@@ -197,8 +199,11 @@ def why_alone(
     if reason is not None or not batches or adapter is None:
         return reason
     findings, key = findings_of(model), ("leak", task)
-    if key not in findings:
-        findings[key] = find_leak(model, task, batches, adapter)
+    # The probe watches torch's one generator, which a second probe in another thread seeds: both
+    # would find that the model draws from it. Copies of a model share their findings.
+    with _PROBING:
+        if key not in findings:
+            findings[key] = find_leak(model, task, batches, adapter)
     found: str | None = findings[key]
     return found
 

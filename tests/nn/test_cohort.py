@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +30,7 @@ from fedlora.errors import (
 from fedlora.nn import (
     Batch,
     Task,
+    cohort,
     extract_adapter,
     get_task,
     inject_lora,
@@ -633,6 +637,27 @@ def test_a_model_that_is_injected_anew_is_probed_anew() -> None:
     reason = why_alone(model, CLASSES, features(2), extract_adapter(model))
     assert reason is not None
     assert reason.startswith("layer 'second.0' (BatchNorm1d)")
+
+
+def test_threads_that_start_at_once_probe_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two probes at a time would see one another seed torch's generator."""
+    model = injected()
+    copies, probed = [model, *(copy.deepcopy(model) for _ in range(3))], []
+
+    def slow(probe: Any) -> Any:
+        def find(*args: Any) -> Any:
+            probed.append(1)
+            time.sleep(0.05)
+            return probe(*args)
+
+        return find
+
+    monkeypatch.setattr(cohort, "find_leak", slow(cohort.find_leak))
+    adapter = extract_adapter(model)
+    with ThreadPoolExecutor(4) as pool:
+        reasons = list(pool.map(lambda m: why_alone(m, CLASSES, features(2), adapter), copies))
+    assert reasons == [None] * 4
+    assert len(probed) == 1
 
 
 def test_groups_are_of_one_kind_and_fit() -> None:
