@@ -128,6 +128,7 @@ class EngineConfig:
     workers: int | Literal["cluster"] = 0
     precision: Literal["fp32", "bf16"] = "fp32"  # of training; bf16 is inexact
     checkpointing: bool = False  # compute each block twice, and keep its input only
+    prefix_cache: bool = True  # keep what enters the first adapted block, example by example
 
     def __post_init__(self) -> None:
         if self.workers != "cluster":

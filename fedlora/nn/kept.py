@@ -30,6 +30,7 @@ class KeptActivations:
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
+        self.enabled = True  # False: every pass is a plain one
         self.bytes = 0
         self.served = 0  # calls of the model that started from kept activations
         self.verdicts: dict[Hashable, bool] = {}  # whether it was tried, and works

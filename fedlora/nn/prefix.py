@@ -60,7 +60,7 @@ def cached_prefix(
     is asked twice, before the first step that this model ever takes. The model is in evaluation
     mode. Calls that cannot be served (other arguments, no kept rows possible) are plain ones.
     """
-    prefix = _Prefix.of(model)
+    prefix = _Prefix.of(model) if kept_activations(model).enabled else None
     if prefix is None:
         yield _ignored
         return

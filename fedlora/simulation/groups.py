@@ -10,6 +10,7 @@ from fedlora.experiment import EngineConfig
 from fedlora.federation import ClientSetup
 from fedlora.federation.records import TrainOrder
 from fedlora.nn.cohort import Job, client_job, train_alone, train_group
+from fedlora.nn.inject import kept_activations
 from fedlora.randomness import rng
 from fedlora.world import World, thread_world
 
@@ -61,7 +62,9 @@ def train_order(order: GroupOrder) -> list[Outcome]:
 
 def world_of(setup: ClientSetup, engine: EngineConfig) -> World:
     """Return this thread's world for a run."""
-    return thread_world(setup.base, setup.data, setup.lora, setup.seed, engine.checkpointing)
+    world = thread_world(setup.base, setup.data, setup.lora, setup.seed, engine.checkpointing)
+    kept_activations(world.model).enabled = engine.prefix_cache
+    return world
 
 
 def job_of(world: World, client: str, start: Adapter, order: TrainOrder) -> Job:

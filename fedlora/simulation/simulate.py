@@ -23,6 +23,7 @@ from fedlora.federation.checkpoint import (
 )
 from fedlora.files import write_atomic
 from fedlora.formats import load_adapter, save_adapter
+from fedlora.nn.inject import kept_activations
 from fedlora.simulation.folder import (
     EXPERIMENT,
     SUMMARY,
@@ -120,6 +121,7 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     world = shared_world(
         config.base, config.data, config.lora, config.seed, config.engine.checkpointing
     )
+    kept_activations(world.model).enabled = config.engine.prefix_cache
     show = _show_rounds(config, folder, report)
     checkpoint = run_rounds(config, folder, len(world.data), on_round=show)
     state, took_part = checkpoint.state, checkpoint.clients

@@ -324,3 +324,11 @@ def test_an_id_0_at_the_end_of_a_text_is_computed_and_padding_is_not() -> None:
     np.testing.assert_allclose(rows(model, [job], NEXT_TOKEN), expected, atol=2e-5)
     lengths = {len(key[-1]) // 8 for key in kept_activations(model)._values}
     assert {3, 5} <= lengths
+
+
+def test_it_can_be_switched_off() -> None:
+    model = bert()
+    for enabled in (True, False):
+        kept_activations(model).enabled = enabled
+        with prefix.cached_prefix(model, lambda batches: []) as expect:
+            assert (expect is prefix._ignored) is not enabled
