@@ -19,8 +19,6 @@ from fedlora.adapter import Adapter
 from fedlora.data import ClientData, draw_batches
 from fedlora.errors import NonFiniteError
 from fedlora.evaluation import (
-    FEATURE_POSITIONS,
-    TEXT_POSITIONS,
     Trial,
     evaluate,
     evaluate_many,
@@ -145,11 +143,7 @@ def _job(data: ClientData, start: Adapter, config: TrainConfig, seed: int, phase
 def _trained_together(
     model: nn.Module, jobs: Sequence[Job], task: Task, precision: Precision
 ) -> list[Adapter | NonFiniteError]:
-    # As many as evaluation takes. Of tiny-chat's tokens more are slower; of a watch's samples, a
-    # hundred of which are one example, a quarter of that gives groups of one, half as fast.
-    is_text = all(job.shape == () for job in jobs)
-    positions = TEXT_POSITIONS if is_text else FEATURE_POSITIONS
-    results = train_cohort(model, jobs, task, positions=positions, precision=precision)
+    results = train_cohort(model, jobs, task, precision=precision)
     return [_adapter_or_error(result.adapter) for result in results]
 
 

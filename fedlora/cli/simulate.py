@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,14 +39,19 @@ def simulate(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="sequential (this process) or flower (Flower's own simulation, Ray)."),
+        typer.Option(
+            help="cohort (many clients in one pass, the default), sequential (one client a core) "
+            "or flower (Flower's own simulation, Ray)."
+        ),
     ] = None,
     cross: Annotated[
         int | None,
         typer.Option(min=0, help="Also evaluate that many clients' own adapters on each other."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show no progress and no warnings.")
+    ] = False,
 ) -> None:
     """Federate LoRA adapters over virtual clients, then show what each person gets.
 
@@ -90,7 +96,13 @@ def simulate(
 def _progress(quiet: bool) -> Iterator[Progress | None]:
     """Yield what shows progress on stderr: a bar a stage, or lines where it is no terminal."""
     if quiet:
-        yield None
+        logger = logging.getLogger("fedlora")
+        before = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield None
+        finally:
+            logger.setLevel(before)
         return
     if not sys.stderr.isatty():
         yield _plain_lines

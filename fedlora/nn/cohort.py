@@ -40,11 +40,10 @@ from fedlora.nn.local import evaluating, not_finite, train_local
 from fedlora.nn.precision import Precision, computing_in
 from fedlora.nn.prefix import cached_prefix
 from fedlora.nn.probe import find_leak
-from fedlora.nn.tasks import Batch, Task
+from fedlora.nn.tasks import Batch, Task, packs_texts
 from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
 
 __all__ = [
-    "POSITIONS",
     "Job",
     "Trained",
     "client_job",
@@ -53,15 +52,18 @@ __all__ = [
     "train_alone",
     "train_cohort",
     "train_group",
+    "usual_positions",
     "why_alone",
 ]
 
 _log = logging.getLogger(__name__)
 _PROBING = threading.Lock()
 
-# Positions (rows times their length) in one pass. Below, a step is overhead; above, nothing is
-# gained and the activations leave the cache.
-POSITIONS = 2048
+# Positions (rows times their length) in one pass: below the least a step is overhead, above the
+# most the activations leave the cache. Measured on layers of 64, 384 and 704 features, and on a
+# watch's samples, of which a hundred are one row.
+LEAST_POSITIONS, MOST_POSITIONS, FEATURE_POSITIONS = 512, 2048, 8192
+ACTIVATIONS = 1 << 20  # numbers in the widest one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,14 +157,14 @@ def train_cohort(
     jobs: Sequence[Job],
     task: Task,
     *,
-    positions: int = POSITIONS,
+    positions: int | None = None,
     precision: Precision = "fp32",
 ) -> list[Trained]:
     """Train all jobs, in groups; results come in the order of `jobs`.
 
     model: with LoRA injected on the layers of the jobs' adapters; its own factors are not used.
-    positions: token positions, or rows of features, in one pass. precision: see
-    `fedlora.nn.precision`.
+    positions: token positions, or samples of features, in one pass; None: `usual_positions`.
+    precision: see `fedlora.nn.precision`.
 
     Where clients cannot share a pass (see `why_alone`), they are trained one at a time, with a
     warning in the log, once a model, that says why. Raises what `train_group` raises.
@@ -174,7 +176,7 @@ def train_cohort(
             for index, job in enumerate(jobs):
                 results[index] = train_alone(model, job, task, precision=precision)
     else:
-        for group in group_jobs(jobs, positions):
+        for group in group_jobs(jobs, positions or usual_positions(model, jobs)):
             some = [jobs[index] for index in group]
             trained = train_group(model, some, task, precision=precision)
             results.update(zip(group, trained, strict=True))
@@ -244,7 +246,25 @@ def _first_batches(jobs: list[Job]) -> list[Batch]:
     return found
 
 
-def group_jobs(jobs: Sequence[Job], positions: int = POSITIONS) -> list[list[int]]:
+def usual_positions(model: nn.Module, jobs: Sequence[Job]) -> int:
+    """Return how many positions a pass of these jobs should hold.
+
+    Nothing but the model and the jobs decides, so that groups are the same on every machine. There
+    are at least two groups where that leaves them large enough, for two cores.
+    """
+    total = sum(job.positions for job in jobs)
+    if any(job.shape for job in jobs):
+        most = FEATURE_POSITIONS
+    elif packs_texts(model):
+        most = LEAST_POSITIONS  # a row each, as long as the longest: more of them, more padding
+    else:
+        linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+        widest = max((max(m.in_features, m.out_features) for m in linears), default=1)
+        most = max(LEAST_POSITIONS, min(MOST_POSITIONS, ACTIVATIONS // widest))
+    return min(most, max(LEAST_POSITIONS, total // 2))
+
+
+def group_jobs(jobs: Sequence[Job], positions: int) -> list[list[int]]:
     """Divide jobs into groups of one pass each; return their indices.
 
     Padding costs as much as data. So jobs are sorted by length (in classes a quarter apart), then

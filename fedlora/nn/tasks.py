@@ -24,7 +24,7 @@ from fedlora.imports import import_function, is_function
 from fedlora.nn.cross_entropy import head_cross_entropy
 from fedlora.nn.layers import LoraModule, is_bare_linear
 
-__all__ = ["Batch", "Task", "get_task", "scored_positions"]
+__all__ = ["Batch", "Task", "get_task", "packs_texts", "scored_positions"]
 
 Batch: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
@@ -79,7 +79,7 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     counted = (targets != NOT_COUNTED).reshape(-1)
     wanted = targets.reshape(-1)[counted]
     rows: dict[str, Tensor] = {}
-    if _can_pack(model):
+    if packs_texts(model):
         inputs, counted, rows = _packed(inputs, counted)
     return _nats(model, inputs, counted, wanted, rows).sum() / max(len(wanted), 1)
 
@@ -231,7 +231,7 @@ def _client_rows(
     """
     rows: dict[str, Tensor] = {}
     device = next(model.parameters()).device
-    if _can_pack(model):
+    if packs_texts(model):
         inputs, targets, segments = _rows_of_texts(batches)
         if segments is not None:
             rows = {"segments": segments.to(device)}
@@ -282,7 +282,7 @@ def _logits_at(model: nn.Module, inputs: Tensor, counted: Tensor) -> Tensor:
     is computed.
     """
     rows: dict[str, Tensor] = {}
-    if _can_pack(model):
+    if packs_texts(model):
         inputs, counted, rows = _packed(inputs, counted)
     return _counted_logits(model, inputs, counted, rows)
 
@@ -293,7 +293,7 @@ def _counted_logits(
     split = _hidden(model, inputs, rows)
     if split is None:
         # Padding is on the right, where a causal model does not look: no mask.
-        return _logits(model, inputs, masked=False).flatten(0, 1)[counted]
+        return _at(_logits(model, inputs, masked=False), counted)
     return _head_logits(*split, counted)
 
 
@@ -303,11 +303,11 @@ def _nats(
     """Nats (n,) of the targets (n,) at the counted positions of the flattened batch."""
     split = _hidden(model, inputs, rows)
     if split is None:
-        logits = _logits(model, inputs, masked=False).flatten(0, 1)[counted]
+        logits = _at(_logits(model, inputs, masked=False), counted)
         return F.cross_entropy(logits, wanted, reduction="none")
     hidden, head = split
     if is_bare_linear(head) and not any(p.requires_grad for p in head.parameters()):
-        states = hidden.flatten(0, 1)[counted]
+        states = _at(hidden, counted)
         return head_cross_entropy(states, head, wanted)  # type: ignore[arg-type]  # an nn.Linear
     return F.cross_entropy(_head_logits(hidden, head, counted), wanted, reduction="none")
 
@@ -317,10 +317,16 @@ def _head_logits(hidden: Tensor, head: nn.Module, counted: Tensor) -> Tensor:
     logits: Tensor
     if isinstance(head, LoraModule):
         # Clients have different numbers of counted targets: their rows are equal only in whole.
-        logits = head(hidden).flatten(0, 1)[counted]
+        logits = _at(head(hidden), counted)
     else:
-        logits = head(hidden.flatten(0, 1)[counted])
+        logits = head(_at(hidden, counted))
     return logits.float()
+
+
+def _at(values: Tensor, counted: Tensor) -> Tensor:
+    """(rows, time, n) at the counted positions; as it is, without a copy, where all are."""
+    flat = values.flatten(0, 1)
+    return flat if bool(counted.all()) else flat[counted]
 
 
 def _hidden(
@@ -387,7 +393,8 @@ def _packed(inputs: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, dict[str, 
     return inputs[row, column][None], by_row[row, column], {"segments": row[None]}
 
 
-def _can_pack(model: nn.Module) -> bool:
+def packs_texts(model: nn.Module) -> bool:
+    """Whether several texts can share a row of this model."""
     return {"hidden_only", "segments"} <= _arguments(type(model).forward)
 
 

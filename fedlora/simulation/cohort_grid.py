@@ -28,7 +28,7 @@ from fedlora.federation.client import error_reply
 from fedlora.federation.private import kept_factors, kept_segments, split_row, with_kept
 from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
 from fedlora.flat import Segment
-from fedlora.nn.cohort import POSITIONS, Job, group_jobs, must_train_alone
+from fedlora.nn.cohort import Job, group_jobs, must_train_alone, usual_positions
 from fedlora.simulation.grid import VirtualGrid
 from fedlora.simulation.groups import GroupOrder, Outcome, job_of, train_order, world_of
 from fedlora.simulation.slab import PersonalSlab
@@ -59,7 +59,7 @@ class CohortGrid(VirtualGrid):
 
     train: carries out a group, called in the thread of a worker; by default it does so itself.
     private: the folder for the factors that clients train and do not share; None: a method that
-    has such factors is refused. positions: token positions, or rows of features, of a pass.
+    has such factors is refused. positions: of a pass; None: `usual_positions`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class CohortGrid(VirtualGrid):
         workers: int = 1,
         train: Train = train_order,
         private: Path | None = None,
-        positions: int = POSITIONS,
+        positions: int | None = None,
     ) -> None:
         super().__init__(num_clients)
         self._workers, self._positions = workers, positions
@@ -138,7 +138,8 @@ class CohortGrid(VirtualGrid):
             rest = [c for c in rest if c.task.order != task.order or c.task.setup != task.setup]
             world = self._world(task.setup)
             jobs = [_job(world, client) for client in same]
-            for group in group_jobs(jobs, self._positions):
+            positions = self._positions or usual_positions(world.model, jobs)
+            for group in group_jobs(jobs, positions):
                 yield [same[index] for index in group]
 
     def _train_group(self, group: Sequence[_Client]) -> list[Message]:

@@ -7,9 +7,10 @@ cores, so that a run can be resumed elsewhere, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
@@ -41,14 +42,22 @@ def in_order(work: Callable[[S], T], items: Iterable[S], workers: int) -> Iterat
         yield from map(work, items)
         return
     source = iter(items)
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            ahead = [pool.submit(work, item) for item in islice(source, 2 * workers)]
-            while ahead:
-                yield ahead.pop(0).result()
-                ahead += [pool.submit(work, item) for item in islice(source, 1)]
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = _pool(workers)
+    ahead = [pool.submit(work, item) for item in islice(source, 2 * workers)]
+    try:
+        while ahead:
+            yield ahead.pop(0).result()
+            ahead += [pool.submit(work, item) for item in islice(source, 1)]
+    finally:
+        for future in ahead:
+            future.cancel()
+        wait(ahead)
+
+
+@functools.cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Return threads that stay: each keeps its copy of the model from round to round."""
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _usable_cores() -> int:

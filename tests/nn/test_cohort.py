@@ -405,7 +405,7 @@ def test_a_cohort_of_none() -> None:
     model = injected()
     assert train_cohort(model, [], CLASSES) == []
     assert train_group(model, [], CLASSES) == []
-    assert group_jobs([]) == []
+    assert group_jobs([], 2048) == []
 
 
 def test_a_cohort_of_one() -> None:
