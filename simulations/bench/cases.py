@@ -1,13 +1,14 @@
 """What is measured: a base, rows in a batch, where LoRA goes, and lengths.
 
-A case is called ``<base>-b<rows>-<qv|all>[-top<blocks>][-mixed]``, and any such name will do.
+A case is called ``<base>-b<rows>-<qv|all>[-top<blocks>][-mixed][-bf16]``; any such name will do.
+With bf16 the cohort engine computes in bfloat16, and all other sides in float32 as ever.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fedlora.errors import ConfigError
 from fedlora.experiment import ExperimentConfig
@@ -59,6 +60,7 @@ DEFAULT = (
     "tiny-chat-b1-all", "tiny-chat-b8-all",
     "minilm-b1-qv", "minilm-b4-qv", "minilm-b8-qv", "minilm-b4-all", "minilm-b4-qv-mixed",
     "minilm-b1-qv-top2", "minilm-b1-qv-top1", "minilm-b4-qv-top2", "minilm-b4-qv-top1",
+    "minilm-b1-qv-bf16", "minilm-b4-qv-bf16",
     "smollm2x2-b1-qv", "smollm2-b1-qv", "smollm2-b4-qv",
 )  # fmt: skip
 QUICK = ("tiny-b1-qv",)
@@ -74,6 +76,7 @@ class Case:
     linear: str  # qv | all
     top: int | None  # LoRA on that many of the last blocks; None: on all
     mixed: bool
+    precision: Literal["fp32", "bf16"]  # of the cohort engine
     clients: int
     steps: int  # optimizer steps of each client in a round
 
@@ -111,7 +114,10 @@ class Case:
                 "batch_size": self.rows,
                 "learning_rate": 1e-3,
             },
-            "engine": {"kind": engine},
+            "engine": {
+                "kind": engine,
+                "precision": self.precision if engine == "cohort" else "fp32",
+            },
         }
         return ExperimentConfig.from_table(table)
 
@@ -122,16 +128,16 @@ def case_named(name: str, clients: int | None = None) -> Case:
     Raises `ConfigError` with the form of a name.
     """
     bases = "|".join(sorted(BASES, key=len, reverse=True))
-    found = re.fullmatch(rf"({bases})-b([148])-(qv|all)(?:-top(\d))?(-mixed)?", name)
+    found = re.fullmatch(rf"({bases})-b([148])-(qv|all)(?:-top(\d))?(-mixed)?(-bf16)?", name)
     if found is None:
         raise ConfigError(
-            f"case {name!r}: expected <base>-b<1|4|8>-<qv|all>[-top<blocks>][-mixed] with a base "
-            f"of {', '.join(BASES)}"
+            f"case {name!r}: expected <base>-b<1|4|8>-<qv|all>[-top<blocks>][-mixed][-bf16] with "
+            f"a base of {', '.join(BASES)}"
         )
-    base, rows, linear, top, mixed = found.groups()
+    base, rows, linear, top, mixed, bf16 = found.groups()
     spec = BASES[base]
     usual, steps = spec.load[int(rows)]
     return Case(
         name, spec, int(rows), linear, None if top is None else int(top), bool(mixed),
-        usual if clients is None else clients, steps,
+        "bf16" if bf16 else "fp32", usual if clients is None else clients, steps,
     )  # fmt: skip

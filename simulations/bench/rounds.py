@@ -67,7 +67,7 @@ def engine_round(case: Case, world: World, clients: Sequence[str]) -> Flat:
                     positions=case.rows * int(examples.lengths.max()),
                 )
             )
-        for trained in train_cohort(world.model, jobs, world.task):
+        for trained in train_cohort(world.model, jobs, world.task, precision=case.precision):
             if trained.error is not None:
                 raise trained.error
             total += trained.row  # all have as many examples
