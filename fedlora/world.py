@@ -107,10 +107,17 @@ def _require_head(loaded: Base, base: BaseConfig, data: DataConfig, people: Fede
         )
 
 
-# The last world of this process, for callers that take turns: nobody may rely on the factors that
-# another has left in its model.
-shared_world = functools.lru_cache(maxsize=1)(open_world)
+def shared_world(
+    base: BaseConfig, data: DataConfig, lora: LoraConfig, seed: int, checkpointing: bool = False
+) -> World:
+    """Return the last world of this process, or open another in its place.
 
+    For callers that take turns: nobody may rely on the factors that another has left in its model.
+    """
+    return _last_world(base, data, lora, seed, checkpointing)  # always five: they are the key
+
+
+_last_world = functools.lru_cache(maxsize=1)(open_world)
 _OPENING = threading.Lock()
 _OF_THREAD = threading.local()
 

@@ -209,7 +209,7 @@ def _flower_seconds(row: np.ndarray) -> float:
         layout = setup.copy()
         layout["digest"] = "0" * 64
         metrics = MetricRecord({"loss": 1.0, "steps": 1, "num-examples": 9})
-        up = {"factors": factors, "layout": layout, "metrics": metrics}
+        up: dict[str, Any] = {"factors": factors, "layout": layout, "metrics": metrics}
         Message(RecordDict(up), reply_to=train)
 
     return _median_seconds(objects)
