@@ -16,7 +16,7 @@ import torch
 from fedlora.data import load_data
 from fedlora.errors import ConfigError
 from fedlora.nn import get_task, inject_lora
-from fedlora.world import shared_world
+from fedlora.world import _last_world
 from simulations.bench.bases import tiny
 from simulations.bench.cases import DEFAULT, LENGTH, Case, case_named
 from simulations.bench.compare import compare
@@ -34,12 +34,12 @@ SMALL = ["tiny-b4-all-top1-mixed"]  # "tiny-b1-qv" is run by --quick
 def one_case(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo what `compare` needs of a process of its own."""
     monkeypatch.setenv("FEDLORA_BENCH_POPULATION", "")
-    shared_world.cache_clear()
+    _last_world.cache_clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    shared_world.cache_clear()
+    _last_world.cache_clear()
 
 
 @pytest.mark.usefixtures("one_case")
