@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from fedlora.adapter import LoraConfig
+from fedlora.aggregation import Method
 from fedlora.aggregation import method as find_method
 from fedlora.errors import ConfigError, MissingExtraError, nearest, unknown_name
 from fedlora.training import TrainConfig
@@ -90,11 +91,19 @@ class FederationConfig:
     cohort: int = 10  # clients a round; for poisson sampling their expected number
     sampling: Literal["fixed", "poisson"] = "fixed"
     weights: Literal["examples", "equal"] = "examples"  # of the clients in the mean
+    method_options: Mapping[str, Any] = field(default_factory=dict)  # of the method's own
+    client_ranks: tuple[int, ...] = ()  # dealt out in turn over sorted client ids; (): lora.rank
 
     def __post_init__(self) -> None:
         _at_least("federation.rounds", self.rounds, 0)
         _at_least("federation.cohort", self.cohort, 1)
-        find_method(self.method)
+        for rank in self.client_ranks:
+            _at_least("federation.client_ranks", rank, 1)
+        self.build_method()
+
+    def build_method(self) -> Method:
+        """Return the method with its options. Raises `ConfigError` for an option it has not."""
+        return find_method(self.method, **self.method_options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +178,11 @@ class ExperimentConfig:
             raise ConfigError(
                 "lora.variant: expected 'lora' or 'rslora' in a federation, found "
                 f"{self.lora.variant!r}; {self.federation.method} averages A and B alone"
+            )
+        if any(rank > self.lora.rank for rank in self.federation.client_ranks):
+            raise ConfigError(
+                f"federation.client_ranks: expected at most lora.rank = {self.lora.rank}, found "
+                f"{max(self.federation.client_ranks)}"
             )
 
     @classmethod

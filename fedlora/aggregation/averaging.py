@@ -27,7 +27,7 @@ from fedlora.errors import FederationError
 from fedlora.flat import RowForm, RowReader
 from fedlora.training import Factor, LocalRule
 
-__all__ = ["fedit", "ffa_lora", "mean_of_factors"]
+__all__ = ["broadcast_whole", "fedit", "ffa_lora", "mean_of_factors"]
 
 _BOTH: frozenset[Factor] = frozenset({"A", "B"})
 _ONLY_B: frozenset[Factor] = frozenset({"B"})
@@ -46,12 +46,12 @@ def ffa_lora() -> Method:
 def mean_of_factors(
     state: ServerState, updates: Iterable[Update], factors: frozenset[Factor], method: str
 ) -> Adapter:
-    """Return the global adapter with ``Σ p_k X_k`` in place of each of `factors`.
+    """Return the trainable adapter with ``Σ p_k X_k`` in place of each of `factors`.
 
     One float64 sum over flat rows is kept, so that memory does not grow with the number of clients,
     and the result is rounded to float32 once. ``p_k`` are the clients' num_examples over their sum.
     """
-    row_of = RowReader(state.adapter, factors)
+    row_of = RowReader(state.trainable, factors)
     sums = np.zeros(row_of.size)
     weighted = np.empty_like(sums)
     total = 0.0
@@ -63,25 +63,26 @@ def mean_of_factors(
         raise FederationError(f"round {state.round + 1}: {method} got no update to average")
     mean = (sums / total).astype("<f4").tobytes()
     # A copy does not say what it was made of: else it would keep the adapters of all rounds alive.
-    return replace(RowForm.of(state.adapter, factors).read(mean))
+    return replace(RowForm.of(state.trainable, factors).read(mean))
 
 
 def _averaging(name: str, factors: frozenset[Factor], *, exact: bool) -> Method:
     def aggregate(state: ServerState, updates: Iterable[Update]) -> ServerState:
         adapter = mean_of_factors(state, updates, factors, name)
-        return replace(state, round=state.round + 1, adapter=adapter)
+        return replace(state, round=state.round + 1, trainable=adapter)
 
     return Method(
         name=name,
         trained=lambda round: factors,
         shared=factors,
         aggregate=aggregate,
-        broadcast=_whole_adapter,
+        broadcast=broadcast_whole,
         local=LocalRule(trained=factors),
         exact=exact,
         linear=True,
     )
 
 
-def _whole_adapter(state: ServerState, profile: ClientProfile) -> Broadcast:
-    return Broadcast(state.adapter, state.frozen)
+def broadcast_whole(state: ServerState, profile: ClientProfile) -> Broadcast:
+    """Send every client the same, whatever rank it would like."""
+    return state.broadcast

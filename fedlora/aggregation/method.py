@@ -26,14 +26,24 @@ class ServerState:
     """Everything that a server needs to go on after a crash."""
 
     round: int  # rounds done; 0 at the start
-    adapter: Adapter  # the whole global adapter: this is evaluated, saved and released
-    frozen: Adapter | None = None  # the part of it that clients do not train
-    method_state: Mapping[str, Array] = field(default_factory=dict)
+    trainable: Adapter  # what clients train on
+    frozen: Adapter | None = None  # the part of the global adapter that they do not train
+    method_state: Mapping[str, Array] = field(default_factory=dict)  # moments, control variates
 
     @classmethod
     def start(cls, adapter: Adapter) -> ServerState:
         """Return the state before round 1."""
         return cls(0, adapter)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The whole global adapter: this is evaluated, saved and released."""
+        return self.broadcast.whole
+
+    @property
+    def broadcast(self) -> Broadcast:
+        """What a client of the global adapter's own rank receives."""
+        return Broadcast(self.trainable, self.frozen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +112,11 @@ def checked(state: ServerState, updates: Iterable[Update], method: str) -> Itera
             )
         made_of = update.adapter.made_of
         # What was made of a row in the form of the global adapter has its layout and scalings.
-        if made_of is None or made_of[0].like is not state.adapter:
+        if made_of is None or made_of[0].like is not state.trainable:
             who = f"client {update.client_id!r}"
-            state.adapter.require_same_layout(update.adapter, who)
+            state.trainable.require_same_layout(update.adapter, who)
             for path, layer in update.adapter.layers.items():
-                _require_same_scaling(state.adapter[path], layer, f"{who}, layer {path!r}")
+                _require_same_scaling(state.trainable[path], layer, f"{who}, layer {path!r}")
         yield update
 
 

@@ -126,7 +126,7 @@ def write_checkpoint(out: Path, checkpoint: Checkpoint, config: ExperimentConfig
     state = checkpoint.state
     stem = f"round-{state.round:06d}"
     provenance = {"run": config.name, "round": state.round, "method": config.federation.method}
-    files = {"adapter": _save(folder / f"{stem}.safetensors", state.adapter, provenance)}
+    files = {"adapter": _save(folder / f"{stem}.safetensors", state.trainable, provenance)}
     if state.frozen is not None:
         files["frozen"] = _save(folder / f"{stem}.frozen.safetensors", state.frozen, provenance)
     if state.method_state:
@@ -164,7 +164,7 @@ def _checkpoint(out: Path, document: dict[str, Any]) -> Checkpoint:
             arrays = load_arrays(_checked_bytes(folder, files["method_state"]))
         state = ServerState(
             round=document["round"],
-            adapter=_load(folder, files["adapter"]),
+            trainable=_load(folder, files["adapter"]),
             frozen=_load(folder, files["frozen"]) if "frozen" in files else None,
             method_state=arrays,
         )

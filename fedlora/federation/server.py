@@ -16,7 +16,6 @@ from flwr.serverapp import Grid
 
 from fedlora.adapter import Adapter
 from fedlora.aggregation import Method, ServerState
-from fedlora.aggregation import method as find_method
 from fedlora.errors import ConfigError, FederationError, FedloraError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import (
@@ -67,7 +66,7 @@ def run_federation(
     Raises `RunError` for another experiment's checkpoint, `FederationError` when no client answers
     or three rounds in a row bring no update, `ConfigError` for a cohort larger than the population.
     """
-    method = method or find_method(config.federation.method)
+    method = method or config.federation.build_method()
     resumed = resume_run(out, config) if has_checkpoint(out) else None
     answers, left_out = _meet_clients(grid, config, min_clients, timeout)
     checkpoint = resumed or _start(config, initial, answers, left_out)

@@ -50,7 +50,7 @@ def engine_round(case: Case, world: World, clients: Sequence[str]) -> Flat:
     Jobs are handed over `AT_A_TIME`, so that results do not pile up. Raises a client's error.
     """
     config = case.experiment("sequential", 1)
-    train, rule = config.federation.train, method(config.federation.method).local
+    train, rule = config.federation.train, config.federation.build_method().local
     total = np.zeros(len(flat_of(world.initial)))
     for some in _chunks(clients, AT_A_TIME):
         jobs = []

@@ -221,8 +221,8 @@ def test_everything_of_a_checkpoint_comes_back(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, checkpoint, config)
     again = read_checkpoint(tmp_path)
     assert replace(again, state=state) == checkpoint
-    assert again.state.adapter == adapter
-    assert again.state.adapter.config == adapter.config
+    assert again.state.trainable == adapter
+    assert again.state.trainable.config == adapter.config
     assert again.state.frozen == frozen
     assert again.state.method_state.keys() == moments.keys()
     for name, value in moments.items():
