@@ -92,6 +92,8 @@ class FederationConfig:
     sampling: Literal["fixed", "poisson"] = "fixed"
     weights: Literal["examples", "equal"] = "examples"  # of the clients in the mean
     method_options: Mapping[str, Any] = field(default_factory=dict)  # of the method's own
+    # The learning rate falls from round to round along half a cosine, to nearly 0 in the last one.
+    schedule: Literal["constant", "cosine"] = "constant"
     client_ranks: tuple[int, ...] = ()  # dealt out in turn over sorted client ids; (): lora.rank
 
     def __post_init__(self) -> None:
@@ -100,6 +102,13 @@ class FederationConfig:
         for rank in self.client_ranks:
             _at_least("federation.client_ranks", rank, 1)
         self.build_method()
+
+    def train_in(self, round: int) -> TrainConfig:
+        """Return what clients are told in `round`, which counts from 1."""
+        if self.schedule == "constant":
+            return self.train
+        share = (1 + math.cos(math.pi * (round - 1) / max(self.rounds, round))) / 2
+        return dataclasses.replace(self.train, learning_rate=self.train.learning_rate * share)
 
     def build_method(self) -> Method:
         """Return the method with its options. Raises `ConfigError` for an option it has not."""

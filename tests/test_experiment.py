@@ -282,3 +282,19 @@ def test_sets_are_written_sorted_and_read_back() -> None:
     assert from_plain(LocalRule, to_plain(rule)) == rule
     with raises(ConfigError, "rule.trained: expected one of A, B, magnitude, found 'C'"):
         from_plain(LocalRule, {"trained": ["C"]}, "rule")
+
+
+def test_a_cosine_schedule_falls_from_the_learning_rate_to_nearly_nothing() -> None:
+    config = build(
+        federation__schedule="cosine", federation__rounds=4, federation__learning_rate=0.8
+    )
+    rates = [config.federation.train_in(round).learning_rate for round in (1, 2, 3, 4)]
+    half = 0.4 * 2**-0.5
+    assert rates == pytest.approx([0.8, 0.4 + half, 0.4, 0.4 - half])
+    # A run that goes on for longer than it was asked to still trains.
+    assert config.federation.train_in(9).learning_rate > 0
+
+
+def test_a_constant_schedule_changes_nothing() -> None:
+    config = build()
+    assert config.federation.train_in(7) is config.federation.train

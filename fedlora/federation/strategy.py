@@ -173,7 +173,7 @@ class FederatedLora(Strategy):
             TrainOrder(
                 current.number,
                 self.config.seed,
-                self.config.federation.train,
+                self.config.federation.train_in(current.number),
                 uploaded,
                 self.method.rule(current.number),
             )
