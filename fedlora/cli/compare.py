@@ -149,17 +149,20 @@ def compare(
 def _print(comparison: Comparison) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    # A file or a pipe has no width: a table takes what it needs.
+    console = Console() if sys.stdout.isatty() else Console(width=400)
     for found in comparison.tables():
-        table = Table(*found.head, title=found.title, box=box.SIMPLE_HEAD, title_justify="left")
+        table = Table(
+            *map(escape, found.head), title=found.title, box=box.SIMPLE_HEAD, title_justify="left"
+        )
         for row in found.rows:
-            table.add_row(*row)
-        # A file or a pipe has no width: the table takes what it needs.
-        console.print(table, width=None if console.is_terminal else 400, markup=False)
+            table.add_row(*map(escape, row))
+        console.print(table)
         for note in found.notes:
-            typer.echo(f"{note}")
+            typer.echo(note)
         typer.echo("")
     for note in comparison.notes:
         typer.echo(note)

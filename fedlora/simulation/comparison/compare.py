@@ -41,7 +41,7 @@ from fedlora.simulation.comparison.plan import (
 )
 from fedlora.simulation.comparison.plot import draw
 from fedlora.simulation.comparison.report import Table, markdown, tables
-from fedlora.simulation.comparison.runs import Result, compute
+from fedlora.simulation.comparison.runs import Kind, Part, Result, compute, read_result
 from fedlora.simulation.comparison.statistics import (
     COMPARED,
     Cell,
@@ -247,15 +247,13 @@ def _run(plan: Plan, folder: Path, report: Progress) -> Comparison:
         for label in plan.methods
     ]
     for number, (point, label, seed, config) in enumerate(_by_world(todo, lambda run: run[3])):
-        words = _words(plan, point, label, f"seed {seed}")
-        results[point, label][seed] = compute(
+        results[point, label][seed] = _once(
             config,
             folder / "runs" / _folder(plan, point, label) / f"seed-{seed}",
             "global" if plan.only_global else "whole",
             "test",
-            _within(report, "runs", number, len(todo), words),
+            _Place(report, "runs", number, len(todo), _words(plan, point, label, f"seed {seed}")),
         )
-        report("runs", number + 1, len(todo), words)
     ordered = {key: {s: found[s] for s in plan.seeds} for key, found in results.items()}
     return _reported(plan, folder, ordered, tuned)
 
@@ -273,16 +271,14 @@ def _tune(plan: Plan, folder: Path, report: Progress) -> dict[tuple[int, str], T
             nonlocal done, mine, total
             words = _words(plan, point, label, f"learning rate {rate:g}")
             total += mine >= tuning.values  # one that was added at an edge
-            result = compute(
+            mine, done = mine + 1, done + 1
+            return _once(
                 plan.config(label, plan.points[point], seed=tuning.seed, learning_rate=rate),
                 folder / "tuning" / _folder(plan, point, label) / f"{rate:g}",
                 "global" if tuning.on == "global" else "whole",
                 "validation",
-                _within(report, "tuning", done, total, words),
+                _Place(report, "tuning", done - 1, total, words),
             )
-            mine, done = mine + 1, done + 1
-            report("tuning", done, total, words)
-            return result
 
         center = config.federation.train.learning_rate
         found[point, label] = tune(label, point, center, tuning, run)
@@ -321,13 +317,31 @@ def _words(plan: Plan, point: int, label: str, more: str) -> str:
     return ", ".join(filter(None, (label, show_overrides(plan.points[point]), more)))
 
 
-def _within(report: Progress, stage: str, number: int, total: int, words: str) -> Progress:
-    """Show a run's own progress beside the number of runs that are done."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a run stands among those of its stage."""
 
-    def show(inner: str, done: int, of: int, _: str) -> None:
-        report(stage, number, total, f"{words}: {inner} {done}/{of}")
+    report: Progress
+    stage: str
+    before: int  # runs that are done
+    total: int
+    words: str
 
-    return show
+    def within(self, inner: str, done: int, of: int, _: str) -> None:
+        """Show the run's own progress beside the number of runs that are done."""
+        self.report(self.stage, self.before, self.total, f"{self.words}: {inner} {done}/{of}")
+
+    def over(self) -> None:
+        self.report(self.stage, self.before + 1, self.total, self.words)
+
+
+def _once(config: ExperimentConfig, folder: Path, kind: Kind, part: Part, place: _Place) -> Result:
+    """Return a run's result; one that an earlier process has finished is only read."""
+    if (found := read_result(folder)) is not None:
+        return found
+    result = compute(config, folder, kind, part, place.within)
+    place.over()
+    return result
 
 
 def _reported(

@@ -31,8 +31,8 @@ def tables(
     tuned: Sequence[Tuned],
     metric: str,
 ) -> list[Table]:
-    """Return the results, the paired tests, and the learning rates where they were tuned."""
-    found = [_results(plan, cells, tuned, metric)]
+    """Return the results, costs, paired tests, and learning rates where they were tuned."""
+    found = [_results(plan, cells, tuned, metric), _costs(plan, cells)]
     if differences:
         found.append(_tests(plan, differences, metric))
     if tuned:
@@ -57,32 +57,42 @@ def markdown(plan: Plan, found: Iterable[Table]) -> str:
 def _results(plan: Plan, cells: Sequence[Cell], tuned: Sequence[Tuned], metric: str) -> Table:
     names = [name for name in ADAPTERS if any(name in cell.adapters for cell in cells)]
     rates = {(found.point, found.method): f"{found.learning_rate:g}" for found in tuned}
-    losses = [name for name in names if name in ("global", "personal")]
     rows = []
     for cell in cells:
         row = [*_where(plan, cell.point), cell.method]
         row += [rates[cell.point, cell.method]] if tuned else []
-        row += [
-            _shown(cell.adapters[name].metric) if name in cell.adapters else "diverged"
-            for name in names
-        ]
-        row += [
-            f"{cell.adapters[name].loss.mean:.4f}" if name in cell.adapters else ""
-            for name in losses
-        ]
-        row += [_amount(cell.bytes_up), _amount(cell.bytes_down)]
-        row.append("" if cell.seconds is None else f"{cell.seconds:.1f}")
+        for name in names:
+            known = name in cell.adapters
+            row.append(_shown(cell.adapters[name].metric) if known else _status(cell))
         rows.append((*row, f"{cell.done} of {cell.runs}"))
-    head = [
-        *_grid_head(plan), "method", *(["learning rate"] if tuned else []),
-        *names, *(f"{name} loss" for name in losses), "up", "down", "s a run", "runs done",
-    ]  # fmt: skip
-    notes = [
+    rate = ["learning rate"] if tuned else []
+    head = (*_grid_head(plan), "method", *rate, *names, "runs done")
+    notes = (
         f"{metric}, mean over clients, then over {len(plan.seeds)} seeds ± the half width of the "
-        "95 % Student interval over seeds; bytes and seconds of one run",
+        "95 % Student interval over seeds",
         *(_problem(plan, cell) for cell in cells if cell.failures or cell.left_out or cell.dropped),
-    ]
-    return Table("Results", tuple(head), tuple(rows), tuple(notes))
+    )
+    return Table("Results", head, tuple(rows), notes)
+
+
+def _costs(plan: Plan, cells: Sequence[Cell]) -> Table:
+    names = [name for name in ADAPTERS if any(name in cell.adapters for cell in cells)]
+    rows = []
+    for cell in cells:
+        row = [*_where(plan, cell.point), cell.method]
+        for name in names:
+            known = name in cell.adapters
+            row.append(f"{cell.adapters[name].loss.mean:.4f}" if known else "")
+        row += [_amount(cell.bytes_up), _amount(cell.bytes_down)]
+        rows.append((*row, "" if cell.seconds is None else f"{cell.seconds:.1f}"))
+    head = (*_grid_head(plan), "method", *(f"{name} loss" for name in names), "up", "down", "s")
+    notes = ("losses: mean over clients, then over seeds; bytes and seconds: of one run, mean",)
+    return Table("Losses and costs", head, tuple(rows), notes)
+
+
+def _status(cell: Cell) -> str:
+    """Return what stands in the place of a mean over no run."""
+    return "diverged" if any(" diverged: " in line for line in cell.failures) else "failed"
 
 
 def _problem(plan: Plan, cell: Cell) -> str:

@@ -1,10 +1,10 @@
 """One run of a comparison, in a folder of its own, and the few numbers that are kept of it.
 
-Three kinds of run share the rounds, and differ in what is done after them:
+Runs share the rounds, and differ in what is done after them:
 
-    whole        an ordinary `simulate`: base, own, global and personal on the test parts
-    global       base and global on the test parts; no adapter is trained after the rounds
-    validation   for tuning: what `whole` or `global` does, on the validation parts
+    whole, test         an ordinary `simulate`: base, own, global and personal on the test parts
+    global, test        base and global on the test parts; no adapter is trained after the rounds
+    …, validation       for tuning: the same on the validation parts, and nothing on the test parts
 
 A run's folder is that of `simulate`, so that a killed run goes on, bit for bit, from its last round
 or clients. `result.json` is written last: its presence means that the run is over, and how.
@@ -42,9 +42,11 @@ from fedlora.simulation.simulate import simulate
 from fedlora.simulation.threads import one_torch_thread
 from fedlora.world import World, shared_world
 
-__all__ = ["Result", "Score", "compute", "on_validation", "read_result", "tried"]
+__all__ = ["Kind", "Part", "Result", "Score", "compute", "on_validation", "read_result", "tried"]
 
 RESULT = "result.json"
+Kind = Literal["whole", "global"]  # after the rounds: all four adapters, or base and global alone
+Part = Literal["test", "validation"]  # of the clients' data, on which they are evaluated
 Report = Callable[[str, int, int, str], None]  # stage, done, of how many, a few words
 Row = Mapping[str, Any]  # of clients.jsonl
 
@@ -83,17 +85,15 @@ class Result:
 def compute(
     config: ExperimentConfig,
     folder: Path,
-    kind: Literal["whole", "global"],
-    part: Literal["test", "validation"],
+    kind: Kind,
+    part: Part,
     report: Report,
 ) -> Result:
-    """Run `config` in `folder`, or go on with it, and return the result; a finished one is read.
+    """Run `config` in `folder`, or go on with it, and return the result.
 
     A run whose rounds or clients fail has a result that says so. Raises `UsageError` for what no
     run can do, `RunError` for a folder that cannot be written, and `DataError`.
     """
-    if (result := read_result(folder)) is not None:
-        return result
     if (folder / EXPERIMENT).is_file():
         if ExperimentConfig.from_toml(folder / EXPERIMENT) != config:
             raise RunError(
@@ -162,7 +162,7 @@ def _whole(folder: Path, report: Report) -> Result:
 
 
 def _after_rounds(
-    config: ExperimentConfig, folder: Path, kind: str, part: str, report: Report
+    config: ExperimentConfig, folder: Path, kind: Kind, part: Part, report: Report
 ) -> Result:
     """Run the rounds, then evaluate on `part`: all four adapters, or base and global alone."""
     world = shared_world(
