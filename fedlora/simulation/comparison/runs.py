@@ -31,7 +31,7 @@ from fedlora.errors import (
 )
 from fedlora.evaluation import Trial, evaluate_many
 from fedlora.experiment import ExperimentConfig, from_plain, to_plain
-from fedlora.federation import Checkpoint, read_rounds
+from fedlora.federation import Checkpoint, RoundRecord, read_rounds
 from fedlora.federation.checkpoint import ClientRecord
 from fedlora.files import write_atomic
 from fedlora.nn.inject import kept_activations
@@ -91,7 +91,8 @@ def compute(
 ) -> Result:
     """Run `config` in `folder`, or go on with it, and return the result.
 
-    A run whose rounds or clients fail has a result that says so. Raises `UsageError` for what no
+    A run whose rounds or clients fail, or of whose replies more than half diverge, has a result
+    that says so. Raises `UsageError` for what no
     run can do, `RunError` for a folder that cannot be written, and `DataError`.
     """
     if (folder / EXPERIMENT).is_file():
@@ -128,7 +129,7 @@ def tried(run: Callable[[], Result]) -> Result:
     """Return what `run` returns, or a failed result where the run itself came to nothing."""
     try:
         return run()
-    except _AllDiverged as error:
+    except _Diverged as error:
         return Result("diverged", reason=_line(error))
     except (AdapterError, FederationError) as error:
         # A round's error has the last client's: its class and its words.
@@ -136,8 +137,8 @@ def tried(run: Callable[[], Result]) -> Result:
         return Result("diverged" if is_infinite else "failed", reason=_line(error))
 
 
-class _AllDiverged(FedloraError):
-    """Not one client's adapters can be evaluated."""
+class _Diverged(FedloraError):
+    """Too little of the run is left to be called the method's."""
 
 
 def _line(error: Exception) -> str:
@@ -242,6 +243,8 @@ def _base_and_global(
 
 
 def _result(rows: Sequence[Row], metric: str, higher_is_better: bool, folder: Path) -> Result:
+    rounds = read_rounds(folder)
+    _require_replies(rounds)
     _require_scores(rows)
     scored = [row for row in rows if "scores" in row]
     taking_part = [row for row in scored if not row["held_out"]]
@@ -257,7 +260,7 @@ def _result(rows: Sequence[Row], metric: str, higher_is_better: bool, folder: Pa
             for name in names
         },
         left_out=len(rows) - len(scored),
-        dropped=sum(len(record.dropped) for record in read_rounds(folder)),
+        dropped=sum(len(record.dropped) for record in rounds),
     )
 
 
@@ -269,10 +272,22 @@ def _means(rows: Sequence[Row], metric: str) -> dict[str, Score]:
     return {name: Score(mean(name, metric), mean(name, "loss")) for name in names}
 
 
+def _require_replies(rounds: Sequence[RoundRecord]) -> None:
+    """Raise when more than half of all replies were dropped since their training diverged.
+
+    Such a run ends without an error, with an adapter that is hardly another than the base, and
+    would do well beside a method that has learned something wrong.
+    """
+    asked = sum(len(record.cohort) for record in rounds)
+    lost = [d for record in rounds for d in record.dropped if "NonFiniteError" in d.reason]
+    if 2 * len(lost) > asked:
+        raise _Diverged(f"{len(lost)} of {asked} replies; the last: {lost[-1].reason}")
+
+
 def _require_scores(rows: Sequence[Row], *, none_is_well: bool = False) -> None:
     """Raise when no client that may take part has scores, though there are such clients."""
     mine = [row for row in rows if not row["held_out"]]
     if mine and not any("scores" in row for row in mine):
-        raise _AllDiverged(mine[0]["failed"])
+        raise _Diverged(mine[0]["failed"])
     if not mine and not none_is_well:
         raise DataError("expected the scores of at least one client, found none")
