@@ -36,6 +36,7 @@ __all__ = [
     "find_experiment",
     "from_plain",
     "parse_override",
+    "read_table",
     "to_plain",
 ]
 
@@ -202,17 +203,11 @@ class ExperimentConfig:
 
         Raises `ConfigError` with the file's name.
         """
-        file = Path(path)
-        try:
-            table = tomllib.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file}: not valid TOML: {error}") from None
+        table = read_table(path)
         try:
             return cls.from_table(table, overrides)
         except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from None
+            raise ConfigError(f"{Path(path)}: {error}") from None
 
     @classmethod
     def from_table(
@@ -266,6 +261,20 @@ def find_experiment(name: str) -> Path:
     if not path.is_file():
         raise unknown_name("experiment", name, (file.stem for file in folder.glob("*.toml")))
     return path
+
+
+def read_table(path: str | Path) -> dict[str, Any]:
+    """Return an experiment's file as nested tables, not yet checked.
+
+    Raises `ConfigError` with the file's name.
+    """
+    file = Path(path)
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from fedlora.errors import DataError
 
-__all__ = ["Gain", "Summary", "gain", "share_better", "summarize"]
+__all__ = ["Gain", "Interval", "Summary", "gain", "interval", "share_better", "summarize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,21 @@ class Gain:
 
     def as_dict(self) -> dict[str, float | None]:
         """Return plain values; JSON has no infinity, so an infinite bound is None."""
-        items = asdict(self).items()
-        return {name: value if math.isfinite(value) else None for name, value in items}
+        return _finite(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean of `count` values with its 95 % Student interval, infinite with fewer than two."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Return plain values; JSON has no infinity, so an infinite bound is None."""
+        return _finite(asdict(self))
 
 
 def summarize(
@@ -72,11 +85,27 @@ def gain(before: Sequence[float], after: Sequence[float], *, higher_is_better: b
     """
     sign = 1.0 if higher_is_better else -1.0
     differences = sign * (np.asarray(after, np.float64) - np.asarray(before, np.float64))
-    n, mean = len(differences), float(np.mean(differences))
+    found = interval(differences.tolist())
+    return Gain(found.mean, found.low, found.high, found.count)
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of independent `values` with its 95 % Student interval.
+
+    ``mean ± t(n - 1) s / √n``. Raises `DataError` without values.
+
+    >>> round(interval([1.0, 2.0, 3.0]).high, 3)
+    4.484
+    """
+    n = len(values)
+    if n == 0:
+        raise DataError("expected at least one value for a mean, found none")
+    numbers = np.asarray(values, np.float64)
+    mean = float(np.mean(numbers))
     if n < 2:
-        return Gain(mean, -math.inf, math.inf, n)
-    half = _student(n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
-    return Gain(mean, mean - half, mean + half, n)
+        return Interval(mean, -math.inf, math.inf, n)
+    half = _student(n - 1) * float(np.std(numbers, ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
 
 
 def share_better(
@@ -85,6 +114,10 @@ def share_better(
     """Return the share of clients for whom `after` is strictly better."""
     first, second = np.asarray(before), np.asarray(after)
     return float(np.mean(second > first if higher_is_better else second < first))
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _student(freedom: int) -> float:

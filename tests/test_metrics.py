@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedlora.errors import DataError
-from fedlora.metrics import Gain, Summary, gain, share_better, summarize
+from fedlora.metrics import Gain, Summary, gain, interval, share_better, summarize
 from fedlora.metrics import _student as student
 
 
@@ -55,3 +55,14 @@ def test_students_quantile_is_the_tables(freedom, quantile):
 def test_share_better_is_strict():
     assert share_better([1.0, 1.0, 1.0, 1.0], [2.0, 1.0, 0.5, 3.0], higher_is_better=True) == 0.5
     assert share_better([1.0, 1.0], [0.9, 1.0], higher_is_better=False) == 0.5
+
+
+def test_an_interval_is_students_over_the_values():
+    found = interval([1.0, 2.0, 6.0])  # mean 3, variance 7
+    half = 4.302653 * math.sqrt(7 / 3)
+    assert (found.mean, found.count) == (3.0, 3)
+    assert found.low == pytest.approx(3 - half, rel=1e-6)  # the quantile's digits
+    assert found.high == pytest.approx(3 + half, rel=1e-6)
+    assert interval([2.0]).as_dict() == {"mean": 2.0, "low": None, "high": None, "count": 1}
+    with pytest.raises(DataError, match="at least one value"):
+        interval([])

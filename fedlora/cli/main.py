@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fedlora import __version__
-from fedlora.cli import adapters, budget, data, models, simulate
+from fedlora.cli import adapters, budget, compare, data, models, simulate
 from fedlora.errors import FedloraError, MissingExtraError
 
 __all__ = ["app", "main"]
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(simulate.simulate)
+app.command()(compare.compare)
 app.command()(adapters.inspect)
 app.command()(adapters.convert)
 app.command()(adapters.combine)
@@ -35,6 +36,7 @@ app.add_typer(data.app, name="data")
 _EXTRAS = {
     "flwr": "sim",
     "gguf": "text",
+    "matplotlib": "plots",
     "ray": "ray",
     "tokenizers": "text",
     "tomli_w": "sim",

@@ -1,6 +1,7 @@
-"""Simulated federations: virtual clients on this machine."""
+"""Simulated federations: virtual clients on this machine, one run or a comparison of many."""
 
+from fedlora.simulation.comparison import Comparison, compare
 from fedlora.simulation.grid import InProcessGrid
 from fedlora.simulation.simulate import Progress, Run, simulate
 
-__all__ = ["InProcessGrid", "Progress", "Run", "simulate"]
+__all__ = ["Comparison", "InProcessGrid", "Progress", "Run", "compare", "simulate"]
