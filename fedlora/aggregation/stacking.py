@@ -4,10 +4,11 @@
     fedex-lora   A, B as FedIT; frozen += Σ p_k s_k B_k A_k - s B A              arXiv:2410.09432
 
 The papers add these to the base's weights. Here the base never changes: the sum is an adapter that
-clients train beside. It is recompressed in each round: without an option to what float32 can hold,
-at most min(out, in) directions; with `rank` or `energy` to a budget, and then what was left out
-stands in ``method_state["discarded-energy"]``: one float64 number a layer in the order of paths,
-the share of the frozen part's squared Frobenius norm that this round's recompression dropped.
+clients train beside. It is recompressed in each round: without an option nothing is dropped but
+directions that are zero, so that a layer has min(out, in) at most; with `rank` or `energy` it is
+cut to a budget, and what was left out stands in ``method_state["discarded-energy"]``: one float64
+number a layer in the order of paths, the share of the frozen part's squared Frobenius norm that
+this round's recompression dropped.
 """
 
 from __future__ import annotations
@@ -80,10 +81,12 @@ def fedex_lora(rank: int | None = None, energy: float | None = None) -> Method:
             add_products(sums, update.adapter, update.num_examples)
         if not mean.total:
             raise no_update(state, "fedex-lora")
-        # The rounded mean, which clients get: so the residual makes up for the rounding too.
-        trainable = mean.adapter()
-        add_products(sums, trainable, -mean.total)
-        return _with_frozen(state, sums, mean.total, trainable, budget)
+        # The mean before it is rounded: only that leaves (K - 1) r directions, as the formula says.
+        means = {(segment.path, segment.factor): value for segment, value in mean.factor_rows()}
+        for path, layer in state.trainable.layers.items():
+            A = means[path, "A"].reshape(layer.rank, -1)
+            sums[path].add(means[path, "B"], A, -mean.total * layer.scaling)
+        return _with_frozen(state, sums, mean.total, mean.adapter(), budget)
 
     return Method(
         name="fedex-lora",
