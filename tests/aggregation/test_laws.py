@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.adapter import Adapter
 from fedlora.aggregation import ClientProfile, Method, ServerState, Update, methods
 from fedlora.aggregation.averaging import running_mean
 from fedlora.aggregation.ranks import mean_products
@@ -28,7 +27,7 @@ from tests.reference.wrong_methods import WRONG
 
 METHODS = methods()
 every = pytest.mark.parametrize("name", METHODS)
-few = settings(max_examples=25)
+few = settings(max_examples=20)
 
 
 def after(method: Method, case: Round) -> ServerState:
@@ -258,14 +257,19 @@ def test_methods_have_their_known_errors(name: str) -> None:
     assert relative_error(METHODS[name]) == pytest.approx(expected, abs=0.01 if expected else 1e-6)
 
 
-# The facts' errors; the last two double or multiply by K.
-KNOWN_MISTAKES = {"fedex-unscaled": 0.447, "fedex-transposed": 1.263, "flexlora-rootless": 0.847,
-                  "ffa-summed": 4.0, "flora-unweighted": 4.0}  # fmt: skip
+# Errors of public code in this setting, over the same draws; the last two are K - 1.
+KNOWN_MISTAKES = {
+    "fedex-unscaled": 0.447,
+    "fedex-transposed": 1.263,
+    "flexlora-rootless": 0.864,
+    "ffa-summed": 4.0,
+    "flora-unweighted": 4.0,
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_mistakes_have_their_known_errors(name: str) -> None:
-    assert relative_error(WRONG[name]) == pytest.approx(KNOWN_MISTAKES[name], abs=0.02)
+    assert relative_error(WRONG[name]) == pytest.approx(KNOWN_MISTAKES[name], abs=0.01)
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -287,21 +291,17 @@ def test_every_method_has_a_slow_twin() -> None:
     assert slow.EXPECTED.keys() == METHODS.keys()
 
 
-def test_a_layer_keeps_nothing_of_a_client_that_is_not_in_the_mean() -> None:
-    """An exact method after three rounds: the frozen part holds all rounds, each once."""
-    for name in ("flora", "fedex-lora"):
-        method, rng = METHODS[name], np.random.default_rng(3)
-        state = ServerState.start(random_adapter(rng, [(9, 8)], 2, zero_b=True))
-        expected = np.zeros((9, 8))
-        for _ in range(3):
-            updates = [
-                Update(trained(method, state, ClientProfile(""), rng), 1.0 + k, f"c{k}")
-                for k in range(3)
-            ]
-            (mean,) = slow.mean_products(updates).values()
-            kept = products(state.frozen)["l0"] if isinstance(state.frozen, Adapter) else 0.0
-            state = method.aggregate(state, updates)
-            expected = kept + mean
-            np.testing.assert_allclose(
-                products(state.adapter)["l0"], expected, rtol=0, atol=3e-5
-            )  # three roundings of numbers of order 10
+@pytest.mark.parametrize("name", ["flora", "fedex-lora"])
+def test_the_frozen_part_holds_all_rounds_each_once(name: str) -> None:
+    method, rng = METHODS[name], np.random.default_rng(3)
+    state = ServerState.start(random_adapter(rng, [(9, 8)], 2, zero_b=True))
+    for _ in range(3):
+        updates = [
+            Update(trained(method, state, ClientProfile(""), rng), 1.0 + k, f"c{k}")
+            for k in range(3)
+        ]
+        before = slow.frozen_products(state)["l0"]
+        state = method.aggregate(state, updates)
+        expected = before + slow.mean_products(updates)["l0"]
+        found = products(state.adapter)["l0"]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # float32, of order 10

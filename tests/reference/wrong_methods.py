@@ -63,9 +63,9 @@ def _flexlora_rootless() -> Method:
                 @ u.adapter[path].A.reshape(u.adapter[path].rank, -1)
                 for u in kept
             )  # fmt: skip
-            u, _, vt = np.linalg.svd(delta, full_matrices=False)
-            root = np.sqrt(layer.scaling)
-            layers[path] = refactored(layer, u[:, : layer.rank] / root, vt[: layer.rank] / root)
+            u, s, vt = np.linalg.svd(delta, full_matrices=False)
+            u, half = u[:, : layer.rank], (np.sqrt(s)[:, None] * vt)[: layer.rank]
+            layers[path] = refactored(layer, u, half)
         trainable = replace(state.trainable, layers=layers)
         return replace(state, round=state.round + 1, trainable=trainable)
 
