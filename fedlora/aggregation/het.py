@@ -66,11 +66,12 @@ def padded(layer: LoraLayer, like: LoraLayer) -> LoraLayer:
 
 def _aggregate(state: ServerState, updates: Iterable[Update]) -> ServerState:
     mean, weighted = RunningMean(state.trainable, BOTH), False
-    reached = dict.fromkeys(state.trainable, 0)  # the highest rank that a client has
+    reached = dict.fromkeys(state.trainable, 0)  # the highest rank of a client in the mean
     for update in checked(state, updates, "hetlora", any_rank=True):
         weight = update.adapter.norm()
         if weight and not weighted:  # those before it had no product: their weight is zero
             mean, weighted = RunningMean(state.trainable, BOTH), True
+            reached = dict.fromkeys(state.trainable, 0)
         elif weighted and not weight:
             continue
         # As long as every product is zero, the clients count alike: their A may have moved.

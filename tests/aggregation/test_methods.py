@@ -267,3 +267,16 @@ class TestRefusals:
         for layer in state.trainable.layers.values():
             assert np.isfinite(layer.A).all()
             assert np.isfinite(layer.B).all()
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_hetlora_leaves_a_client_without_a_product_out(turn: int) -> None:
+    """Its weight is zero, also for which directions are taken to be somebody's."""
+    updates = [
+        Update(start(1, rank=4), 1.0, "zero"),
+        Update(start(2, rank=2, zero_b=False), 1.0, "low"),
+    ][::turn]
+    state = method("hetlora").aggregate(ServerState.start(start()), updates)
+    layer = state.trainable["l1"]
+    assert np.array_equal(layer.A[2:], start()["l1"].A[2:])
+    assert not layer.B[:, 2:].any()
