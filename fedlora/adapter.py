@@ -28,6 +28,7 @@ from fedlora.errors import (
     ShapeMismatchError,
     UnsupportedError,
 )
+from fedlora.low_rank import svd_of_product
 from fedlora.patterns import compile_regex, pattern_table
 
 __all__ = ["Adapter", "Array", "Kind", "LoraConfig", "LoraLayer", "Variant", "common_base", "stack"]
@@ -221,22 +222,17 @@ class LoraLayer:
     def truncated(self, rank: int) -> LoraLayer:
         """Return the best approximation of delta_weight at `rank` (Eckart-Young); balanced factors.
 
-        QR of both factors leaves a (rank, rank) core for the SVD: no (out, in) matrix is formed.
-        The scaling stays as it is; a layer of at most that rank comes back unchanged.
+        `fedlora.low_rank` says how the SVD is taken from the factors. The scaling stays as it is; a
+        layer of at most that rank comes back unchanged.
         """
         _refuse_dora("truncated", [self])
         _check_rank("rank", rank)
         if rank >= self.rank:
             return self
-        q_out, r_out = np.linalg.qr(self.B.astype(np.float64))
-        q_in, r_in = np.linalg.qr(self._flat_A().T)
-        left, values, right = np.linalg.svd(r_out @ r_in.T, full_matrices=False)
-        root = np.sqrt(values[:rank])
-        B = q_out @ (left[:, :rank] * root)
-        A = (root[:, None] * right[:rank]) @ q_in.T
-        if len(root) < rank:  # the layer itself is smaller than `rank`
-            B = np.pad(B, ((0, 0), (0, rank - len(root))))
-            A = np.pad(A, ((0, rank - len(root)), (0, 0)))
+        spectrum = svd_of_product(self.B, self.A.reshape(self.rank, -1)).cut(rank)
+        B, A = spectrum.balanced()
+        missing = rank - spectrum.rank  # over 0 where the layer itself is smaller than `rank`
+        B, A = np.pad(B, ((0, 0), (0, missing))), np.pad(A, ((0, missing), (0, 0)))
         return replace(self, A=_float32(A.reshape(rank, *self.in_shape)), B=_float32(B))
 
     def norm(self) -> float:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up; a module may import what is in a row below its own.
 ROWS = [
-    {"errors", "files", "imports", "patterns", "randomness"},
+    {"errors", "files", "imports", "low_rank", "patterns", "randomness"},
     {"adapter", "flat", "targets", "training"},
     {"aggregation", "privacy", "formats", "store", "metrics"},
     {"experiment", "personalization", "evaluation", "nn", "bases", "data", "world"},

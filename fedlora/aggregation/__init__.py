@@ -8,13 +8,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fedlora.aggregation.alternating import rolora
 from fedlora.aggregation.averaging import fedit, ffa_lora
+from fedlora.aggregation.het import hetlora
 from fedlora.aggregation.method import Broadcast, ClientProfile, Method, ServerState, Update
+from fedlora.aggregation.private_factors import fedsa_lora
+from fedlora.aggregation.stacking import fedex_lora, flora
+from fedlora.aggregation.svd import fedsvd, flexlora
 from fedlora.errors import ConfigError, unknown_name
 
 __all__ = ["Broadcast", "ClientProfile", "Method", "ServerState", "Update", "method", "methods"]
 
-_METHODS: dict[str, Callable[..., Method]] = {"fedit": fedit, "ffa-lora": ffa_lora}
+_METHODS: dict[str, Callable[..., Method]] = {
+    "fedex-lora": fedex_lora,
+    "fedit": fedit,
+    "fedsa-lora": fedsa_lora,
+    "fedsvd": fedsvd,
+    "ffa-lora": ffa_lora,
+    "flexlora": flexlora,
+    "flora": flora,
+    "hetlora": hetlora,
+    "rolora": rolora,
+}
 
 
 def method(name: str, **options: Any) -> Method:

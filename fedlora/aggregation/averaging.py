@@ -9,7 +9,7 @@ FedIT averages the two factors apart, so its product misses the true mean by exa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -24,49 +24,117 @@ from fedlora.aggregation.method import (
     checked,
 )
 from fedlora.errors import FederationError
-from fedlora.flat import RowForm, RowReader
+from fedlora.flat import RowForm, RowReader, Segment
+from fedlora.low_rank import Matrix
 from fedlora.training import Factor, LocalRule
 
-__all__ = ["broadcast_whole", "fedit", "ffa_lora", "mean_of_factors"]
+__all__ = [
+    "BOTH",
+    "ONLY_B",
+    "RunningMean",
+    "broadcast_whole",
+    "fedit",
+    "ffa_lora",
+    "mean_of_factors",
+    "no_update",
+    "running_mean",
+]
 
-_BOTH: frozenset[Factor] = frozenset({"A", "B"})
-_ONLY_B: frozenset[Factor] = frozenset({"B"})
+BOTH: frozenset[Factor] = frozenset({"A", "B"})
+ONLY_B: frozenset[Factor] = frozenset({"B"})
 
 
 def fedit() -> Method:
     """Return FedIT: the weighted mean of A and of B, each on its own (arXiv:2305.05644)."""
-    return _averaging("fedit", _BOTH, exact=False)
+    return _averaging(
+        "fedit",
+        BOTH,
+        exact=False,
+        summary="the usual start; its error grows with how far clients drift apart",
+        paper="2305.05644",
+    )
 
 
 def ffa_lora() -> Method:
     """Return FFA-LoRA: A stays as it was drawn from the seed, B is averaged (arXiv:2403.12313)."""
-    return _averaging("ffa-lora", _ONLY_B, exact=True)
+    return _averaging(
+        "ffa-lora",
+        ONLY_B,
+        exact=True,
+        summary="half the upload, and noise for privacy is never multiplied by noise",
+        paper="2403.12313",
+    )
+
+
+class RunningMean:
+    """The weighted mean of flat rows of factors, from one float64 sum.
+
+    `like`: the adapter whose layout the rows have; `factors`: which of its factors are in them.
+    """
+
+    def __init__(self, like: Adapter, factors: frozenset[Factor]) -> None:
+        self.like, self.factors = like, factors
+        self._row_of = RowReader(like, factors)
+        self._sums = np.zeros(self._row_of.size)
+        self._weighted = np.empty_like(self._sums)
+        self.total = 0.0  # of the weights
+
+    def add(self, adapter: Adapter, weight: float) -> None:
+        """Add ``weight`` times the factors of `adapter`."""
+        np.multiply(self._row_of(adapter), weight, out=self._weighted, dtype=np.float64)
+        self._sums += self._weighted
+        self.total += weight
+
+    @property
+    def row(self) -> Matrix:
+        """The mean as one float64 row. Something must have been added."""
+        return self._sums / self.total
+
+    def factor_rows(self) -> Iterator[tuple[Segment, Matrix]]:
+        """Yield each factor's place and its mean, in float64 and in its shape."""
+        row, start = self.row, 0
+        for segment in self._row_of.segments:
+            yield segment, row[start : start + segment.size].reshape(segment.shape)
+            start += segment.size
+
+    def adapter(self) -> Adapter:
+        """Return `like` with the means in place of its factors, rounded to float32 once."""
+        mean = self.row.astype("<f4").tobytes()
+        # A copy does not say what it was made of: else it would keep all rounds' adapters alive.
+        return replace(RowForm.of(self.like, self.factors).read(mean))
+
+
+def running_mean(
+    state: ServerState, updates: Iterable[Update], factors: frozenset[Factor], method: str
+) -> RunningMean:
+    """Return the mean of the clients' `factors`, weighted by their num_examples.
+
+    Memory does not grow with the number of clients. Raises as `checked` does, and
+    `FederationError` without any update.
+    """
+    mean = RunningMean(state.trainable, factors)
+    for update in checked(state, updates, method):
+        mean.add(update.adapter, update.num_examples)
+    if not mean.total:
+        raise no_update(state, method)
+    return mean
 
 
 def mean_of_factors(
     state: ServerState, updates: Iterable[Update], factors: frozenset[Factor], method: str
 ) -> Adapter:
-    """Return the trainable adapter with ``Σ p_k X_k`` in place of each of `factors`.
-
-    One float64 sum over flat rows is kept, so that memory does not grow with the number of clients,
-    and the result is rounded to float32 once. ``p_k`` are the clients' num_examples over their sum.
-    """
-    row_of = RowReader(state.trainable, factors)
-    sums = np.zeros(row_of.size)
-    weighted = np.empty_like(sums)
-    total = 0.0
-    for update in checked(state, updates, method):
-        np.multiply(row_of(update.adapter), update.num_examples, out=weighted, dtype=np.float64)
-        sums += weighted
-        total += update.num_examples
-    if total == 0.0:
-        raise FederationError(f"round {state.round + 1}: {method} got no update to average")
-    mean = (sums / total).astype("<f4").tobytes()
-    # A copy does not say what it was made of: else it would keep the adapters of all rounds alive.
-    return replace(RowForm.of(state.trainable, factors).read(mean))
+    """Return the trainable adapter with ``Σ p_k X_k`` in place of each of `factors`."""
+    return running_mean(state, updates, factors, method).adapter()
 
 
-def _averaging(name: str, factors: frozenset[Factor], *, exact: bool) -> Method:
+def no_update(state: ServerState, method: str) -> FederationError:
+    """Build the error for a round in which no client answered."""
+    return FederationError(f"round {state.round + 1}: {method} got no update to average")
+
+
+def _averaging(
+    name: str, factors: frozenset[Factor], *, exact: bool, summary: str, paper: str
+) -> Method:
     def aggregate(state: ServerState, updates: Iterable[Update]) -> ServerState:
         adapter = mean_of_factors(state, updates, factors, name)
         return replace(state, round=state.round + 1, trainable=adapter)
@@ -80,6 +148,8 @@ def _averaging(name: str, factors: frozenset[Factor], *, exact: bool) -> Method:
         local=LocalRule(trained=factors),
         exact=exact,
         linear=True,
+        summary=summary,
+        paper=paper,
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from fedlora.adapter import Adapter, Array, LoraLayer, stack
-from fedlora.errors import FederationError, UnsupportedError
+from fedlora.adapter import Adapter, Array, stack
+from fedlora.errors import FederationError, ShapeMismatchError, UnsupportedError
 from fedlora.training import Factor, LocalRule
 
 __all__ = ["Broadcast", "ClientProfile", "Method", "ServerState", "Update", "checked"]
@@ -72,7 +72,8 @@ class Broadcast:
 class Method:
     """A federated LoRA method.
 
-    `aggregate` consumes its updates once, in one pass; it never changes its arguments.
+    `aggregate` consumes its updates once, in one pass; it never changes its arguments. The last
+    fields have defaults, so that a method of one's own needs none of them.
     """
 
     name: str
@@ -83,6 +84,9 @@ class Method:
     local: LocalRule
     exact: bool  # the result equals Σ p_k s_k B_k A_k
     linear: bool  # a sum of client vectors suffices: secure aggregation and central DP allowed
+    any_rank: bool = False  # clients may differ in rank and scaling
+    summary: str = ""  # when to use it, for the table of methods
+    paper: str = ""  # arXiv number
 
     def rule(self, round: int) -> LocalRule:
         """Return what a trainer is told in `round`."""
@@ -93,36 +97,55 @@ class Method:
         return self.trained(round) & self.shared
 
 
-def checked(state: ServerState, updates: Iterable[Update], method: str) -> Iterator[Update]:
+def checked(
+    state: ServerState, updates: Iterable[Update], method: str, *, any_rank: bool = False
+) -> Iterator[Update]:
     """Yield `updates`, each with the global adapter's layout and a positive weight.
 
-    Raises `LayerMismatchError`, `ShapeMismatchError`, `FederationError` or `UnsupportedError`, each
-    naming the client.
+    With `any_rank` ranks may differ, and scalings too as long as they are over 0. Raises
+    `LayerMismatchError`, `ShapeMismatchError`, `FederationError` or `UnsupportedError`, each naming
+    the client.
     """
     for update in updates:
+        who = f"client {update.client_id!r}"
         if not 0 < update.num_examples < float("inf"):
             raise FederationError(
-                f"client {update.client_id!r}: expected num_examples > 0 and finite, found "
-                f"{update.num_examples!r}"
+                f"{who}: expected num_examples > 0 and finite, found {update.num_examples!r}"
             )
-        if update.adapter.config.uses_dora:
+        if update.adapter.config.uses_dora or state.trainable.config.uses_dora:
             raise UnsupportedError(
-                f"client {update.client_id!r}: {method} averages A and B alone, DoRA has a "
-                "magnitude; use variant 'lora'"
+                f"{who}: {method} averages A and B alone, DoRA has a magnitude; use variant 'lora'"
             )
         made_of = update.adapter.made_of
         # What was made of a row in the form of the global adapter has its layout and scalings.
         if made_of is None or made_of[0].like is not state.trainable:
-            who = f"client {update.client_id!r}"
-            state.trainable.require_same_layout(update.adapter, who)
-            for path, layer in update.adapter.layers.items():
-                _require_same_scaling(state.trainable[path], layer, f"{who}, layer {path!r}")
+            _require_layout(state.trainable, update.adapter, who, method, any_rank)
         yield update
 
 
-def _require_same_scaling(expected: LoraLayer, found: LoraLayer, where: str) -> None:
-    if found.scaling != expected.scaling:
-        raise FederationError(
-            f"{where}: expected scaling {expected.scaling:g} as the server has, found "
-            f"{found.scaling:g}; factors can only be averaged under one scaling"
-        )
+def _require_layout(
+    expected: Adapter, found: Adapter, who: str, method: str, any_rank: bool
+) -> None:
+    expected.require_same_layout(found, who, ranks=False)
+    for path, layer in found.layers.items():
+        mine, where = expected[path], f"{who}, layer {path!r}"
+        if any_rank:
+            if min(layer.scaling, mine.scaling) <= 0:
+                raise FederationError(
+                    f"{where}: expected scalings > 0, found {layer.scaling:g}, and "
+                    f"{mine.scaling:g} on the server"
+                )
+        elif layer.rank != mine.rank:
+            raise ShapeMismatchError(
+                f"{where}: expected A {mine.A.shape} and B {mine.B.shape}, found A "
+                f"{layer.A.shape} and B {layer.B.shape}; {method} needs equal ranks, {_MIXED}"
+            )
+        elif layer.scaling != mine.scaling:
+            raise FederationError(
+                f"{where}: expected scaling {mine.scaling:g} as the server has, found "
+                f"{layer.scaling:g}; factors can only be averaged under one scaling, {_MIXED}"
+            )
+
+
+# Named here and not looked up: the registry imports this module. A test holds them together.
+_MIXED = "use flexlora, flora or hetlora for mixed ones"

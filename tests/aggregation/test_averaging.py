@@ -240,13 +240,13 @@ REFUSALS: dict[str, tuple[dict[str, object], type[FedloraError], str]] = {
         {"adapter": adapter(2, rank=3)},
         ShapeMismatchError,
         "client 'c1', layer 'conv': expected A (2, 6, 3) and B (5, 2), found A (3, 6, 3) and B "
-        "(5, 3)",
+        "(5, 3); fedit needs equal ranks, use flexlora, flora or hetlora for mixed ones",
     ),
     "rank 1, which would broadcast": (
         {"adapter": adapter(2, rank=1)},
         ShapeMismatchError,
         "client 'c1', layer 'conv': expected A (2, 6, 3) and B (5, 2), found A (1, 6, 3) and B "
-        "(5, 1)",
+        "(5, 1); fedit needs equal ranks, use flexlora, flora or hetlora for mixed ones",
     ),
     "a layer too many": (
         {"adapter": _layers(head=adapter(2)["fc"])},
@@ -277,8 +277,7 @@ REFUSALS: dict[str, tuple[dict[str, object], type[FedloraError], str]] = {
         {"adapter": _scaled()},
         FederationError,
         "client 'c1', layer 'conv': expected scaling 1.5 as the server has, found 3; factors "
-        "can only "
-        "be averaged under one scaling",
+        "can only be averaged under one scaling, use flexlora, flora or hetlora for mixed ones",
     ),
     "DoRA": (
         {"adapter": _DORA},

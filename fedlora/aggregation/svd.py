@@ -1,0 +1,104 @@
+"""Methods that take the server's factors from an SVD: FedSVD and FlexLoRA.
+
+    fedsvd     U S Vᵀ = SVD((Σ p_k B_k) A):  A = Vᵀ, B = U S               arXiv:2505.12805
+    flexlora   U S Vᵀ = SVD(Σ p_k s_k B_k A_k), cut to rank r:
+               B = U √S / √s, A = √S Vᵀ / √s                               arXiv:2402.11505
+
+FedSVD's clients train B beside one A, so its mean is exact, and nothing is lost in an SVD at the
+full rank; after a secure or noised sum it is post-processing. FlexLoRA's result is the best that
+rank r can be (Eckart-Young): it misses the exact mean by the singular values that are cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from fedlora.adapter import LoraLayer
+from fedlora.aggregation.averaging import BOTH, ONLY_B, broadcast_whole, running_mean
+from fedlora.aggregation.method import Method, ServerState, Update
+from fedlora.aggregation.ranks import (
+    best_cut,
+    broadcast_cut,
+    mean_products,
+    refactored,
+    with_rank,
+)
+from fedlora.errors import ConfigError
+from fedlora.low_rank import Matrix, ProductSum
+from fedlora.training import LocalRule
+
+__all__ = ["fedsvd", "flexlora", "orthonormal"]
+
+
+def fedsvd() -> Method:
+    """Return FedSVD: B is averaged, then A becomes an orthonormal basis of what was learned."""
+
+    def aggregate(state: ServerState, updates: Iterable[Update]) -> ServerState:
+        mean = running_mean(state, updates, ONLY_B, "fedsvd")
+        layers = {}
+        for segment, B in mean.factor_rows():
+            layer = state.trainable[segment.path]
+            layers[segment.path] = refactored(layer, *orthonormal(B, _flat(layer)))
+        trainable = replace(state.trainable, layers=layers)
+        return replace(state, round=state.round + 1, trainable=trainable)
+
+    return Method(
+        name="fedsvd",
+        trained=lambda round: ONLY_B,
+        shared=ONLY_B,
+        aggregate=aggregate,
+        broadcast=broadcast_whole,
+        local=LocalRule(trained=ONLY_B),
+        exact=True,
+        linear=True,
+        summary="tight differential privacy: exact, half the upload, and A is well conditioned",
+        paper="2505.12805",
+    )
+
+
+def orthonormal(B: Matrix, A: Matrix) -> tuple[Matrix, Matrix]:
+    """Return ``U S`` and ``Vᵀ`` of the SVD of ``B @ A``, without directions that are zero."""
+    sums = ProductSum(B.shape[0], A.shape[1])
+    sums.add(B, A)
+    spectrum = sums.svd().cut(A.shape[0])
+    return spectrum.left * spectrum.values, spectrum.right
+
+
+def flexlora(rank: int | None = None) -> Method:
+    """Return FlexLoRA: the best adapter of one rank for the mean of the clients' products.
+
+    rank: of the global adapter; None: what it has at the start. Clients of a smaller rank get the
+    best approximation at theirs.
+    """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"flexlora, rank: expected a whole number >= 1, found {rank!r}")
+
+    def aggregate(state: ServerState, updates: Iterable[Update]) -> ServerState:
+        sums, total = mean_products(state, updates, "flexlora")
+        place = state.trainable if rank is None else with_rank(state.trainable, rank)
+        layers = {}
+        for path, layer in place.layers.items():
+            spectrum = sums[path].svd(total).cut(layer.rank)
+            layers[path] = refactored(layer, *spectrum.balanced(layer.scaling))
+        return replace(state, round=state.round + 1, trainable=replace(place, layers=layers))
+
+    return Method(
+        name="flexlora",
+        trained=lambda round: BOTH,
+        shared=BOTH,
+        aggregate=aggregate,
+        broadcast=broadcast_cut(best_cut),
+        local=LocalRule(trained=BOTH),
+        exact=False,
+        linear=False,
+        any_rank=True,
+        summary="mixed ranks, or strong label skew, at an adapter that does not grow",
+        paper="2402.11505",
+    )
+
+
+def _flat(layer: LoraLayer) -> Matrix:
+    return layer.A.reshape(layer.rank, -1).astype(np.float64)
