@@ -5,7 +5,8 @@
     evidence   a comparison reduced to what the page needs, and the intervals of contrasts
     figures    the plots
     page       RESULTS.md; what is written there by hand is kept
-    authors    a data set and its base for the study; `conflict` another, on the watch
+    wearers    the data set "watch" for cheap runs; `conflict`: people who contradict one another
+    authors    whose messages are these? another data set, with its base
 
 Run by `python -m simulations.studies.methods`; see there.
 """

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [part for name, part in PARTS.items() if not options.part or name in options.part]
     if options.quick:
         chosen = [part.as_quick() for part in chosen if part.quick]
+    logging.disable(logging.WARNING)  # of each reply of the runs that diverge in tuning
     until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     try:
         for part in [] if options.page else chosen:

@@ -7,18 +7,21 @@ From the clients of the data set "watch", ten wrists of people whom the base has
     agreeing   nothing changed: the same few windows, so that both can be compared with it
 
 Each client has few windows to train on, so that there is something to be gained from the others.
-What is permuted or flipped is the same in all of a client's parts, and in every run.
+What is permuted or flipped is the same in all of a client's parts, and in every run. Windows are
+given as the base's convolutions see them, as in `wearers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
 from fedlora.data import ClientData, Examples
 from fedlora.data.watch import LABELS, client_ids, read_client
 from fedlora.randomness import rng
+from simulations.studies.methods.wearers import pooled
 
 __all__ = ["agreeing", "axes", "labels"]
 
@@ -26,16 +29,19 @@ TRAIN, VALIDATION, TEST = 42, 21, 63  # windows of a client at most
 _Change = Callable[[str, Examples], Examples]
 
 
+@cache
 def labels() -> dict[str, ClientData]:
     """Return the clients by id, the classes of each permuted."""
     return _clients(_permuted)
 
 
+@cache
 def axes() -> dict[str, ClientData]:
     """Return the clients by id, the axes of each flipped or not, by chance."""
     return _clients(_flipped)
 
 
+@cache
 def agreeing() -> dict[str, ClientData]:
     """Return the clients by id as they are."""
     return _clients(lambda _, examples: examples)
@@ -48,7 +54,8 @@ def _clients(change: _Change) -> dict[str, ClientData]:
         parts = zip(
             (data.train, data.validation, data.test), (TRAIN, VALIDATION, TEST), strict=True
         )
-        found[client] = ClientData(client, *(change(client, _few(p, count)) for p, count in parts))
+        changed = (change(client, _few(part, count)) for part, count in parts)
+        found[client] = pooled(ClientData(client, *changed))
     return found
 
 

@@ -24,24 +24,25 @@ TUNING_RUNS = 6  # a method and point: 5 learning rates, and often one more at a
 
 WATCH: Mapping[str, Any] = {
     "name": "watch",
-    "base": {"id": "watch-cnn"},
-    "data": {"id": "watch", "task": "classification", "clients": 20, "validation_share": 0.15},
-    # The linear layers alone: the convolutions would be trained one client at a time.
+    "base": {"id": "simulations.studies.methods.wearers:base"},
+    "data": {
+        "id": "simulations.studies.methods.wearers:data",
+        "task": "classification",
+        "clients": 20,
+        "validation_share": 0.15,  # the data bring their own parts; this says that there is one
+    },
     "lora": {"rank": 2, "lora_alpha": 4, "target_modules": ["hidden", "classifier"]},
+    # Everybody takes part in every round: what is left to differ is how the server aggregates. With
+    # half of them, and labels skewed, no method learns much more than the base knows.
     "federation": {
-        "rounds": 20, "cohort": 10, "local_steps": 8, "batch_size": 16, "learning_rate": 5e-3,
+        "rounds": 30, "cohort": 20, "local_steps": 8, "batch_size": 16, "learning_rate": 1e-2,
     },
 }  # fmt: skip
 AUTHORS: Mapping[str, Any] = {
     **WATCH,
     "name": "authors",
     "base": {"id": "simulations.studies.methods.authors:base"},
-    "data": {
-        "id": "simulations.studies.methods.authors:data",
-        "task": "classification",
-        "clients": 20,
-        "validation_share": 0.15,  # the data bring their own parts
-    },
+    "data": {**WATCH["data"], "id": "simulations.studies.methods.authors:data"},
     "lora": {"rank": 2, "lora_alpha": 4, "target_modules": ["first", "second", "classifier"]},
 }
 
@@ -90,10 +91,10 @@ def map_point(rank: int, skew: str, **more: Any) -> tuple[str, dict[str, Any]]:
         words.append(f"{steps} step" + "s" * (steps > 1))
         point["federation.local_steps"] = steps
         if steps == 1:  # else nothing would be learned, and all were equal for that
-            point["federation.rounds"] = 60
+            point["federation.rounds"] = 90
     if clients := more.pop("clients", None):
         words.append(f"{clients} clients")
-        point |= {"data.clients": clients, "federation.cohort": clients // 2}
+        point |= {"data.clients": clients, "federation.cohort": clients}
     return ", ".join(words), point
 
 
@@ -158,7 +159,7 @@ PARTS: Mapping[str, Part] = {
             adapter="personal",
             settings={
                 "lora.rank": 4, "lora.lora_alpha": 8, "personalization.steps": 16,
-                "federation.rounds": 10, "federation.local_steps": 4,
+                "federation.rounds": 10, "federation.local_steps": 4, "federation.cohort": 10,
             },
             quick=("labels permuted",),
         ),
