@@ -12,6 +12,7 @@ is made by the same functions as on a device, and passes the same guard.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -223,7 +224,10 @@ class CohortGrid(VirtualGrid):
                     f"{', '.join(sorted(kept_factors(task)))}: expected a folder for factors that "
                     "are trained and not shared, found none"
                 )
-            self._slabs[segments] = PersonalSlab(self._private, self.num_clients, segments)
+            # Clients of other ranks have rows of another layout.
+            texts = "\n".join(map(str, segments)).encode()
+            folder = self._private / hashlib.sha256(texts).hexdigest()[:16]
+            self._slabs[segments] = PersonalSlab(folder, self.num_clients, segments)
         return self._slabs[segments]
 
 

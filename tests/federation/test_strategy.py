@@ -264,13 +264,14 @@ def test_clients_that_are_sent_adapters_of_their_own_are_checked_against_them(
         sent.append(replace(state.adapter))
         return Broadcast(sent[-1])
 
+    own_each = replace(usual, broadcast=broadcast, broadcasts_by_client=True)
     config = experiment(federation__cohort=8, federation__rounds=2)
     start = start_adapter(config)
     own, shared = (
         run_federation(
             InProcessGrid(fake_app(), 8), config, tmp_path / name, initial=start, method=how
         )
-        for name, how in (("own", replace(usual, broadcast=broadcast)), ("shared", usual))
+        for name, how in (("own", own_each), ("shared", usual))
     )
     assert len({id(adapter) for adapter in sent}) == 16
     assert own.adapter == shared.adapter
