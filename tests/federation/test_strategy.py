@@ -15,8 +15,9 @@ from flwr.app import Array, ConfigRecord, Error, Message
 from fedlora.adapter import Adapter
 from fedlora.aggregation import Broadcast, method
 from fedlora.errors import FederationError
-from fedlora.federation import read_checkpoint, read_rounds, run_federation
+from fedlora.federation import ClientRecord, read_checkpoint, read_rounds, run_federation
 from fedlora.federation._flower_private import set_message_id
+from fedlora.federation.strategy import deal_ranks
 from fedlora.simulation.grid import InProcessGrid
 from fedlora.training import TrainResult
 from tests.federation.fakes import (
@@ -306,3 +307,50 @@ def test_a_round_counts_its_bytes(tmp_path: Path) -> None:
     assert 8 * numbers < record.bytes_down < 8 * (numbers + 1500)
     checkpoint = read_checkpoint(tmp_path)
     assert (checkpoint.bytes_up, checkpoint.bytes_down) == (record.bytes_up, record.bytes_down)
+
+
+def test_ranks_are_dealt_out_over_sorted_ids_and_a_client_may_name_its_own() -> None:
+    config = experiment(federation__client_ranks=(2, 1, 1), lora__rank=2)
+    clients = [
+        ClientRecord(name, rank, held_out=name == "b")
+        for name, rank in (("c", None), ("a", None), ("d", 1), ("b", None), ("e", 10**6))
+    ]
+    # Held-out clients take their turn, so that a rank does not depend on who is held out; what a
+    # stranger asks for is cut to the run's.
+    assert deal_ranks(clients, config) == {"a": 2, "b": 1, "c": 1, "d": 1, "e": 2}
+    plain = experiment()
+    assert deal_ranks(clients, plain) == {"a": None, "b": None, "c": None, "d": 1, "e": 2}
+
+
+def test_a_broadcast_is_asked_once_a_rank_and_every_client_gets_its_own_rank(
+    tmp_path: Path,
+) -> None:
+    usual, asked = method("fedit"), []
+
+    def broadcast(state: Any, profile: Any) -> Broadcast:
+        asked.append((state.round, profile.rank))
+        cut = state.trainable.map(
+            lambda layer: replace(layer, A=layer.A[: profile.rank], B=layer.B[:, : profile.rank])
+        )
+        return Broadcast(cut)
+
+    def aggregate(state: Any, updates: Any) -> Any:
+        found = {update.client_id: update.adapter.ranks for update in updates}
+        assert found == {f"c{n}": (ranks[n],) * 3 for n in range(8)}
+        return replace(state, round=state.round + 1)
+
+    # Dealt out: 2 1 2 2 1 2 2 1; c2 and c7 name their own.
+    ranks = [2, 1, 1, 2, 1, 2, 2, 2]
+    trainers = {2: FakeTrainer(2, rank=1), 7: FakeTrainer(7, rank=2)}
+    dealt = {"federation__client_ranks": (2, 1, 2)}
+    config = experiment(federation__cohort=8, federation__rounds=2, **dealt)
+    state = run_federation(
+        InProcessGrid(fake_app(trainers), 8),
+        config,
+        tmp_path,
+        initial=start_adapter(config),
+        method=replace(usual, broadcast=broadcast, aggregate=aggregate),
+    )
+    assert state.round == 2
+    assert sorted(asked) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [record.dropped for record in read_rounds(tmp_path)] == [(), ()]
