@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapter import Adapter
 from fedlora.aggregation import Broadcast, ClientProfile, Method, ServerState, Update
-from fedlora.errors import FederationError, FedloraError
+from fedlora.errors import ConfigError, FederationError, FedloraError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint, ClientRecord, Dropped, RoundRecord
 from fedlora.federation.client import one_line
@@ -179,7 +179,8 @@ class FederatedLora(Strategy):
                 self.method.rule(current.number),
             )
         )
-        prepare = _PrepareOnce(self.method, setup, order, current.number)
+        dealt = bool(self.config.federation.client_ranks)
+        prepare = _PrepareOnce(self.method, setup, order, current.number, dealt=dealt)
         for client_id in current.cohort:
             node = self._nodes.get(client_id)
             if node is None:
@@ -293,9 +294,10 @@ class _PrepareOnce:
     """Prepare what clients share once a round: a method's broadcast for a rank, and its records."""
 
     def __init__(
-        self, method: Method, setup: ConfigRecord, order: ConfigRecord, round: int
+        self, method: Method, setup: ConfigRecord, order: ConfigRecord, round: int, *, dealt: bool
     ) -> None:
         self._method, self._setup, self._order = method, setup, order
+        self._dealt = dealt  # whether the experiment gives clients their ranks
         self._uploaded, self._round = method.uploaded(round), round
         self._of_rank: dict[int | None, _Prepared] = {}
         self._kept: dict[tuple[int, int], _Prepared] = {}
@@ -308,8 +310,20 @@ class _PrepareOnce:
         found = self._of_rank.get(profile.rank)
         if found is None:
             found = self._once(self._method.broadcast(state, profile))
+            if self._dealt:
+                self._require_rank(profile, found.source.trainable)
             self._of_rank[profile.rank] = found
         return found
+
+    def _require_rank(self, profile: ClientProfile, sent: Adapter) -> None:
+        """Refuse to deal out ranks for a method that does not look at them."""
+        if profile.rank is not None and max(sent.ranks) > profile.rank:
+            raise ConfigError(
+                f"federation.client_ranks: expected a method that sends client "
+                f"{profile.client_id!r} an adapter of rank {profile.rank}, found rank "
+                f"{max(sent.ranks)} of {self._method.name!r}; use a method for mixed ranks, or "
+                "leave the key out"
+            )
 
     def _once(self, broadcast: Broadcast) -> _Prepared:
         key = id(broadcast.trainable), id(broadcast.frozen)

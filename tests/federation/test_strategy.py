@@ -14,7 +14,7 @@ from flwr.app import Array, ConfigRecord, Error, Message
 
 from fedlora.adapter import Adapter
 from fedlora.aggregation import Broadcast, method
-from fedlora.errors import FederationError
+from fedlora.errors import ConfigError, FederationError
 from fedlora.federation import ClientRecord, read_checkpoint, read_rounds, run_federation
 from fedlora.federation._flower_private import set_message_id
 from fedlora.federation.strategy import deal_ranks
@@ -354,3 +354,12 @@ def test_a_broadcast_is_asked_once_a_rank_and_every_client_gets_its_own_rank(
     assert state.round == 2
     assert sorted(asked) == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert [record.dropped for record in read_rounds(tmp_path)] == [(), ()]
+
+
+def test_ranks_are_not_dealt_out_to_a_method_that_ignores_them(tmp_path: Path) -> None:
+    config = experiment(federation__client_ranks=(2, 1), federation__cohort=8)
+    with pytest.raises(ConfigError, match=r"sends client 'c1' an adapter of rank 1, found rank 2"):
+        run(config, tmp_path)
+    # What a device says of itself is a wish: fedit sends everyone the same.
+    state, _ = run(experiment(), tmp_path / "wish", {1: FakeTrainer(1, rank=1)})
+    assert state.round == 3
