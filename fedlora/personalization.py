@@ -4,6 +4,9 @@ base      no adapter
 own       trained alone from zero, for as many steps as the client took in all
 global    what the federation made
 personal  the global adapter, trained on by the client; whole, and served alone
+
+Where the global adapter has a part that clients do not train, the personal one is what became of
+the other part, stacked with it: trained beside it, as in the rounds. The own one has no such part.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from itertools import islice
 from torch import nn
 
 from fedlora.adapter import Adapter
+from fedlora.aggregation import Broadcast
 from fedlora.data import ClientData, draw_batches
 from fedlora.errors import NonFiniteError
 from fedlora.evaluation import (
@@ -24,7 +28,7 @@ from fedlora.evaluation import (
     evaluate_many,
 )
 from fedlora.experiment import ExperimentConfig
-from fedlora.nn import Task, load_adapter_into, train_local
+from fedlora.nn import Task, beside, load_adapter_into, train_local
 from fedlora.nn.cohort import Job, client_job, must_train_alone, train_cohort
 from fedlora.nn.precision import Precision
 from fedlora.training import TrainConfig
@@ -52,20 +56,26 @@ def compare_adapters(
     *,
     initial: Adapter,
     shared: Adapter,
+    parts: Broadcast | None = None,
     federated_steps: int,
 ) -> Person:
     """Train the own and the personal adapter of one client, and evaluate all four.
 
-    model: with `initial`'s layers injected. initial: A₀ and zero B. shared: the global adapter.
+    model: with `initial`'s layers injected. initial: A₀ and zero B. shared: the whole global
+    adapter; parts: the same, divided into what is trained and what stays (None: all is trained).
     federated_steps: optimizer steps that the client took in the rounds; own takes them too.
     """
+    parts = parts or Broadcast(shared)
     train = _personal_training(config)
     steps = config.personalization.steps
     own = train_adapter(
         model, data, task, initial, replace(train, local_steps=federated_steps + steps),
         seed=config.seed, phase="own",
     )  # fmt: skip
-    personal = train_adapter(model, data, task, shared, train, seed=config.seed, phase="personal")
+    personal = train_adapter(
+        model, data, task, parts.trainable, train, seed=config.seed, phase="personal",
+        frozen=parts.frozen,
+    )  # fmt: skip
     adapters = {"base": initial, "own": own, "global": shared, "personal": personal}
     scores = {
         name: evaluate(model, adapter, data.test, task, f"client {data.client_id!r}, {name}")
@@ -82,6 +92,7 @@ def compare_many(
     *,
     initial: Adapter,
     shared: Adapter,
+    parts: Broadcast | None = None,
     together: bool = True,
 ) -> list[Person | NonFiniteError]:
     """Return what `compare_adapters` returns for each client up to rounding, or its error.
@@ -92,17 +103,14 @@ def compare_many(
 
     A client whose training diverges has `NonFiniteError`, as alone, and changes no other.
     """
-    train = _personal_training(config)
+    train, parts = _personal_training(config), parts or Broadcast(shared)
     jobs = []
     for data, steps in people:
         longer = replace(train, local_steps=steps + config.personalization.steps)
         jobs.append(_job(data, initial, longer, config.seed, "own"))
-        jobs.append(_job(data, shared, train, config.seed, "personal"))
+        jobs.append(_job(data, parts.trainable, train, config.seed, "personal"))
     together = together and not must_train_alone(model, jobs, task)
-    if together:
-        adapters = _trained_together(model, jobs, task, config.engine.precision)
-    else:
-        adapters = _trained_alone(model, jobs, task, config)
+    adapters = _trained(model, jobs, task, config, frozen=parts.frozen, together=together)
     found: list[Person | NonFiniteError] = []
     trials = []
     for k, (data, _) in enumerate(people):
@@ -138,6 +146,34 @@ def _with_scores(
 def _job(data: ClientData, start: Adapter, config: TrainConfig, seed: int, phase: str) -> Job:
     """Return the training of `train_adapter` as a job of a group."""
     return client_job(data.train, data.client_id, start, config, seed=seed, round=phase)
+
+
+def _trained(
+    model: nn.Module,
+    jobs: Sequence[Job],
+    task: Task,
+    config: ExperimentConfig,
+    *,
+    frozen: Adapter | None,
+    together: bool,
+) -> list[Adapter | NonFiniteError]:
+    """Train the jobs, own and personal in turn; the personal ones beside `frozen`, which they get.
+
+    Without it, both share their passes.
+    """
+
+    def trained(some: Sequence[Job]) -> list[Adapter | NonFiniteError]:
+        if together:
+            return _trained_together(model, some, task, config.engine.precision)
+        return _trained_alone(model, some, task, config)
+
+    if frozen is None:
+        return trained(jobs)
+    found = trained(jobs[::2])
+    with beside(model, frozen):
+        personal = trained(jobs[1::2])
+    whole = [p if isinstance(p, NonFiniteError) else Broadcast(p, frozen).whole for p in personal]
+    return [adapter for pair in zip(found, whole, strict=True) for adapter in pair]
 
 
 def _trained_together(
@@ -176,14 +212,18 @@ def train_adapter(
     *,
     seed: int,
     phase: str,
+    frozen: Adapter | None = None,
 ) -> Adapter:
     """Train from `start` on the client's own examples and return the whole adapter.
 
-    Batches are keyed by (seed, client, phase). A client without training examples keeps `start`.
+    frozen: an adapter beside which it is trained, and which is part of the result. Batches are
+    keyed by (seed, client, phase). A client without training examples keeps `start`.
     """
     load_adapter_into(model, start)
     batches = draw_batches(data.train, config, seed, data.client_id, phase)
-    return train_local(model, batches, config, task=task, seed=seed).adapter
+    with beside(model, frozen):
+        trained = train_local(model, batches, config, task=task, seed=seed).adapter
+    return Broadcast(trained, frozen).whole
 
 
 def _personal_training(config: ExperimentConfig) -> TrainConfig:

@@ -51,7 +51,7 @@ class ClientProfile:
     """What the server knows of a client before a round."""
 
     client_id: str
-    rank: int | None = None  # None: the global adapter's
+    rank: int | None = None  # that it trains at most; None: the global adapter's
     num_examples: float | None = None
 
 
@@ -87,6 +87,9 @@ class Method:
     any_rank: bool = False  # clients may differ in rank and scaling
     summary: str = ""  # when to use it, for the table of methods
     paper: str = ""  # arXiv number
+    # Whether `broadcast` looks at more of a profile than its rank. If not, it is asked once a round
+    # and rank, and all clients of that rank share what it gives.
+    broadcasts_by_client: bool = False
 
     def rule(self, round: int) -> LocalRule:
         """Return what a trainer is told in `round`."""

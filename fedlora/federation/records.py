@@ -55,8 +55,10 @@ BOTH: frozenset[Factor] = frozenset({"A", "B"})
 
 _ANSWER: Mapping[str, type] = {"client_id": str, "rank": int, "num_examples": int}
 
-# The last adapter that came down, by its record's name: its bytes, its description, itself.
-_DECODED: dict[str, tuple[bytes, tuple[Any, ...], Adapter]] = {}
+# The last adapters that came down, by their record's name: bytes, description, adapter, round.
+# Several of one round, since those of clients of different ranks alternate.
+MOST_DECODED = 8
+_DECODED: dict[str, tuple[tuple[bytes, tuple[Any, ...], Adapter, object], ...]] = {}
 _PARSED: dict[tuple[type, str], Any] = {}  # frozen values of the last records, by their text
 
 
@@ -226,7 +228,7 @@ def _parse_record(cls: type[T], record: Mapping[str, Any], who: str) -> T:
 
 
 def _decode_adapter(content: RecordDict, name: str, layout_name: str, lora: LoraConfig) -> Adapter:
-    """Read an adapter, or take the last one when it is made of the very same bytes object.
+    """Read an adapter, or take a recent one that is made of the very same bytes object.
 
     In one process all virtual clients of a round get the same one; on a device it is always read.
     """
@@ -235,11 +237,15 @@ def _decode_adapter(content: RecordDict, name: str, layout_name: str, lora: Lora
     if not isinstance(array, FlowerArray):
         return _read_adapter(content, name, layout_name, lora)
     described = (repr(layout), array.shape, array.dtype, lora)
-    last = _DECODED.get(name)
-    if last is not None and array.data is last[0] and described == last[1]:
-        return last[2]
+    recent = _DECODED.get(name, ())
+    for data, description, adapter, _ in recent:
+        if array.data is data and described == description:
+            return adapter
     adapter = _read_adapter(content, name, layout_name, lora)
-    _DECODED[name] = (array.data, described, adapter)
+    round = cast(ConfigRecord, layout)["round"]  # it was just read
+    others = (kept for kept in recent if kept[3] == round)
+    # Replaced whole: threads may read at any time.
+    _DECODED[name] = ((array.data, described, adapter, round), *others)[:MOST_DECODED]
     return adapter
 
 

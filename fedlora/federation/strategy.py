@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -23,14 +23,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedlora.aggregation import Broadcast, ClientProfile, Method, Update
-from fedlora.errors import FederationError, FedloraError
+from fedlora.adapter import Adapter
+from fedlora.aggregation import Broadcast, ClientProfile, Method, ServerState, Update
+from fedlora.errors import ConfigError, FederationError, FedloraError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint, ClientRecord, Dropped, RoundRecord
 from fedlora.federation.client import one_line
 from fedlora.federation.records import (
     BOTH,
     ClientSetup,
+    EncodedAdapter,
     TrainOrder,
     content_bytes,
     encode_adapter,
@@ -39,9 +41,8 @@ from fedlora.federation.records import (
 )
 from fedlora.federation.replies import Reply, ReplyForm, decode_reply, reply_bytes
 from fedlora.federation.sampling import draw_cohort
-from fedlora.training import Factor
 
-__all__ = ["MAX_FAILED_ROUNDS", "FederatedLora"]
+__all__ = ["MAX_FAILED_ROUNDS", "FederatedLora", "deal_ranks"]
 
 MAX_FAILED_ROUNDS = 3  # in a row without one valid update, before the run is given up
 
@@ -105,6 +106,7 @@ class FederatedLora(Strategy):
         self._nodes = dict(nodes)
         self._save = save
         self._clients = {client.client_id: client for client in checkpoint.clients}
+        self._ranks = deal_ranks(checkpoint.clients, config)
         self._round: _Round | None = None
 
     def configure_train(
@@ -168,25 +170,25 @@ class FederatedLora(Strategy):
 
     def _messages(self, current: _Round, grid: Grid) -> Iterator[Message]:
         setup = to_record(ClientSetup.of(self.config))
-        uploaded = self.method.uploaded(current.number)
         order = to_record(
             TrainOrder(
                 current.number,
                 self.config.seed,
                 self.config.federation.train_in(current.number),
-                uploaded,
+                self.method.uploaded(current.number),
                 self.method.rule(current.number),
             )
         )
-        prepare = _PrepareOnce(setup, order, uploaded, current.number)
+        dealt = bool(self.config.federation.client_ranks)
+        prepare = _PrepareOnce(self.method, setup, order, current.number, dealt=dealt)
         for client_id in current.cohort:
             node = self._nodes.get(client_id)
             if node is None:
                 self._drop(current, client_id, "not connected")
                 continue
             client = self._clients[client_id]
-            profile = ClientProfile(client_id, client.rank, client.num_examples)
-            prepared = prepare(self.method.broadcast(self.checkpoint.state, profile))
+            profile = ClientProfile(client_id, self._ranks[client_id], client.num_examples)
+            prepared = prepare(self.checkpoint.state, profile)
             current.awaited[node] = _Sent(client_id, prepared.form)
             current.bytes_down += prepared.num_bytes
             yield Message(prepared.content(), node, "train", group_id=str(current.number))
@@ -272,22 +274,62 @@ class FederatedLora(Strategy):
             )
 
 
+def deal_ranks(clients: Sequence[ClientRecord], config: ExperimentConfig) -> dict[str, int | None]:
+    """Return the rank that each client trains; None: the global adapter's.
+
+    `federation.client_ranks` are dealt out in turn over the sorted ids, so that a rank stays with
+    its client whoever is drawn, and when the run is resumed. A client that names its own rank keeps
+    that, but for what is over the largest of the run: nothing more is sent.
+    """
+    dealt: Sequence[int | None] = config.federation.client_ranks or (None,)
+    most = max(config.lora.rank, *config.lora.rank_pattern.values(), 1)
+    found: dict[str, int | None] = {}
+    for place, client in enumerate(sorted(clients, key=lambda client: client.client_id)):
+        rank = dealt[place % len(dealt)]
+        found[client.client_id] = rank if client.rank is None else min(client.rank, most)
+    return found
+
+
 class _PrepareOnce:
-    """Prepare the broadcast that most clients share once a round, not once a client."""
+    """Prepare what clients share once a round: a method's broadcast for a rank, and its records."""
 
     def __init__(
-        self, setup: ConfigRecord, order: ConfigRecord, uploaded: frozenset[Factor], round: int
+        self, method: Method, setup: ConfigRecord, order: ConfigRecord, round: int, *, dealt: bool
     ) -> None:
-        self._setup, self._order = setup, order
-        self._uploaded, self._round = uploaded, round
+        self._method, self._setup, self._order = method, setup, order
+        self._dealt = dealt  # whether the experiment gives clients their ranks
+        self._uploaded, self._round = method.uploaded(round), round
+        self._of_rank: dict[int | None, _Prepared] = {}
         self._kept: dict[tuple[int, int], _Prepared] = {}
+        self._frozen: tuple[Adapter, EncodedAdapter] | None = None  # the last one, of any rank
 
-    def __call__(self, broadcast: Broadcast) -> _Prepared:
-        """Return the messages of `broadcast`; the same value for the same adapters."""
+    def __call__(self, state: ServerState, profile: ClientProfile) -> _Prepared:
+        """Return the messages for a client; the same value for the same adapters."""
+        if self._method.broadcasts_by_client:
+            return self._once(self._method.broadcast(state, profile))
+        found = self._of_rank.get(profile.rank)
+        if found is None:
+            found = self._once(self._method.broadcast(state, profile))
+            if self._dealt:
+                self._require_rank(profile, found.source.trainable)
+            self._of_rank[profile.rank] = found
+        return found
+
+    def _require_rank(self, profile: ClientProfile, sent: Adapter) -> None:
+        """Refuse to deal out ranks for a method that does not look at them."""
+        if profile.rank is not None and max(sent.ranks) > profile.rank:
+            raise ConfigError(
+                f"federation.client_ranks: expected a method that sends client "
+                f"{profile.client_id!r} an adapter of rank {profile.rank}, found rank "
+                f"{max(sent.ranks)} of {self._method.name!r}; use a method for mixed ranks, or "
+                "leave the key out"
+            )
+
+    def _once(self, broadcast: Broadcast) -> _Prepared:
         key = id(broadcast.trainable), id(broadcast.frozen)
         found = self._kept.get(key)
         if found is None:
-            if len(self._kept) >= 4:  # some ranks; those of single clients do not pile up
+            if len(self._kept) >= 4:  # those of single clients do not pile up
                 self._kept.clear()
             found = self._kept[key] = self._prepared(broadcast)
         return found
@@ -296,7 +338,10 @@ class _PrepareOnce:
         trainable = encode_adapter(broadcast.trainable, BOTH, self._round)
         frozen = None
         if broadcast.frozen is not None:
-            frozen = encode_adapter(broadcast.frozen, BOTH, self._round)
+            if self._frozen is None or self._frozen[0] is not broadcast.frozen:
+                encoded = encode_adapter(broadcast.frozen, BOTH, self._round)
+                self._frozen = broadcast.frozen, encoded
+            frozen = self._frozen[1]
         content = partial(train_content, self._setup, self._order, trainable, frozen)
         form = ReplyForm.of(broadcast.trainable, self._uploaded, self._round)
         return _Prepared(broadcast, content, content_bytes(content()), form)

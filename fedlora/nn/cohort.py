@@ -49,6 +49,7 @@ __all__ = [
     "client_job",
     "group_jobs",
     "must_train_alone",
+    "outlined_job",
     "train_alone",
     "train_cohort",
     "train_group",
@@ -137,11 +138,24 @@ def client_job(
     rule: LocalRule = LocalRule(),  # noqa: B008 - frozen
 ) -> Job:
     """Return the training of one client on its examples, in batches keyed by seed and round."""
+    job = outlined_job(examples, client_id, start, config, rule=rule)
+    return replace(job, batches=draw_batches(examples, config, seed, client_id, round))
+
+
+def outlined_job(
+    examples: Examples,
+    client_id: str,
+    start: Adapter,
+    config: TrainConfig,
+    *,
+    rule: LocalRule = LocalRule(),  # noqa: B008 - frozen
+) -> Job:
+    """Return `client_job` without its batches, which is enough for `group_jobs`."""
     rows = min(config.batch_size, len(examples))
     return Job(
         client_id,
         start,
-        draw_batches(examples, config, seed, client_id, round),
+        (),
         config.steps_for(len(examples)),
         config,
         rule,

@@ -12,6 +12,7 @@ is made by the same functions as on a device, and passes the same guard.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,14 +22,14 @@ from pathlib import Path
 from flwr.app import Message
 
 from fedlora.adapter import Adapter, Array
-from fedlora.errors import BaseMismatchError, FederationError, UnsupportedError
+from fedlora.errors import BaseMismatchError, FederationError
 from fedlora.experiment import EngineConfig
 from fedlora.federation import ClientSetup
 from fedlora.federation.client import error_reply
 from fedlora.federation.private import kept_factors, kept_segments, split_row, with_kept
 from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
 from fedlora.flat import Segment
-from fedlora.nn.cohort import Job, group_jobs, must_train_alone, usual_positions
+from fedlora.nn.cohort import Job, group_jobs, must_train_alone, outlined_job, usual_positions
 from fedlora.simulation.grid import VirtualGrid
 from fedlora.simulation.groups import GroupOrder, Outcome, job_of, train_order, world_of
 from fedlora.simulation.slab import PersonalSlab
@@ -121,23 +122,26 @@ class CohortGrid(VirtualGrid):
     def _read(self, message: Message) -> _Client:
         task = read_task(message.content)
         world, sent = self._world(task.setup), task.broadcast
-        if sent.frozen is not None:
-            raise UnsupportedError("training beside a frozen adapter is not supported in torch yet")
-        if sent.trainable.base != world.initial.base:
+        if any(
+            a is not None and a.base != world.initial.base for a in (sent.trainable, sent.frozen)
+        ):
             raise BaseMismatchError("the server's adapter is for another base than this run's")
         number = self.number_of(message)
         start = self._start(task, number)
         return _Client(message, number, world.data.client_ids[number], task, start)
 
     def _groups(self, clients: Sequence[_Client]) -> Iterator[list[_Client]]:
-        """Yield the groups of a window; clients of one group have the same setup and order."""
+        """Yield the groups of a window: of one setup and order, beside one frozen adapter.
+
+        Ranks may differ in a group.
+        """
         rest = list(clients)
         while rest:
-            task = rest[0].task
-            same = [c for c in rest if c.task.order == task.order and c.task.setup == task.setup]
-            rest = [c for c in rest if c.task.order != task.order or c.task.setup != task.setup]
-            world = self._world(task.setup)
-            jobs = [_job(world, client) for client in same]
+            first = rest[0].task
+            same = [client for client in rest if _together(client.task, first)]
+            rest = [client for client in rest if not _together(client.task, first)]
+            world = self._world(first.setup)
+            jobs = [_outline(world, client) for client in same]
             positions = self._positions or usual_positions(world.model, jobs)
             for group in group_jobs(jobs, positions):
                 yield [same[index] for index in group]
@@ -149,7 +153,8 @@ class CohortGrid(VirtualGrid):
             starts = starts[:1]
         names = tuple(client.name for client in group)
         alone = self._alone[task.setup]
-        order = GroupOrder(self._engine, task.setup, task.order, names, starts, alone)
+        frozen = task.broadcast.frozen
+        order = GroupOrder(self._engine, task.setup, task.order, names, starts, frozen, alone)
         try:
             outcomes = self._train(order)
         except Exception as error:
@@ -219,9 +224,27 @@ class CohortGrid(VirtualGrid):
                     f"{', '.join(sorted(kept_factors(task)))}: expected a folder for factors that "
                     "are trained and not shared, found none"
                 )
-            self._slabs[segments] = PersonalSlab(self._private, self.num_clients, segments)
+            # Clients of other ranks have rows of another layout.
+            texts = "\n".join(map(str, segments)).encode()
+            folder = self._private / hashlib.sha256(texts).hexdigest()[:16]
+            self._slabs[segments] = PersonalSlab(folder, self.num_clients, segments)
         return self._slabs[segments]
 
 
 def _job(world: World, client: _Client) -> Job:
     return job_of(world, client.name, client.start, client.task.order)
+
+
+def _outline(world: World, client: _Client) -> Job:
+    examples, order = world.data.client(client.name).train, client.task.order
+    return outlined_job(examples, client.name, client.start, order.train, rule=order.rule)
+
+
+def _together(one: TrainTask, other: TrainTask) -> bool:
+    """Whether clients with these tasks may share a group."""
+    # By identity: all clients of a round that are sent the same frozen adapter have one object.
+    return one is other or (
+        one.broadcast.frozen is other.broadcast.frozen
+        and one.order == other.order
+        and one.setup == other.setup
+    )

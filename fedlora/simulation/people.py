@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from fedlora.adapter import Adapter
+from fedlora.aggregation import Broadcast
 from fedlora.data import ClientData
 from fedlora.errors import NonFiniteError
 from fedlora.evaluation import Trial, evaluate, evaluate_many
@@ -43,6 +44,7 @@ def evaluate_clients(
     config: ExperimentConfig,
     shared: Adapter,
     *,
+    parts: Broadcast | None = None,
     took_part: Sequence[ClientRecord],
     file: Path,
     keep_own: Mapping[str, Path],
@@ -52,6 +54,7 @@ def evaluate_clients(
 ) -> list[dict[str, Any]]:
     """Return a row per client in the order of ids; each is in `file` as soon as it is known.
 
+    shared, parts: the global adapter, whole and divided (`compare_adapters`).
     took_part: what each client did in the rounds. keep_own, keep_personal: where to save whose
     adapter. Rows of this global adapter that `file` already has are not computed again. A client
     whose training diverges has "failed" with the reason in place of "scores".
@@ -70,9 +73,10 @@ def evaluate_clients(
         everyone = [(local.data.client(client), records[client].steps) for client in window]
         if config.engine.kind != "sequential":
             return compare_many(
-                local.model, everyone, local.task, config, initial=local.initial, shared=shared
-            )
-        return [_alone(local, data, config, shared, steps) for data, steps in everyone]
+                local.model, everyone, local.task, config,
+                initial=local.initial, shared=shared, parts=parts,
+            )  # fmt: skip
+        return [_alone(local, data, config, shared, parts, steps) for data, steps in everyone]
 
     def rows_of(local: World, window: Sequence[str]) -> list[dict[str, Any]]:
         return [
@@ -113,7 +117,12 @@ def evaluate_clients(
 
 
 def _alone(
-    world: World, data: ClientData, config: ExperimentConfig, shared: Adapter, steps: int
+    world: World,
+    data: ClientData,
+    config: ExperimentConfig,
+    shared: Adapter,
+    parts: Broadcast | None,
+    steps: int,
 ) -> Person | NonFiniteError:
     try:
         return compare_adapters(
@@ -123,6 +132,7 @@ def _alone(
             config,
             initial=world.initial,
             shared=shared,
+            parts=parts,
             federated_steps=steps,
         )
     except NonFiniteError as error:

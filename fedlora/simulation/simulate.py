@@ -125,9 +125,10 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     show = _show_rounds(config, folder, report)
     checkpoint = run_rounds(config, folder, len(world.data), on_round=show)
     state, took_part = checkpoint.state, checkpoint.clients
+    whole = state.adapter  # one object for everyone: it is evaluated once a window
     provenance = {"run": config.name, "round": state.round, "method": config.federation.method}
     for target in ("adapter", "adapter.safetensors"):
-        save_adapter(state.adapter, folder / target, provenance=provenance)
+        save_adapter(whole, folder / target, provenance=provenance)
     # A skewed partition may leave a client without held-out examples: it only takes part.
     tested = [c for c in took_part if len(world.data.client(c.client_id).test)]
     crossed = [c.client_id for c in tested if not c.held_out][: config.personalization.cross]
@@ -136,7 +137,8 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     rows = evaluate_clients(
         world,
         config,
-        state.adapter,
+        whole,
+        parts=state.broadcast,
         took_part=tested,
         file=clients_file,
         keep_own=own,
@@ -167,7 +169,7 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
         )
     summary["seconds"] = round(seconds(), 3)
     write_atomic(folder / SUMMARY, json.dumps(summary, indent=2).encode())
-    return Run(folder, state.adapter, summary, rows)
+    return Run(folder, whole, summary, rows)
 
 
 def _files(folder: Path, clients: Sequence[str]) -> dict[str, Path]:
