@@ -10,9 +10,21 @@ from typing import Any
 
 from fedlora.aggregation.averaging import fedit, ffa_lora
 from fedlora.aggregation.method import Broadcast, ClientProfile, Method, ServerState, Update
+from fedlora.aggregation.robust import with_rule
+from fedlora.aggregation.server_optimizers import with_server_optimizer
 from fedlora.errors import ConfigError, unknown_name
 
-__all__ = ["Broadcast", "ClientProfile", "Method", "ServerState", "Update", "method", "methods"]
+__all__ = [
+    "Broadcast",
+    "ClientProfile",
+    "Method",
+    "ServerState",
+    "Update",
+    "method",
+    "methods",
+    "with_rule",
+    "with_server_optimizer",
+]
 
 _METHODS: dict[str, Callable[..., Method]] = {"fedit": fedit, "ffa-lora": ffa_lora}
 

@@ -80,6 +80,7 @@ def _averaging(name: str, factors: frozenset[Factor], *, exact: bool) -> Method:
         local=LocalRule(trained=factors),
         exact=exact,
         linear=True,
+        continues=True,
     )
 
 

@@ -83,6 +83,11 @@ class Method:
     local: LocalRule
     exact: bool  # the result equals Σ p_k s_k B_k A_k
     linear: bool  # a sum of client vectors suffices: secure aggregation and central DP allowed
+    # The next trainable adapter is the mean of what clients made of this one, in the same factors,
+    # and nothing else of the state hangs on it. Only then is "mean minus this one" a direction in
+    # which a server optimizer may go further. False for methods that factor anew, begin anew, or
+    # keep a residual that fits their mean alone; a method has to claim it.
+    continues: bool = False
 
     def rule(self, round: int) -> LocalRule:
         """Return what a trainer is told in `round`."""
