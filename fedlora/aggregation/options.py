@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from fedlora.errors import ConfigError, nearest
+from fedlora.errors import ConfigError, nearest, unknown_name
 
 __all__ = ["build_named", "require_number", "require_whole"]
 
@@ -19,10 +19,11 @@ def build_named(
 ) -> T:
     """Call ``table[name](**options)``.
 
-    Raises `ConfigError` for an unknown name or option, with the nearest known one.
+    Raises `UnknownNameError` and, for an unknown option or its value, `ConfigError`, each with the
+    nearest known name.
     """
     if name not in table:
-        raise ConfigError(f"unknown {kind} {name!r}{nearest(name, table)}")
+        raise unknown_name(kind, name, table)
     parameters = inspect.signature(table[name]).parameters
     for option in options:
         if option not in parameters:

@@ -67,8 +67,8 @@ def with_rule(method: Method, name: str, **options: Any) -> Method:
     all. Options that change nothing (share 0, a huge bound, max_share 1) give the plain method's
     bits. Combines with `with_server_optimizer`, which goes around it.
 
-    Raises `ConfigError` for a name, an option or a method that does not go with it; the returned
-    aggregate raises `TooFewUpdatesError` when a round cannot keep the rule's promise.
+    Raises `UnknownNameError`, and `ConfigError` for an option or a method that does not go with it;
+    the returned aggregate raises `TooFewUpdatesError` when a round cannot keep the rule's promise.
     """
     rule = build_named("robust rule", RULES, name, options)
     if rule.of_factors and not method.linear:
@@ -140,7 +140,8 @@ def multi_krum(attackers: int = 1, keep: int | None = None) -> _Rule:
     An update's score is the sum of its squared distances to the ``K - attackers - 2`` nearest
     others (`product_space.squared_distances`); the `keep` lowest scores remain (default: ``K -
     attackers``) and count alike, whatever their weight. A round needs ``K >= 2 attackers + 3``
-    updates, and is given up with `TooFewUpdatesError` when it has fewer. Time and memory grow as
+    updates, and is given up with `TooFewUpdatesError` when it has fewer: choose a cohort with room
+    for clients that fail or are dropped, or attackers end the run by sending nothing. Time and memory grow as
     K^2. An attacker that stays near the others is kept: the rule bounds its distance, not its
     direction.
     """

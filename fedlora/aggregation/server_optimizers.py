@@ -67,9 +67,9 @@ def with_server_optimizer(method: Method, name: str, **options: Any) -> Method:
     and written with the checkpoint, so that a resumed run takes the same steps bit for bit.
     "momentum" with learning_rate 1 and beta1 0 is the plain method, bit for bit.
 
-    Raises `ConfigError` for a name, an option or a method that does not go with it; the returned
-    aggregate raises `RunError` for moments of another adapter, and `FederationError` when a step
-    leaves the range of float32.
+    Raises `UnknownNameError`, and `ConfigError` for an option or a method that does not go with it;
+    the returned aggregate raises `RunError` for moments of another adapter, and `FederationError`
+    when a step leaves the range of float32.
     """
     optimizer = build_named("server optimizer", SERVER_OPTIMIZERS, name, options)
     if not method.continues:

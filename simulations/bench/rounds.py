@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlora.aggregation import method
 from fedlora.data import draw_batches
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation import RoundRecord

@@ -24,7 +24,12 @@ from fedlora.aggregation import (
 )
 from fedlora.aggregation.product_space import moved_by, reach, squared_distances
 from fedlora.aggregation.robust import RULES, fewest_updates
-from fedlora.errors import ConfigError, ShapeMismatchError, TooFewUpdatesError
+from fedlora.errors import (
+    ConfigError,
+    ShapeMismatchError,
+    TooFewUpdatesError,
+    UnknownNameError,
+)
 from tests.aggregation.test_averaging import adapter, updates_of
 from tests.federation.fakes import raises
 from tests.reference import robust as slow
@@ -413,7 +418,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_wrong_name_or_option_is_refused(case: str) -> None:
     name, options, text = REFUSED[case]
-    with raises(ConfigError, text):
+    with raises(UnknownNameError if case == "name" else ConfigError, text):
         with_rule(method("fedit"), name, **options)
 
 
