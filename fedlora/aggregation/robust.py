@@ -141,9 +141,9 @@ def multi_krum(attackers: int = 1, keep: int | None = None) -> _Rule:
     others (`product_space.squared_distances`); the `keep` lowest scores remain (default: ``K -
     attackers``) and count alike, whatever their weight. A round needs ``K >= 2 attackers + 3``
     updates, and is given up with `TooFewUpdatesError` when it has fewer: choose a cohort with room
-    for clients that fail or are dropped, or attackers end the run by sending nothing. Time and memory grow as
-    K^2. An attacker that stays near the others is kept: the rule bounds its distance, not its
-    direction.
+    for clients that fail or are dropped, or attackers end the run by sending nothing. Time and
+    memory grow as K^2. An attacker that stays near the others is kept: the rule bounds its
+    distance, not its direction.
     """
     require_whole("attackers", attackers, 0)
     if keep is not None:
