@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from fedlora.adapter import LoraConfig
-from fedlora.aggregation import Method
+from fedlora.aggregation import Method, with_rule, with_server_optimizer
 from fedlora.aggregation import method as find_method
+from fedlora.aggregation.robust import fewest_updates
 from fedlora.errors import ConfigError, MissingExtraError, nearest, unknown_name
 from fedlora.training import TrainConfig
 
@@ -96,6 +97,10 @@ class FederationConfig:
     # The learning rate falls from round to round along half a cosine, to nearly 0 in the last one.
     schedule: Literal["constant", "cosine"] = "constant"
     client_ranks: tuple[int, ...] = ()  # dealt out in turn over sorted client ids; (): lora.rank
+    server_optimizer: str | None = None  # momentum, adam, yogi or adagrad behind the mean
+    server_options: Mapping[str, Any] = field(default_factory=dict)
+    robust: str | None = None  # median, trimmed-mean, multi-krum, norm-bound or max-share
+    robust_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _at_least("federation.rounds", self.rounds, 0)
@@ -103,6 +108,13 @@ class FederationConfig:
         for rank in self.client_ranks:
             _at_least("federation.client_ranks", rank, 1)
         self.build_method()
+        if self.robust is not None and self.sampling == "fixed":
+            fewest = fewest_updates(self.robust, **self.robust_options)
+            if self.cohort < fewest:
+                raise ConfigError(
+                    f"federation.cohort: expected at least {fewest} for {self.robust} with "
+                    f"{dict(self.robust_options)}, found {self.cohort}"
+                )
 
     def train_in(self, round: int) -> TrainConfig:
         """Return what clients are told in `round`, which counts from 1."""
@@ -112,8 +124,33 @@ class FederationConfig:
         return dataclasses.replace(self.train, learning_rate=self.train.learning_rate * share)
 
     def build_method(self) -> Method:
-        """Return the method with its options. Raises `ConfigError` for an option it has not."""
-        return find_method(self.method, **self.method_options)
+        """Return the method with its options, its robust rule and its server optimizer.
+
+        The rule stands in front of the method's mean, the optimizer behind it. Raises `ConfigError`
+        for an option that is not theirs, and for those that do not go together.
+        """
+        built = find_method(self.method, **self.method_options)
+        for key, name, options_key, options, wrap in (
+            ("robust", self.robust, "robust_options", self.robust_options, with_rule),
+            (
+                "server_optimizer",
+                self.server_optimizer,
+                "server_options",
+                self.server_options,
+                with_server_optimizer,
+            ),
+        ):
+            if name is None and options:
+                raise ConfigError(
+                    f"federation.{options_key}: expected federation.{key} beside it, found none; "
+                    "name one, or remove the options"
+                )
+            if name is not None:
+                try:
+                    built = wrap(built, name, **options)
+                except ConfigError as error:
+                    raise ConfigError(f"federation.{key}: {error}") from None
+        return built
 
 
 @dataclass(frozen=True, slots=True)

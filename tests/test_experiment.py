@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.errors import ConfigError, UnknownNameError
+from fedlora.errors import ConfigError, FedloraError, UnknownNameError
 from fedlora.experiment import (
     ExperimentConfig,
     app_root,
@@ -170,6 +170,57 @@ def test_an_unknown_method_is_refused_with_the_nearest() -> None:
         build(federation__method="fedlt")
 
 
+def test_a_rule_stands_before_the_mean_and_a_server_optimizer_behind_it() -> None:
+    config = build(
+        federation__robust="norm-bound",
+        federation__robust_options={"bound": 2.5, "max_share": 0.5},
+        federation__server_optimizer="adam",
+        federation__server_options={"learning_rate": 0.02},
+    )
+    built = config.federation.build_method()
+    assert (built.name, built.linear, built.exact) == ("fedit+norm-bound+adam", False, False)
+    assert build().federation.build_method().name == "fedit"
+    assert ExperimentConfig.from_table(config.to_table()) == config
+
+
+RULES_AND_OPTIMIZERS: dict[str, tuple[dict[str, Any], type[FedloraError], str]] = {
+    "unknown rule": (
+        {"robust": "multikrum"},
+        UnknownNameError,
+        "unknown robust rule 'multikrum'; did you mean 'multi-krum'?",
+    ),
+    "unknown optimizer": (
+        {"server_optimizer": "adagard"},
+        UnknownNameError,
+        "unknown server optimizer 'adagard'; did you mean 'adagrad'?",
+    ),
+    "unknown option": (
+        {"robust": "multi-krum", "robust_options": {"atackers": 2}},
+        ConfigError,
+        "federation.robust: robust rule 'multi-krum': unknown option 'atackers'; did you mean "
+        "'attackers'?",
+    ),
+    "options of nothing": (
+        {"server_options": {"beta1": 0.5}},
+        ConfigError,
+        "federation.server_options: expected federation.server_optimizer beside it, found none; "
+        "name one, or remove the options",
+    ),
+    "a cohort that is too small": (
+        {"robust": "multi-krum", "robust_options": {"attackers": 4}, "cohort": 10},
+        ConfigError,
+        "federation.cohort: expected at least 11 for multi-krum with {'attackers': 4}, found 10",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RULES_AND_OPTIMIZERS)
+def test_a_rule_or_optimizer_that_cannot_be_is_refused(case: str) -> None:
+    keys, error, text = RULES_AND_OPTIMIZERS[case]
+    with raises(error, text):
+        build(**{f"federation__{key}": value for key, value in keys.items()})
+
+
 def test_overrides_change_their_key_and_leave_the_given_table_alone() -> None:
     table = TABLE | {"lora": {"rank_pattern": {"fc": 2}}}
     config = ExperimentConfig.from_table(
@@ -188,6 +239,12 @@ def test_an_override_with_none_takes_a_value_away() -> None:
 
 ROUND_TRIPS: dict[str, dict[str, Any]] = {
     "the defaults": {},
+    "a rule and a server optimizer": {
+        "federation__robust": "norm-bound",
+        "federation__robust_options": {"bound": 2.5},
+        "federation__server_optimizer": "yogi",
+        "federation__server_options": {"tau": 0.01},
+    },
     "everything of LoRA": {
         "lora__target_modules": r".*\.(q|v)_proj",
         "lora__rank_pattern": {r"layers\.0\..*": 4},

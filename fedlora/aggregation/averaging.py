@@ -198,6 +198,7 @@ def _averaging(
         linear=True,
         summary=summary,
         paper=paper,
+        continues=True,
     )
 
 

@@ -90,6 +90,11 @@ class Method:
     # Whether `broadcast` looks at more of a profile than its rank. If not, it is asked once a round
     # and rank, and all clients of that rank share what it gives.
     broadcasts_by_client: bool = False
+    # The next trainable adapter is the mean of what clients made of this one, in the same factors,
+    # and nothing else of the state hangs on it. Only then is "mean minus this one" a direction in
+    # which a server optimizer may go further. False for methods that factor anew, begin anew, or
+    # keep a residual that fits their mean alone; a method has to claim it.
+    continues: bool = False
 
     def rule(self, round: int) -> LocalRule:
         """Return what a trainer is told in `round`."""

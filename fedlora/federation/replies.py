@@ -31,6 +31,7 @@ from fedlora.flat import RowForm, Segment, pack
 from fedlora.training import Factor
 
 __all__ = [
+    "LARGEST",
     "Reply",
     "ReplyForm",
     "decode_reply",
@@ -38,6 +39,12 @@ __all__ = [
     "encode_reply_row",
     "reply_bytes",
 ]
+
+# Finite numbers can be absurd as well: float32 holds 1e30, but not the product of two of them, and
+# one such client in the mean makes everyone's next forward pass infinite. Factors that train are of
+# order 1, and what half precision on a device can hold ends at 65,504.
+LARGEST = 1e6
+LARGEST_LOSS = 1e30  # its sum over clients by weight stays finite
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,7 +131,7 @@ def decode_reply(content: RecordDict, form: ReplyForm, who: str) -> Reply:
     """Read and check a client's answer. The adapter's factors are views of the message's bytes.
 
     Raises a `FedloraError` that opens with `who`: another layout, base, round, digest or size, a
-    number that is not finite, a missing or senseless metric.
+    number that is not finite or over `LARGEST`, a missing or senseless metric.
     """
     layout: Any = content.get("layout")
     usual = form.describes(layout)
@@ -135,7 +142,7 @@ def decode_reply(content: RecordDict, form: ReplyForm, who: str) -> Reply:
     if not usual:
         _require_same(layout, form, who)
     try:
-        adapter = form.rows.read(data, len(form.buffer.header))
+        adapter = form.rows.read(data, len(form.buffer.header), largest=LARGEST)
     except FedloraError as error:
         raise type(error)(f"{who}: {error}") from None
     return Reply(adapter, *_metrics(content, who))
@@ -178,6 +185,8 @@ def _metrics(content: RecordDict, who: str) -> tuple[int | None, float, int]:
         raise FederationError(f"{who}: expected steps, a whole number >= 0, found {steps!r}")
     if type(loss) is not float or (steps > 0 and not math.isfinite(loss)):
         raise FederationError(f"{who}: expected a finite loss, found {loss!r}")
+    if abs(loss) > LARGEST_LOSS:
+        raise FederationError(f"{who}: expected a loss up to {LARGEST_LOSS:g}, found {loss!r}")
     return count, loss, steps
 
 

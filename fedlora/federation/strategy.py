@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapter import Adapter
 from fedlora.aggregation import Broadcast, ClientProfile, Method, ServerState, Update
-from fedlora.errors import ConfigError, FederationError, FedloraError
+from fedlora.errors import ConfigError, FederationError, FedloraError, TooFewUpdatesError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint, ClientRecord, Dropped, RoundRecord
 from fedlora.federation.client import one_line
@@ -135,13 +135,20 @@ class FederatedLora(Strategy):
         state = self.checkpoint.state
         updates = self._updates(current, replies)
         first = next(updates, None)
-        if first is None:
+        updated = first is not None
+        if first is not None:
+            try:
+                state = self.method.aggregate(state, itertools.chain([first], updates))
+            except TooFewUpdatesError as error:
+                updated = False
+                for client in current.valid:
+                    self._drop(current, client, str(error))
+                current.valid.clear()
+        if not updated:
             state = replace(state, round=current.number)  # nothing changes but the number
-        else:
-            state = self.method.aggregate(state, itertools.chain([first], updates))
         for sent in current.awaited.values():
             self._drop(current, sent.client_id, "no reply in time")
-        self._finish(current, replace(self.checkpoint, state=state), updated=first is not None)
+        self._finish(current, replace(self.checkpoint, state=state), updated=updated)
         loss = _mean_loss(current)
         return None, None if loss is None else MetricRecord({"loss": loss})
 
