@@ -29,7 +29,8 @@ __all__ = ["Batch", "Task", "get_task", "packs_texts", "scored_positions"]
 Batch: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
 NOT_COUNTED = -100  # a target that is no part of the loss
-PACKED_TOKENS = 512  # at most so many share a row: attention grows with their square
+PACKED_TOKENS = 512  # of a batch, or of a client in a group, that is packed at all
+ROW_TOKENS = 96  # that texts share a row up to: attention grows with the square of a row
 SCORED_LOGITS = 1 << 24  # at most about this many logits exist at once while scoring: 64 MB
 
 
@@ -379,18 +380,39 @@ def _is_divided(model: nn.Module, inputs: Tensor) -> bool:
 
 
 def _packed(inputs: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Put a small batch's texts in one row without their padding, each a segment of its own.
+    """Put a small batch's texts in few rows with little padding, each a segment of its own.
 
-    Return inputs (1, n), counted (n,) and the model's argument `segments` (1, n); a larger batch
-    comes back as it is. A text ends with its last counted target, behind which a causal model has
-    nothing to say.
+    Return inputs (rows, n), counted (rows * n,) and the model's argument `segments` (rows, n); a
+    larger batch comes back as it is. A text ends with its last counted target, behind which a
+    causal model has nothing to say. Counted positions keep their order.
     """
     by_row = counted.view(inputs.shape)
     needed = by_row.flip(1).cumsum(1).flip(1) > 0
-    row, column = needed.nonzero(as_tuple=True)
-    if not 0 < len(row) <= PACKED_TOKENS:
+    lengths = needed.sum(1).tolist()
+    if not 0 < sum(lengths) <= PACKED_TOKENS:
         return inputs, counted, {}
-    return inputs[row, column][None], by_row[row, column], {"segments": row[None]}
+    rows, starts, width = _places(lengths)
+    text, column = needed.nonzero(as_tuple=True)
+    place = (torch.tensor(rows) * width + torch.tensor(starts)).to(inputs.device)[text] + column
+    size = (rows[-1] + 1) * width
+    ids, segments = inputs.new_zeros(size), inputs.new_full((size,), -1)
+    ids[place], segments[place] = inputs[text, column], text
+    is_counted = counted.new_zeros(size)
+    is_counted[place] = by_row[text, column]
+    return ids.view(-1, width), is_counted, {"segments": segments.view(-1, width)}
+
+
+def _places(lengths: Sequence[int]) -> tuple[list[int], list[int], int]:
+    """Return each text's row, where it starts there, and the width of the rows."""
+    rows, starts, row, end, width = [], [], 0, 0, 1
+    for length in lengths:
+        if end and end + length > ROW_TOKENS:
+            row, end = row + 1, 0
+        rows.append(row)
+        starts.append(end)
+        end += length
+        width = max(width, end)
+    return rows, starts, width
 
 
 def packs_texts(model: nn.Module) -> bool:
