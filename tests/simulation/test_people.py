@@ -214,3 +214,17 @@ def test_no_window_is_larger_than_allowed_and_every_thread_has_several():
     assert {len(w) for w in people_module._windows(many[:8], config)} == {1}
     alone = replace(config, engine=EngineConfig("sequential"))
     assert {len(w) for w in people_module._windows(many, alone)} == {1}
+
+
+def test_the_rows_say_who_keeps_the_global_adapter(tmp_path):
+    keep = SHORT | {"personalization.keep_better": True, "data.validation_share": 0.1}
+    diverging = keep | {"personalization.learning_rate": 0.5, "personalization.steps": 3}
+    run = simulate("watch", overrides=diverging, out=tmp_path / "run")
+    kept = [row["client"] for row in run.clients if row["kept_global"]]
+    assert len(kept) == run.summary["extra"]["kept_global"] > 0
+    digest = run.adapter.fingerprint()
+    for client in kept:
+        saved = load_adapter(tmp_path / "run" / "personal" / f"{client}.safetensors")
+        assert saved.fingerprint() == digest
+    plain = simulate("watch", overrides=SHORT, out=tmp_path / "plain")
+    assert "kept_global" not in plain.clients[0]
