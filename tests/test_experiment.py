@@ -255,7 +255,7 @@ def test_errors_of_a_file_open_with_its_name(tmp_path: Path) -> None:
         ExperimentConfig.from_toml(path)
 
 
-@pytest.mark.parametrize("name", ["watch", "keyboard"])
+@pytest.mark.parametrize("name", ["authors", "keyboard", "watch"])
 def test_the_bundled_experiments_are_valid_and_found_by_name(name: str) -> None:
     path = find_experiment(name)
     assert path == app_root() / "simulations" / f"{name}.toml"

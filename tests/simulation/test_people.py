@@ -103,6 +103,14 @@ def test_an_encoder_needs_a_head_and_predicts_no_tokens(tmp_path, monkeypatch):
         open_world(base, DataConfig("chitchat", "next-token", 2), LoraConfig(), 0)
 
 
+def test_a_new_head_that_is_not_adapted_is_refused():
+    """It is zero, so that nothing would ever reach what is below it."""
+    base, data = BaseConfig("tiny-chat", 5), DataConfig("chitchat-punctuation", "classification", 2)
+    for lora in (LoraConfig(layers="last:1"), LoraConfig(target_modules=("q_proj",))):
+        with pytest.raises(ConfigError, match="the new head 'zero_head' among the adapted layers"):
+            open_world(base, data, lora, 0)
+
+
 LINEAR = {
     "base": {"id": "watch-cnn"},
     "data": {"id": "watch", "task": "classification", "clients": 7},

@@ -1,0 +1,1 @@
+"""Studies: questions to finished runs, each with the page that it writes."""
