@@ -69,8 +69,8 @@ def open_world(
     if base.num_classes is not None and NEW_HEAD not in initial:
         raise ConfigError(
             f"lora: expected the new head {NEW_HEAD!r} among the adapted layers, found it left "
-            "out: nothing would be learned; name it in lora.target_modules, and blocks by a regular "
-            "expression there, since lora.layers keeps nothing but blocks"
+            "out: nothing would be learned; name it in lora.target_modules, and blocks there by a "
+            "regular expression, since lora.layers keeps nothing but blocks"
         )
     for path, layer in initial.layers.items():
         if path == NEW_HEAD and layer.rank < layer.out_features:

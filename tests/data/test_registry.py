@@ -123,9 +123,9 @@ def test_authors_are_dealt_out_alike_in_training_and_test(
         # here and in training, where a client without a message is given one.
         most = 1 / total[part].min() + 2 / total["train"].min()
         assert abs(shares[part] - shares["train"]).max() <= most + 1e-9
-    # The skew is there: in 0.1 one client has most of an author's messages, in 1.0 hardly ever.
+    # The skew is there: the client with most of an author has more than half, or under a third.
     most = shares["train"].max(0).mean()
-    assert (most > 0.6) if partition == "dirichlet:0.1" else (most < 0.4)
+    assert (most > 0.5) if partition == "dirichlet:0.1" else (most < 0.33)
 
 
 def test_fewer_clients_are_a_random_choice_that_the_seed_decides() -> None:
