@@ -162,8 +162,23 @@ class PersonalizationConfig:
     batch_size: int | None = None  # None: the federation's
     save: bool = True  # keep everyone's personal adapter in the run's folder
     cross: int = 0  # clients whose own adapters are also evaluated on one another's data
+    # What a person is served: the personal adapter, or its mixture with the global one (FedDPA).
+    kind: Literal["personal", "mixed"] = "personal"
+    mixing_weight: float = 0.5  # of the personal adapter for the likeliest input; mixed only
+    proximal_weight: float = 0.0  # lambda of Ditto: pulls the personal adapter to the global one
+    keep_better: bool = False  # who does worse with it on the validation part keeps the global one
 
     def __post_init__(self) -> None:
+        if not 0 <= self.mixing_weight <= 1:
+            raise ConfigError(
+                "personalization.mixing_weight: expected a share in [0, 1], found "
+                f"{self.mixing_weight!r}"
+            )
+        if not 0 <= self.proximal_weight < math.inf:
+            raise ConfigError(
+                "personalization.proximal_weight: expected a finite number >= 0, found "
+                f"{self.proximal_weight!r}"
+            )
         _at_least("personalization.steps", self.steps, 0)
         _at_least("personalization.cross", self.cross, 0)
         _at_least("personalization.batch_size", self.batch_size, 1)
@@ -225,6 +240,11 @@ class ExperimentConfig:
             raise ConfigError(
                 "lora.variant: expected 'lora' or 'rslora' in a federation, found "
                 f"{self.lora.variant!r}; {self.federation.method} averages A and B alone"
+            )
+        if self.personalization.keep_better and not self.data.validation_share:
+            raise ConfigError(
+                "personalization.keep_better: expected data.validation_share over 0, by whose "
+                "examples the better adapter is chosen, found 0; set it, or remove keep_better"
             )
         if any(rank > self.lora.rank for rank in self.federation.client_ranks):
             raise ConfigError(

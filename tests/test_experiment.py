@@ -42,6 +42,22 @@ def test_what_is_not_said_has_its_default() -> None:
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "the better adapter without examples to tell": (
+        {"personalization.keep_better": True},
+        "personalization.keep_better: expected data.validation_share over 0, by whose examples",
+    ),
+    "a mixture of more than all": (
+        {"personalization.mixing_weight": 1.5},
+        "personalization.mixing_weight: expected a share in [0, 1], found 1.5",
+    ),
+    "a kind that is not known": (
+        {"personalization.kind": "mixd"},
+        "personalization.kind: expected one of personal, mixed, found 'mixd'",
+    ),
+    "a pull away": (
+        {"personalization.proximal_weight": -1.0},
+        "personalization.proximal_weight: expected a finite number >= 0, found -1.0",
+    ),
     "a key misspelt": (
         {"federation.lerning_rate": 0.1},
         "federation.lerning_rate: unknown key; did you mean 'learning_rate'?",
@@ -296,7 +312,7 @@ def test_errors_of_a_file_open_with_its_name(tmp_path: Path) -> None:
         ExperimentConfig.from_toml(path)
 
 
-@pytest.mark.parametrize("name", ["watch", "keyboard"])
+@pytest.mark.parametrize("name", ["authors", "keyboard", "watch"])
 def test_the_bundled_experiments_are_valid_and_found_by_name(name: str) -> None:
     path = find_experiment(name)
     assert path == app_root() / "simulations" / f"{name}.toml"

@@ -24,7 +24,7 @@ from fedlora.imports import import_function, is_function
 from fedlora.nn.cross_entropy import head_cross_entropy
 from fedlora.nn.layers import LoraModule, is_bare_linear
 
-__all__ = ["Batch", "Task", "get_task", "packs_texts", "scored_positions"]
+__all__ = ["Batch", "Task", "get_task", "logits_of", "packs_texts", "scored_positions"]
 
 Batch: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
@@ -151,7 +151,7 @@ def classification_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     inputs, targets = _stacked(batches)
     device = next(model.parameters()).device
     inputs, targets = inputs.to(device), targets.to(device)
-    logits = _logits(model, inputs, masked=True)
+    logits = logits_of(model, inputs, masked=True)
     nats = F.cross_entropy(logits, targets, reduction="none", ignore_index=NOT_COUNTED)
     counts = (targets != NOT_COUNTED).view(len(batches), -1).sum(1)
     return nats.view(len(batches), -1).sum(1) / counts
@@ -163,7 +163,7 @@ def classification_scores(model: nn.Module, batches: Sequence[Batch]) -> list[di
     inputs, targets = _stacked(batches)
     device = next(model.parameters()).device
     inputs, targets = inputs.to(device), targets.to(device)
-    logits = _logits(model, inputs, masked=True)
+    logits = logits_of(model, inputs, masked=True)
     nats = F.cross_entropy(logits, targets, reduction="none", ignore_index=NOT_COUNTED)
     correct = logits.argmax(-1) == targets  # a filled-up row has no class
     return _rows(
@@ -178,14 +178,14 @@ def classification_scores(model: nn.Module, batches: Sequence[Batch]) -> list[di
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean nats over the batch's examples."""
     inputs, targets = _tensors(model, batch)
-    return F.cross_entropy(_logits(model, inputs, masked=True), targets)
+    return F.cross_entropy(logits_of(model, inputs, masked=True), targets)
 
 
 @torch.no_grad()
 def classification_score(model: nn.Module, batch: Batch) -> dict[str, float]:
     """Sums of nats, examples and examples whose most probable class is the right one."""
     inputs, targets = _tensors(model, batch)
-    logits = _logits(model, inputs, masked=True)
+    logits = logits_of(model, inputs, masked=True)
     nats = F.cross_entropy(logits, targets, reduction="none").double()
     correct = logits.argmax(-1) == targets
     return {
@@ -270,7 +270,11 @@ def _tensor(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device)
 
 
-def _logits(model: nn.Module, inputs: Tensor, *, masked: bool) -> Tensor:
+def logits_of(model: nn.Module, inputs: Tensor, *, masked: bool) -> Tensor:
+    """Call the model on a batch's inputs; masked: give it a mask over the padding if it takes one.
+
+    Return logits (rows, ..., classes) float32.
+    """
     out = model(inputs, **_options(model, inputs, masked))
     logits: Tensor = out if isinstance(out, Tensor) else out.logits
     return logits.float()
@@ -294,7 +298,7 @@ def _counted_logits(
     split = _hidden(model, inputs, rows)
     if split is None:
         # Padding is on the right, where a causal model does not look: no mask.
-        return _at(_logits(model, inputs, masked=False), counted)
+        return _at(logits_of(model, inputs, masked=False), counted)
     return _head_logits(*split, counted)
 
 
@@ -304,7 +308,7 @@ def _nats(
     """Nats (n,) of the targets (n,) at the counted positions of the flattened batch."""
     split = _hidden(model, inputs, rows)
     if split is None:
-        logits = _at(_logits(model, inputs, masked=False), counted)
+        logits = _at(logits_of(model, inputs, masked=False), counted)
         return F.cross_entropy(logits, wanted, reduction="none")
     hidden, head = split
     if is_bare_linear(head) and not any(p.requires_grad for p in head.parameters()):

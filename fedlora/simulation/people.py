@@ -98,6 +98,8 @@ def evaluate_clients(
                 files[client].parent.mkdir(exist_ok=True)
                 provenance = {"run": config.name, "client": client, "global": digest}
                 save_adapter(adapter, files[client], provenance=provenance)
+        if config.personalization.keep_better:
+            row["kept_global"] = person.kept_global
         return row | {"scores": person.scores}
 
     done = len(clients) - len(todo)
