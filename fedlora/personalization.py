@@ -68,12 +68,15 @@ def compare_adapters(
     initial: Adapter,
     shared: Adapter,
     parts: Broadcast | None = None,
+    start: Adapter | None = None,
     federated_steps: int,
 ) -> Person:
     """Train the own and the personal adapter of one client, and evaluate all four.
 
     model: with `initial`'s layers injected. initial: A₀ and zero B. shared: the whole global
     adapter; parts: the same, divided into what is trained and what stays (None: all is trained).
+    start: what the personal adapter begins with, where the client has kept factors of its own in
+    the rounds; None: what of the global one is trained.
     federated_steps: optimizer steps that the client took in the rounds; own takes them too.
     """
     parts = parts or Broadcast(shared)
@@ -84,7 +87,7 @@ def compare_adapters(
         seed=config.seed, phase="own",
     )  # fmt: skip
     personal = train_adapter(
-        model, data, task, parts.trainable, train, seed=config.seed, phase="personal",
+        model, data, task, start or parts.trainable, train, seed=config.seed, phase="personal",
         rule=_personal_rule(config), frozen=parts.frozen,
     )  # fmt: skip
     person = Person(data.client_id, {}, own, personal)
@@ -109,6 +112,7 @@ def compare_many(
     initial: Adapter,
     shared: Adapter,
     parts: Broadcast | None = None,
+    starts: Sequence[Adapter] | None = None,
     together: bool = True,
 ) -> list[Person | NonFiniteError]:
     """Return what `compare_adapters` returns for each client up to rounding, or its error.
@@ -121,11 +125,12 @@ def compare_many(
     """
     train, parts = _personal_training(config), parts or Broadcast(shared)
     jobs = []
-    for data, steps in people:
+    starts = starts or [parts.trainable] * len(people)
+    for (data, steps), start in zip(people, starts, strict=True):
         longer = replace(train, local_steps=steps + config.personalization.steps)
         jobs.append(_job(data, initial, longer, config.seed, "own"))
         rule = _personal_rule(config)
-        jobs.append(_job(data, parts.trainable, train, config.seed, "personal", rule))
+        jobs.append(_job(data, start, train, config.seed, "personal", rule))
     together = together and not must_train_alone(model, jobs, task)
     adapters = _trained(model, jobs, task, config, frozen=parts.frozen, together=together)
     found: list[Person | NonFiniteError] = []

@@ -100,6 +100,10 @@ class Method:
         """Return what a trainer is told in `round`."""
         return replace(self.local, trained=self.trained(round))
 
+    def kept(self, round: int) -> frozenset[Factor]:
+        """Return the factors that clients train in `round` and keep to themselves."""
+        return self.trained(round) - self.shared - {"magnitude"}
+
     def uploaded(self, round: int) -> frozenset[Factor]:
         """Return the factors that leave a device in `round`: those trained and shared."""
         return self.trained(round) & self.shared

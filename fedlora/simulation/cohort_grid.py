@@ -12,7 +12,6 @@ is made by the same functions as on a device, and passes the same guard.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from fedlora.flat import Segment
 from fedlora.nn.cohort import Job, group_jobs, must_train_alone, outlined_job, usual_positions
 from fedlora.simulation.grid import VirtualGrid
 from fedlora.simulation.groups import GroupOrder, Outcome, job_of, train_order, world_of
-from fedlora.simulation.slab import PersonalSlab
+from fedlora.simulation.slab import PersonalSlab, open_slab
 from fedlora.simulation.threads import in_order
 from fedlora.world import World
 
@@ -224,10 +223,7 @@ class CohortGrid(VirtualGrid):
                     f"{', '.join(sorted(kept_factors(task)))}: expected a folder for factors that "
                     "are trained and not shared, found none"
                 )
-            # Clients of other ranks have rows of another layout.
-            texts = "\n".join(map(str, segments)).encode()
-            folder = self._private / hashlib.sha256(texts).hexdigest()[:16]
-            self._slabs[segments] = PersonalSlab(folder, self.num_clients, segments)
+            self._slabs[segments] = open_slab(self._private, self.num_clients, segments)
         return self._slabs[segments]
 
 
