@@ -94,7 +94,8 @@ class FederationConfig:
     sampling: Literal["fixed", "poisson"] = "fixed"
     weights: Literal["examples", "equal"] = "examples"  # of the clients in the mean
     method_options: Mapping[str, Any] = field(default_factory=dict)  # of the method's own
-    # The learning rate falls from round to round along half a cosine, to nearly 0 in the last one.
+    # The learning rate falls from round to round along half a cosine, to nearly 0 in the last one:
+    # the server optimizer's where there is one, and else the clients'.
     schedule: Literal["constant", "cosine"] = "constant"
     client_ranks: tuple[int, ...] = ()  # dealt out in turn over sorted client ids; (): lora.rank
     server_optimizer: str | None = None  # momentum, adam, yogi or adagrad behind the mean
@@ -118,10 +119,15 @@ class FederationConfig:
 
     def train_in(self, round: int) -> TrainConfig:
         """Return what clients are told in `round`, which counts from 1."""
-        if self.schedule == "constant":
+        if self.schedule == "constant" or self.server_optimizer is not None:
             return self.train
-        share = (1 + math.cos(math.pi * (round - 1) / max(self.rounds, round))) / 2
-        return dataclasses.replace(self.train, learning_rate=self.train.learning_rate * share)
+        rate = self.train.learning_rate * self._share_in(round)
+        return dataclasses.replace(self.train, learning_rate=rate)
+
+    def _share_in(self, round: int) -> float:
+        if self.schedule == "constant":
+            return 1.0
+        return (1 + math.cos(math.pi * (round - 1) / max(self.rounds, round))) / 2
 
     def build_method(self) -> Method:
         """Return the method with its options, its robust rule and its server optimizer.
@@ -137,7 +143,7 @@ class FederationConfig:
                 self.server_optimizer,
                 "server_options",
                 self.server_options,
-                with_server_optimizer,
+                functools.partial(with_server_optimizer, share_in=self._share_in),
             ),
         ):
             if name is None and options:

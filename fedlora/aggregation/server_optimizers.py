@@ -54,8 +54,16 @@ class _Optimizer:
     step: _Step
 
 
-def with_server_optimizer(method: Method, name: str, **options: Any) -> Method:
+def with_server_optimizer(
+    method: Method,
+    name: str,
+    *,
+    share_in: Callable[[int], float] = lambda round: 1.0,
+    **options: Any,
+) -> Method:
     """Return `method` with a server optimizer behind its mean.
+
+    share_in: of the learning rate that a round has, by its number from 1: a schedule.
 
     name: "momentum" (learning_rate=1.0, beta1=0.9), "adam" or "yogi" (learning_rate=0.01,
     beta1=0.9, beta2=0.99, tau=1e-3), or "adagrad" (learning_rate=0.01, beta1=0, tau=1e-3). Rates
@@ -81,7 +89,8 @@ def with_server_optimizer(method: Method, name: str, **options: Any) -> Method:
 
     def aggregate(state: ServerState, updates: Iterable[Update]) -> ServerState:
         after = method.aggregate(state, updates)
-        return _moved(state, after, method.uploaded(state.round + 1), optimizer, name)
+        round = state.round + 1
+        return _moved(state, after, method.uploaded(round), optimizer, name, share_in(round))
 
     return replace(method, name=f"{method.name}+{name}", aggregate=aggregate, exact=False)
 
@@ -168,8 +177,12 @@ def _moved(
     factors: frozenset[Factor],
     optimizer: _Optimizer,
     name: str,
+    share: float,
 ) -> ServerState:
-    """Return `after` with the step of `optimizer` in place of the mean in each of `factors`."""
+    """Return `after` with the step of `optimizer` in place of the mean in each of `factors`.
+
+    share: of the step that is taken; the moments move by all of it.
+    """
     trainable, kept = after.trainable, dict(after.method_state)
     for factor in sorted(factors):
         form = RowForm.of(before.trainable, [factor])
@@ -182,6 +195,8 @@ def _moved(
         moment = partial(_moment, before, factor=factor, size=form.size, optimizer=name)
         moments = {key: moment(key, start=start) for key, start in optimizer.start.items()}
         row, moments = optimizer.step(x, mean, moments)
+        if share != 1.0:
+            row = x + share * (row - x)
         # What was computed in float64 is kept in float32, as the adapter itself.
         kept |= {_key(key, factor): _rounded(value) for key, value in moments.items()}
         like = RowForm.of(trainable, [factor])
