@@ -87,6 +87,8 @@ class Method:
     any_rank: bool = False  # clients may differ in rank and scaling
     summary: str = ""  # when to use it, for the table of methods
     paper: str = ""  # arXiv number
+    # Keys of `method_state`, a number a layer each, whose largest goes into the round's record.
+    noted: tuple[str, ...] = ()
     # Whether `broadcast` looks at more of a profile than its rank. If not, it is asked once a round
     # and rank, and all clients of that rank share what it gives.
     broadcasts_by_client: bool = False

@@ -118,18 +118,22 @@ def trimmed_mean(share: float = 0.2) -> _Rule:
     """
     require_number("share", share, 0.0, 0.5, "a number in [0, 0.5)")
 
-    def mean(rows: Array) -> npt.NDArray[np.float64]:
-        # 0.1 * 30 is a little over 3.
-        cut = min(math.ceil(share * len(rows) - 1e-9), (len(rows) - 1) // 2)
-        if cut:
-            rows = np.partition(rows, (cut, len(rows) - cut - 1), axis=0)[cut : len(rows) - cut]
-        # In float64, as the methods' own mean is.
-        return np.asarray(np.sum(rows, axis=0, dtype=np.float64) / len(rows))
-
     def change(
         state: ServerState, factors: frozenset[Factor], received: Iterable[_Received]
     ) -> list[Update]:
-        return _column_by_column(state, factors, received, mean)
+        held = _held(received)
+        count = len(held)
+        # 0.1 * 30 is a little over 3.
+        cut = max(0, min(math.ceil(share * count - 1e-9), (count - 1) // 2))
+        if not cut:  # the method's own mean, which may go on from float64 (FedSVD)
+            return [replace(update, num_examples=1.0) for _, update in held]
+
+        def mean(rows: Array) -> npt.NDArray[np.float64]:
+            rows = np.partition(rows, (cut, count - cut - 1), axis=0)[cut : count - cut]
+            # In float64, as the methods' own mean is.
+            return np.asarray(np.sum(rows, axis=0, dtype=np.float64) / len(rows))
+
+        return _column_by_column(state, factors, held, mean)
 
     return _Rule(change, of_factors=True)
 

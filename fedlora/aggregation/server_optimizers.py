@@ -35,7 +35,7 @@ import numpy.typing as npt
 from fedlora.adapter import Array
 from fedlora.aggregation.method import Method, ServerState, Update
 from fedlora.aggregation.options import build_named, require_number
-from fedlora.errors import ConfigError, FederationError, NonFiniteError, RunError
+from fedlora.errors import ConfigError, NonFiniteError, RunError
 from fedlora.flat import RowForm, pack
 from fedlora.training import Factor
 
@@ -76,7 +76,7 @@ def with_server_optimizer(
     "momentum" with learning_rate 1 and beta1 0 is the plain method, bit for bit.
 
     Raises `UnknownNameError`, and `ConfigError` for an option or a method that does not go with it;
-    the returned aggregate raises `RunError` for moments of another adapter, and `FederationError`
+    the returned aggregate raises `RunError` for moments of another adapter, and `NonFiniteError`
     when a step leaves the range of float32.
     """
     optimizer = build_named("server optimizer", SERVER_OPTIMIZERS, name, options)
@@ -203,7 +203,7 @@ def _moved(
         try:
             moved = like.read(_rounded(row).tobytes())
         except NonFiniteError as error:
-            raise FederationError(
+            raise NonFiniteError(
                 f"round {after.round}: server optimizer {name!r} left the range of float32, "
                 f"{error}; lower its learning_rate"
             ) from None

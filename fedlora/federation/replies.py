@@ -19,7 +19,7 @@ from typing import Any, cast
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlora.adapter import Adapter, Array
-from fedlora.errors import FederationError, FedloraError
+from fedlora.errors import FederationError, FedloraError, NonFiniteError
 from fedlora.federation.buffers import (
     BufferForm,
     describe,
@@ -38,6 +38,7 @@ __all__ = [
     "encode_reply",
     "encode_reply_row",
     "reply_bytes",
+    "require_answerable",
 ]
 
 # Finite numbers can be absurd as well: float32 holds 1e30, but not the product of two of them, and
@@ -146,6 +147,22 @@ def decode_reply(content: RecordDict, form: ReplyForm, who: str) -> Reply:
     except FedloraError as error:
         raise type(error)(f"{who}: {error}") from None
     return Reply(adapter, *_metrics(content, who))
+
+
+def require_answerable(adapter: Adapter) -> None:
+    """Raise `NonFiniteError` when a client that trained nothing could not send this one back.
+
+    A mean of replies stays below `LARGEST`. What is decomposed and factored anew need not: the
+    largest number of ``U S`` is over those of the factors that it was made of. Were such an adapter
+    sent, every honest reply would be refused from then on.
+    """
+    for path, layer in adapter.layers.items():
+        for factor, array in (("A", layer.A), ("B", layer.B)):
+            most = max(float(array.max(initial=0.0)), -float(array.min(initial=0.0)))
+            if most > LARGEST:
+                raise NonFiniteError(
+                    f"layer {path!r}, {factor}: expected numbers up to {LARGEST:g}, found {most:g}"
+                )
 
 
 def reply_bytes(content: RecordDict, form: ReplyForm) -> int:

@@ -25,7 +25,13 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlora.adapter import Adapter
 from fedlora.aggregation import Broadcast, ClientProfile, Method, ServerState, Update
-from fedlora.errors import ConfigError, FederationError, FedloraError, TooFewUpdatesError
+from fedlora.errors import (
+    ConfigError,
+    FederationError,
+    FedloraError,
+    NonFiniteError,
+    TooFewUpdatesError,
+)
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint, ClientRecord, Dropped, RoundRecord
 from fedlora.federation.client import one_line
@@ -39,7 +45,13 @@ from fedlora.federation.records import (
     to_record,
     train_content,
 )
-from fedlora.federation.replies import Reply, ReplyForm, decode_reply, reply_bytes
+from fedlora.federation.replies import (
+    Reply,
+    ReplyForm,
+    decode_reply,
+    reply_bytes,
+    require_answerable,
+)
 from fedlora.federation.sampling import draw_cohort
 
 __all__ = ["MAX_FAILED_ROUNDS", "FederatedLora", "deal_ranks"]
@@ -132,23 +144,12 @@ class FederatedLora(Strategy):
         current = self._round
         if current is None:
             raise FederationError("aggregate_train was called before configure_train")
-        state = self.checkpoint.state
-        updates = self._updates(current, replies)
-        first = next(updates, None)
-        updated = first is not None
-        if first is not None:
-            try:
-                state = self.method.aggregate(state, itertools.chain([first], updates))
-            except TooFewUpdatesError as error:
-                updated = False
-                for client in current.valid:
-                    self._drop(current, client, str(error))
-                current.valid.clear()
-        if not updated:
-            state = replace(state, round=current.number)  # nothing changes but the number
+        after = self._aggregated(current, self._updates(current, replies))
+        # A round that fails changes nothing but the number.
+        state = after or replace(self.checkpoint.state, round=current.number)
         for sent in current.awaited.values():
             self._drop(current, sent.client_id, "no reply in time")
-        self._finish(current, replace(self.checkpoint, state=state), updated=updated)
+        self._finish(current, replace(self.checkpoint, state=state), updated=after is not None)
         loss = _mean_loss(current)
         return None, None if loss is None else MetricRecord({"loss": loss})
 
@@ -232,6 +233,30 @@ class FederatedLora(Strategy):
                 current.loss_weight += weight
             yield Update(reply.adapter, weight, sent.client_id)
 
+    def _aggregated(self, current: _Round, updates: Iterator[Update]) -> ServerState | None:
+        """Return the state after the round; None without a valid update, or with no use for them.
+
+        Replies that are right one by one may be too few for a rule, or too large in sum for float32
+        or for the next round's replies. Nobody knows then whose fault it is: all are dropped with
+        the reason, and the round is given up.
+        """
+        first = next(updates, None)
+        if first is None:
+            return None
+        try:
+            state = self.method.aggregate(self.checkpoint.state, itertools.chain([first], updates))
+            require_answerable(state.trainable)
+        except (NonFiniteError, TooFewUpdatesError) as error:
+            for _ in updates:  # who has answered is not called silent
+                pass
+            known = isinstance(error, TooFewUpdatesError)
+            reason = str(error) if known else f"all updates together: {error}"
+            for client in current.valid:
+                self._drop(current, client, reason)
+            current.valid.clear()
+            return None
+        return state
+
     def _check(self, current: _Round, sent: _Sent, message: Message) -> tuple[Reply, float]:
         who = f"client {sent.client_id!r}"
         reply = decode_reply(message.content, sent.form, who)
@@ -262,6 +287,7 @@ class FederatedLora(Strategy):
             bytes_up=current.bytes_up,
             bytes_down=current.bytes_down,
             dropped=tuple(current.dropped),
+            noted=_noted(self.method, checkpoint.state) if updated else {},
         )
         self.checkpoint = replace(
             checkpoint,
@@ -356,6 +382,12 @@ class _PrepareOnce:
 
 def _mean_loss(current: _Round) -> float | None:
     return current.loss_sum / current.loss_weight if current.loss_weight else None
+
+
+def _noted(method: Method, state: ServerState) -> dict[str, float]:
+    """Return the numbers that a method has the round's record say, the largest over the layers."""
+    kept = {name: state.method_state[name] for name in method.noted if name in state.method_state}
+    return {name.replace("-", "_"): float(value.max()) for name, value in kept.items()}
 
 
 def _counted(client: ClientRecord, valid: Mapping[str, int]) -> ClientRecord:

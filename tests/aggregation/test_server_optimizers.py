@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedlora.adapter import Adapter
 from fedlora.aggregation import Method, ServerState, Update, method, methods, with_server_optimizer
 from fedlora.aggregation.server_optimizers import PREFIX, SERVER_OPTIMIZERS
-from fedlora.errors import ConfigError, FederationError, RunError, UnknownNameError
+from fedlora.errors import ConfigError, NonFiniteError, RunError, UnknownNameError
 from fedlora.federation import read_checkpoint
 from tests.aggregation.test_averaging import adapter, updates_of
 from tests.federation.fakes import experiment, raises, run
@@ -236,7 +236,7 @@ def test_moments_of_another_adapter_are_refused() -> None:
 
 def test_a_step_out_of_range_is_an_error_and_never_an_infinity() -> None:
     built = with_server_optimizer(method("fedit"), "momentum", learning_rate=1e39)
-    with pytest.raises(FederationError, match=r"^round 1: server optimizer 'momentum' left the .*"):
+    with pytest.raises(NonFiniteError, match=r"^round 1: server optimizer 'momentum' left the .*"):
         built.aggregate(ServerState.start(adapter(0)), updates_of(adapter(0), [1.0]))
 
 

@@ -15,6 +15,7 @@ from fedlora.aggregation import method, methods, with_rule
 from fedlora.aggregation.robust import RULES
 from fedlora.errors import ConfigError
 from fedlora.federation import RoundRecord, read_checkpoint
+from fedlora.federation.replies import LARGEST
 from fedlora.simulation.grid import InProcessGrid
 from simulations.studies.attackers import ATTACKS, SILENT, Attack, with_attackers
 from tests.federation.fakes import experiment, fake_app, run
@@ -73,6 +74,15 @@ def without_them(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return adapter
 
 
+def size(adapter: Adapter, name: str) -> float:
+    """The norm of the product; of A where the server's B is zero and the product says nothing."""
+    if name != "fedsa-lora":
+        return adapter.norm()
+    return float(
+        np.sqrt(sum(np.sum(layer.A.astype(float) ** 2) for layer in adapter.layers.values()))
+    )
+
+
 def assert_finite(adapter: Adapter) -> None:
     for path in adapter:
         assert np.isfinite(adapter[path].A).all()
@@ -107,7 +117,7 @@ def test_malformed_updates_are_named_and_dropped_and_leave_no_trace(
 def test_well_formed_attacks_never_stop_a_run_and_a_rule_bounds_them(
     name: str, rule: str | None, without_them: Any, tmp_path: Path
 ) -> None:
-    honest = without_them(name, rule).norm()
+    honest = size(without_them(name, rule), name)
     for attack, value in BELIEVED.items():
         adapter, records = attacked(tmp_path / attack, name, rule, value)
         assert_finite(adapter)
@@ -116,7 +126,7 @@ def test_well_formed_attacks_never_stop_a_run_and_a_rule_bounds_them(
         if rule is not None and (rule != "max-share" or "sign" not in attack):
             # Honest clients here move at random, so that even their mean differs by half from one
             # set of them to another; what is bounded is the order of magnitude.
-            assert adapter.norm() < 3 * honest, attack
+            assert size(adapter, name) < 3 * honest, attack
 
 
 @pytest.mark.parametrize("name", ["fedit", "ffa-lora"])
@@ -147,3 +157,30 @@ def test_a_round_with_too_few_for_its_rule_is_given_up_and_the_run_goes_on(tmp_p
     assert counted == {
         client: sum(client in record.cohort for record in good) for client in counted
     }
+
+
+LARGE = Attack(None, row=lambda trained, sent: np.full_like(trained, LARGEST), num_examples=10**12)
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_the_largest_numbers_at_the_largest_weight_never_stop_a_run(
+    name: str, tmp_path: Path
+) -> None:
+    """An attacker who is drawn now and then; no rule stands in front of the method."""
+    config = experiment(
+        federation__method=name, federation__cohort=4, federation__rounds=8,
+    )  # fmt: skip
+    grid = with_attackers(InProcessGrid(fake_app(), CLIENTS), BAD[:1], LARGE)
+    state, records = run(config, tmp_path, grid=grid)
+    assert_finite(state.adapter)
+    attacked_in = [record.round for record in records if NAMES[0] in record.cohort]
+    assert 0 < len(attacked_in) < 8
+    for record in records:
+        if record.status == "failed":  # then all are named, with what was too large
+            assert record.round in attacked_in
+            assert sorted(dropped.client for dropped in record.dropped) == sorted(record.cohort)
+            (reason,) = {dropped.reason for dropped in record.dropped}
+            assert reason.startswith("all updates together: layer ")
+            assert ": expected numbers up to 1e+06, found " in reason
+        else:  # no honest client is refused for what an attacker did in a round before
+            assert record.dropped == ()
