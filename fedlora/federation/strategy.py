@@ -29,6 +29,7 @@ from fedlora.errors import ConfigError, FederationError, FedloraError, TooFewUpd
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint, ClientRecord, Dropped, RoundRecord
 from fedlora.federation.client import one_line
+from fedlora.federation.control import put_control
 from fedlora.federation.records import (
     BOTH,
     ClientSetup,
@@ -102,7 +103,9 @@ class FederatedLora(Strategy):
     ) -> None:
         self.config = config
         self.method = method
-        self.checkpoint = checkpoint
+        weight = _total_weight(checkpoint, config)
+        state = replace(checkpoint.state, total_weight=weight)
+        self.checkpoint = replace(checkpoint, state=state)
         self._nodes = dict(nodes)
         self._save = save
         self._clients = {client.client_id: client for client in checkpoint.clients}
@@ -230,7 +233,7 @@ class FederatedLora(Strategy):
             if math.isfinite(reply.loss):
                 current.loss_sum += weight * reply.loss
                 current.loss_weight += weight
-            yield Update(reply.adapter, weight, sent.client_id)
+            yield Update(reply.adapter, weight, sent.client_id, reply.control)
 
     def _check(self, current: _Round, sent: _Sent, message: Message) -> tuple[Reply, float]:
         who = f"client {sent.client_id!r}"
@@ -349,13 +352,25 @@ class _PrepareOnce:
                 encoded = encode_adapter(broadcast.frozen, BOTH, self._round)
                 self._frozen = broadcast.frozen, encoded
             frozen = self._frozen[1]
-        content = partial(train_content, self._setup, self._order, trainable, frozen)
-        form = ReplyForm.of(broadcast.trainable, self._uploaded, self._round)
+        controlled = broadcast.control is not None
+        form = ReplyForm.of(broadcast.trainable, self._uploaded, self._round, controlled=controlled)
+        control = RecordDict()
+        if broadcast.control is not None:
+            put_control(control, form.buffer, broadcast.control)
+        content = partial(train_content, self._setup, self._order, trainable, frozen, control)
         return _Prepared(broadcast, content, content_bytes(content()), form)
 
 
 def _mean_loss(current: _Round) -> float | None:
     return current.loss_sum / current.loss_weight if current.loss_weight else None
+
+
+def _total_weight(checkpoint: Checkpoint, config: ExperimentConfig) -> float:
+    """Return the weight of all clients that may be sampled, as `_check` weights their updates."""
+    clients = [client for client in checkpoint.clients if not client.held_out]
+    if config.federation.weights == "equal":
+        return float(len(clients))
+    return float(sum(client.num_examples or 0 for client in clients))
 
 
 def _counted(client: ClientRecord, valid: Mapping[str, int]) -> ClientRecord:
