@@ -310,7 +310,8 @@ def train_group(
     """Train the jobs of one group together; results in their order.
 
     The jobs' rules train the same factors, all with a correction or none, and rows of features have
-    one shape; everything else may differ from job to job. A client whose loss is not finite comes back with its `error`.
+    one shape; everything else may differ from job to job. A client whose loss is not finite comes
+    back with its `error`.
 
     Raises `ConfigError` when there is nothing to train, or a job has fewer batches than steps, and
     for an adapter that is not the model's what `load_adapter_into` raises.

@@ -44,8 +44,9 @@ def train_local(
     the factors in `rule.trained` move. `correction` goes with `rule.correction`: a row ``(n,)``
     float32 over the trained factors (`fedlora.flat`), which is added to the gradient of every step
     after clipping, so that a client's mean gradient can be read off its factors. `num_examples` is
-    what the client has (the sum over `batches` if None); `seed` drives dropout. How many batches there are is up to the caller: see
-    `TrainConfig.steps_for`. precision: see `fedlora.nn.precision`.
+    what the client has (the sum over `batches` if None); `seed` drives dropout. How many batches
+    there are is up to the caller: see `TrainConfig.steps_for`. precision: see
+    `fedlora.nn.precision`.
 
     Raises `ConfigError` when the model has no LoRA, it is merged, there is nothing to train, or a
     correction is missing, not asked for or not for plain SGD; and `NonFiniteError` with the step
@@ -90,14 +91,19 @@ def train_local(
             if not math.isfinite(losses[-1]):
                 raise not_finite(losses[-1], len(losses))
             loss.backward()  # type: ignore[no-untyped-call]
+            if shifts:
+                # What this pass did not call has gradient zero, and is corrected all the same.
+                for parameter in parameters:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
             for parameter, start in zip(parameters, starts, strict=False):
                 if parameter.grad is not None:
                     parameter.grad += rule.proximal_weight * (parameter.detach() - start)
             if config.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             for parameter, shift in zip(parameters, shifts, strict=False):
-                # A layer that this pass did not call has gradient zero, and is corrected as well.
-                parameter.grad = shift.clone() if parameter.grad is None else parameter.grad + shift
+                assert parameter.grad is not None
+                parameter.grad += shift
             optimizer.step()
             optimizer.zero_grad()
     return TrainResult(
