@@ -16,6 +16,10 @@ stays the mean of all c_k under the weights that the factors are averaged with:
 ``c' = c + sum p_k (c_k' - c_k)``. With equal weights that is the line above.
 
 c is a flat row a factor in `ServerState.method_state`, and moves in rounds that upload the factor.
+c has to stay the mean of all c_k: what is missing from it pulls x away for good. A reply that is
+lost on its way leaves c behind by that client's share of the change, which is small once a run has
+settled; clients that have lost their c_k begin at zero, and then c has to, too (`without_control`).
+
 c_k never leaves its client; only its change does. That is ``(x - y_k) / (K lr) - c``: it tells the
 server nothing that the factors, the steps and the learning rate do not.
 """
@@ -33,7 +37,7 @@ from fedlora.aggregation.method import Broadcast, ClientProfile, Method, ServerS
 from fedlora.errors import ConfigError, FederationError, RunError
 from fedlora.flat import Segment, segments_of
 
-__all__ = ["PREFIX", "with_control_variates"]
+__all__ = ["PREFIX", "with_control_variates", "without_control"]
 
 PREFIX = "control."  # of its keys in the state's method_state: PREFIX + "A"
 
@@ -79,6 +83,12 @@ def with_control_variates(method: Method) -> Method:
         broadcast=broadcast,
         local=replace(method.local, correction="scaffold"),
     )
+
+
+def without_control(state: ServerState) -> ServerState:
+    """Return a state whose control variate is zero again, as those of clients that begin anew."""
+    kept = {k: v for k, v in state.method_state.items() if not k.startswith(PREFIX)}
+    return replace(state, method_state=kept)
 
 
 class _Changes:

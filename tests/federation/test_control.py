@@ -505,6 +505,25 @@ def test_a_run_that_goes_on_is_a_run_in_one_go(tmp_path: Path) -> None:
         np.testing.assert_array_equal(kept.method_state[name], value)
 
 
+def test_clients_that_forgot_begin_anew_together_with_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In memory, as Flower keeps it for one of its runs; the optimum is found all the same."""
+    spied(scaffold_config(federation__rounds=5), tmp_path)
+    assert np.abs(control_of(read_checkpoint(tmp_path).state)).max() > 0.01
+    before = row_of(read_checkpoint(tmp_path).state.adapter)
+    state, grid = spied(scaffold_config(federation__rounds=7), tmp_path)
+    assert "control variates begin at zero" in caplog.text
+    gradients, _ = problem(len(before))
+    x, c, own = scaffold(gradients, before, [range(CLIENTS)] * 2, STEPS, RATE)
+    np.testing.assert_allclose(row_of(state.adapter), x, rtol=0, atol=CLOSE)
+    np.testing.assert_allclose(control_of(state), c, rtol=0, atol=CLOSE)
+    form = BufferForm.of(segments_of(state.trainable, BOTH))
+    np.testing.assert_allclose(
+        read_own_control(form, grid.state_of(1), 8), own[1], rtol=0, atol=CLOSE
+    )
+
+
 def test_a_server_optimizer_goes_behind_control_variates(tmp_path: Path) -> None:
     options = {"learning_rate": 1.0, "beta1": 0.0}  # the plain mean
     config = scaffold_config(

@@ -111,11 +111,18 @@ def test_a_run_that_is_killed_in_a_round_is_resumed_bit_for_bit(
     small = CohortGrid(PEOPLE, private=tmp_path / "small" / "private", positions=8)
     expected = run_federation(small, experiment, tmp_path / "small", initial=world.initial)
     again = CohortGrid(PEOPLE, private=out / "private", positions=8)
-    run_federation(again, experiment, out, initial=world.initial)
+    run_federation(again, experiment, out, initial=world.initial, clients_remember=True)
     assert_same(read_checkpoint(out), read_checkpoint(tmp_path / "small"))
     assert rows(out) == rows(tmp_path / "small")
     assert len(rows(out)) == (2 if method == "rolora" else 1)
     assert difference(expected.adapter, whole.state.adapter) <= CLOSE
+
+
+def test_run_rounds_resumes_with_the_variates_that_clients_keep(tmp_path: Path) -> None:
+    whole = run_rounds(scaffold(), tmp_path / "whole", PEOPLE)
+    run_rounds(scaffold(federation__rounds=2), tmp_path / "cut", PEOPLE)
+    assert_same(run_rounds(scaffold(), tmp_path / "cut", PEOPLE), whole)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
 def test_neither_threads_nor_groups_change_a_result(tmp_path: Path) -> None:
