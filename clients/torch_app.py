@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedlora.adapter import Array
 from fedlora.aggregation import Broadcast
 from fedlora.bases import list_bases
 from fedlora.data import draw_batches, list_data
@@ -39,7 +40,13 @@ class TorchTrainer:
         return len(self.world.data.client(self.client_id).train)
 
     def train(
-        self, broadcast: Broadcast, config: TrainConfig, rule: LocalRule, round: int, seed: int
+        self,
+        broadcast: Broadcast,
+        config: TrainConfig,
+        rule: LocalRule,
+        round: int,
+        seed: int,
+        correction: Array | None = None,
     ) -> TrainResult:
         """Load the broadcast factors, and train on this client's keyed batches."""
         for adapter in (broadcast.trainable, broadcast.frozen):
@@ -58,6 +65,7 @@ class TorchTrainer:
                 config,
                 task=self.world.task,
                 rule=rule,
+                correction=correction,
                 num_examples=len(examples),
                 seed=int(rng(seed, "dropout", self.client_id, round).integers(2**31)),
             )

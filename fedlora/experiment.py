@@ -20,11 +20,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from fedlora.adapter import LoraConfig
-from fedlora.aggregation import Method, with_rule, with_server_optimizer
+from fedlora.aggregation import (
+    Method,
+    with_control_variates,
+    with_rule,
+    with_server_optimizer,
+)
 from fedlora.aggregation import method as find_method
 from fedlora.aggregation.robust import fewest_updates
 from fedlora.errors import ConfigError, MissingExtraError, nearest, unknown_name
-from fedlora.training import TrainConfig
+from fedlora.training import TrainConfig, require_plain_sgd
 
 __all__ = [
     "BaseConfig",
@@ -102,6 +107,8 @@ class FederationConfig:
     server_options: Mapping[str, Any] = field(default_factory=dict)
     robust: str | None = None  # median, trimmed-mean, multi-krum, norm-bound or max-share
     robust_options: Mapping[str, Any] = field(default_factory=dict)
+    proximal_weight: float = 0.0  # mu of FedProx: holds a client near what it was sent
+    control_variates: bool = False  # SCAFFOLD, against the drift of clients; needs plain sgd
 
     def __post_init__(self) -> None:
         _at_least("federation.rounds", self.rounds, 0)
@@ -130,12 +137,22 @@ class FederationConfig:
         return (1 + math.cos(math.pi * (round - 1) / max(self.rounds, round))) / 2
 
     def build_method(self) -> Method:
-        """Return the method with its options, its robust rule and its server optimizer.
+        """Return the method with all that this table puts on it.
 
-        The rule stands in front of the method's mean, the optimizer behind it. Raises `ConfigError`
+        The proximal weight and the control variates change what clients do; the robust rule stands
+        in front of the method's mean, the server optimizer behind it. Raises `ConfigError`
         for an option that is not theirs, and for those that do not go together.
         """
         built = find_method(self.method, **self.method_options)
+        if self.proximal_weight:
+            local = dataclasses.replace(built.local, proximal_weight=self.proximal_weight)
+            built = dataclasses.replace(built, local=local)
+        if self.control_variates:
+            try:
+                require_plain_sgd(self.train)
+                built = with_control_variates(built)
+            except ConfigError as error:
+                raise ConfigError(f"federation.control_variates: {error}") from None
         for key, name, options_key, options, wrap in (
             ("robust", self.robust, "robust_options", self.robust_options, with_rule),
             (

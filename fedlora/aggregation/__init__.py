@@ -10,6 +10,7 @@ from typing import Any
 
 from fedlora.aggregation.alternating import rolora
 from fedlora.aggregation.averaging import fedit, ffa_lora
+from fedlora.aggregation.control_variates import with_control_variates
 from fedlora.aggregation.het import hetlora
 from fedlora.aggregation.method import Broadcast, ClientProfile, Method, ServerState, Update
 from fedlora.aggregation.private_factors import fedsa_lora
@@ -27,6 +28,7 @@ __all__ = [
     "Update",
     "method",
     "methods",
+    "with_control_variates",
     "with_rule",
     "with_server_optimizer",
 ]

@@ -19,6 +19,9 @@ class Update:
     adapter: Adapter
     num_examples: float  # the client's weight in the mean
     client_id: str
+    # Only with control variates: how the client's own has changed, ``(n,)`` float32, as the
+    # uploaded factors lie in a row (`fedlora.flat`).
+    control: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,9 @@ class ServerState:
     trainable: Adapter  # what clients train on
     frozen: Adapter | None = None  # the part of the global adapter that they do not train
     method_state: Mapping[str, Array] = field(default_factory=dict)  # moments, control variates
+    # Of all clients that may be sampled, as updates are weighted; 0: not known. It is told anew
+    # whenever a run starts or is resumed.
+    total_weight: float = field(default=0.0, compare=False)
 
     @classmethod
     def start(cls, adapter: Adapter) -> ServerState:
@@ -61,6 +67,8 @@ class Broadcast:
 
     trainable: Adapter
     frozen: Adapter | None = None
+    # The server's control variate, ``(n,)`` float32, as the round's uploaded factors lie in a row.
+    control: Array | None = field(default=None, compare=False)
 
     @property
     def whole(self) -> Adapter:

@@ -71,6 +71,12 @@ def with_rule(method: Method, name: str, **options: Any) -> Method:
     the returned aggregate raises `TooFewUpdatesError` when a round cannot keep the rule's promise.
     """
     rule = build_named("robust rule", RULES, name, options)
+    if method.local.correction is not None:
+        raise ConfigError(
+            f"robust rule {name!r}: expected a method without control variates, found "
+            f"{method.name}; the rule looks at factors, and one client's control variate would "
+            "move everyone's next round past it"
+        )
     if rule.of_factors and not method.linear:
         raise ConfigError(
             f"robust rule {name!r}: expected a method that averages factors, such as fedit, "

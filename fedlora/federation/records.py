@@ -5,7 +5,9 @@
     train   down  "setup", "train"                           TrainOrder, flat scalars
                   "factors" + "layout"                       the trainable adapter
                   "frozen" + "frozen-layout"                 the part that stays (if there is one)
+                  "control" + "control-digest"               c (only with control variates)
             up    "factors" + "layout", "metrics"            the uploaded factors only
+                  "control" + "control-digest"               the change of c_k (as above)
 
 Factors travel as one flat float32 buffer with its layout (`fedlora.federation.buffers`); the answer
 to a training message is in `fedlora.federation.replies`. Every value that arrives is checked
@@ -180,12 +182,18 @@ def train_content(
     order: ConfigRecord,
     trainable: EncodedAdapter,
     frozen: EncodedAdapter | None = None,
+    control: RecordDict | None = None,
 ) -> RecordDict:
-    """Return a training message with records of its own, so that no client sees another's."""
+    """Return a training message with records of its own, so that no client sees another's.
+
+    control: the records of `fedlora.federation.control.put_control`.
+    """
     content = RecordDict({"setup": setup.copy(), "train": order.copy()})
     trainable.put_in(content, "factors", "layout")
     if frozen is not None:
         frozen.put_in(content, "frozen", "frozen-layout")
+    for name, record in (control or {}).items():
+        content[name] = record.copy()
     return content
 
 

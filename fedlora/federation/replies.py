@@ -7,6 +7,8 @@ compares with it in one step, and looks closer only where something differs, to 
     "factors"  one array "factors"
     "layout"   segments, kinds, scalings, base, round, digest
     "metrics"  loss, steps, num-examples
+
+With control variates, "control" and "control-digest" beside these (`fedlora.federation.control`).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from fedlora.federation.buffers import (
     read_layout,
     require_segments,
 )
+from fedlora.federation.control import LARGEST, put_control, read_control, require_no_control
 from fedlora.flat import RowForm, Segment, pack
 from fedlora.training import Factor
 
@@ -41,10 +44,6 @@ __all__ = [
     "require_answerable",
 ]
 
-# Finite numbers can be absurd as well: float32 holds 1e30, but not the product of two of them, and
-# one such client in the mean makes everyone's next forward pass infinite. Factors that train are of
-# order 1, and what half precision on a device can hold ends at 65,504.
-LARGEST = 1e6
 LARGEST_LOSS = 1e30  # its sum over clients by weight stays finite
 
 
@@ -59,9 +58,12 @@ class ReplyForm:
     _told: dict[str, Any]  # the same as plain values
     _types: list[type]  # of the scalings: 1 == 1.0 == True
     _bytes: int  # of the layout, without its digest's text
+    controlled: bool = False  # whether a control variate's change comes beside the factors
 
     @classmethod
-    def of(cls, sent: Adapter, uploaded: frozenset[Factor], round: int) -> ReplyForm:
+    def of(
+        cls, sent: Adapter, uploaded: frozenset[Factor], round: int, *, controlled: bool = False
+    ) -> ReplyForm:
         """Prepare the replies with factors `uploaded` to the trainable adapter `sent`."""
         rows = RowForm.of(sent, uploaded)
         buffer = BufferForm.of(rows.segments)
@@ -69,7 +71,8 @@ class ReplyForm:
         told: dict[str, Any] = dict(layout.items())
         texts = (*told, "digest", *told["segments"], *told["kinds"], told["base"])
         size = sum(map(len, texts)) + 8 * (len(sent) + 1)  # a float a layer, and the round
-        return cls(rows, buffer, round, layout, told, [float] * len(sent), size)
+        types: list[type] = [float] * len(sent)
+        return cls(rows, buffer, round, layout, told, types, size, controlled)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -103,10 +106,18 @@ class Reply:
     num_examples: int | None
     loss: float  # NaN when there was no step
     steps: int
+    control: Array | None = None  # the change of its control variate, as a row of the factors
 
 
-def encode_reply_row(form: ReplyForm, row: Array, metrics: Mapping[str, int | float]) -> RecordDict:
+def encode_reply_row(
+    form: ReplyForm,
+    row: Array,
+    metrics: Mapping[str, int | float],
+    control: Array | None = None,
+) -> RecordDict:
     """Return the reply with the uploaded factors in `row`, ``(size,)`` float32, which is copied.
+
+    control: a row of the same layout, the change of the client's control variate.
 
     Raises `ShapeMismatchError` for another row. It does not look at the numbers: the server does.
     """
@@ -115,9 +126,12 @@ def encode_reply_row(form: ReplyForm, row: Array, metrics: Mapping[str, int | fl
     factors["factors"] = array
     layout = form.layout.copy()
     layout["digest"] = form.buffer.digest(array.data)
-    return RecordDict(
+    content = RecordDict(
         {"factors": factors, "layout": layout, "metrics": MetricRecord(dict(metrics))}
     )
+    if control is not None:
+        put_control(content, form.buffer, control)
+    return content
 
 
 def encode_reply(
@@ -146,7 +160,12 @@ def decode_reply(content: RecordDict, form: ReplyForm, who: str) -> Reply:
         adapter = form.rows.read(data, len(form.buffer.header), largest=LARGEST)
     except FedloraError as error:
         raise type(error)(f"{who}: {error}") from None
-    return Reply(adapter, *_metrics(content, who))
+    control = None
+    if form.controlled:
+        control = read_control(content, form.rows, form.buffer, who)
+    else:
+        require_no_control(content, who)
+    return Reply(adapter, *_metrics(content, who), control)
 
 
 def require_answerable(adapter: Adapter) -> None:

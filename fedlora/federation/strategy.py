@@ -35,6 +35,7 @@ from fedlora.errors import (
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint, ClientRecord, Dropped, RoundRecord
 from fedlora.federation.client import one_line
+from fedlora.federation.control import put_control
 from fedlora.federation.records import (
     BOTH,
     ClientSetup,
@@ -114,7 +115,9 @@ class FederatedLora(Strategy):
     ) -> None:
         self.config = config
         self.method = method
-        self.checkpoint = checkpoint
+        weight = _total_weight(checkpoint, config)
+        state = replace(checkpoint.state, total_weight=weight)
+        self.checkpoint = replace(checkpoint, state=state)
         self._nodes = dict(nodes)
         self._save = save
         self._clients = {client.client_id: client for client in checkpoint.clients}
@@ -231,7 +234,7 @@ class FederatedLora(Strategy):
             if math.isfinite(reply.loss):
                 current.loss_sum += weight * reply.loss
                 current.loss_weight += weight
-            yield Update(reply.adapter, weight, sent.client_id)
+            yield Update(reply.adapter, weight, sent.client_id, reply.control)
 
     def _aggregated(self, current: _Round, updates: Iterator[Update]) -> ServerState | None:
         """Return the state after the round; None without a valid update, or with no use for them.
@@ -375,8 +378,12 @@ class _PrepareOnce:
                 encoded = encode_adapter(broadcast.frozen, BOTH, self._round)
                 self._frozen = broadcast.frozen, encoded
             frozen = self._frozen[1]
-        content = partial(train_content, self._setup, self._order, trainable, frozen)
-        form = ReplyForm.of(broadcast.trainable, self._uploaded, self._round)
+        controlled = broadcast.control is not None
+        form = ReplyForm.of(broadcast.trainable, self._uploaded, self._round, controlled=controlled)
+        control = RecordDict()
+        if broadcast.control is not None:
+            put_control(control, form.buffer, broadcast.control)
+        content = partial(train_content, self._setup, self._order, trainable, frozen, control)
         return _Prepared(broadcast, content, content_bytes(content()), form)
 
 
@@ -388,6 +395,14 @@ def _noted(method: Method, state: ServerState) -> dict[str, float]:
     """Return the numbers that a method has the round's record say, the largest over the layers."""
     kept = {name: state.method_state[name] for name in method.noted if name in state.method_state}
     return {name.replace("-", "_"): float(value.max()) for name, value in kept.items()}
+
+
+def _total_weight(checkpoint: Checkpoint, config: ExperimentConfig) -> float:
+    """Return the weight of all clients that may be sampled, as `_check` weights their updates."""
+    clients = [client for client in checkpoint.clients if not client.held_out]
+    if config.federation.weights == "equal":
+        return float(len(clients))
+    return float(sum(client.num_examples or 0 for client in clients))
 
 
 def _counted(client: ClientRecord, valid: Mapping[str, int]) -> ClientRecord:

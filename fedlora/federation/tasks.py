@@ -9,7 +9,7 @@ is made from one flat row. Nothing leaves unseen: each answer goes through the g
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +20,7 @@ from fedlora.adapter import Array
 from fedlora.aggregation import Broadcast
 from fedlora.errors import FederationError
 from fedlora.federation.buffers import FixedList
+from fedlora.federation.control import read_control, require_no_control
 from fedlora.federation.guard import check_answer, check_reply
 from fedlora.federation.records import (
     ClientAnswer,
@@ -80,21 +81,23 @@ def answer_task(
     loss: float,
     steps: int,
     metrics: Mapping[str, float] | None = None,
+    control: Array | None = None,
 ) -> RecordDict:
     """Return a client's answer to a training message.
 
     row: ``(task.reply.rows.size,)`` float32, the trained factors in the order of
-    ``task.reply.segments``; it is copied. metrics: what the trainer tells beside these, which the
-    guard refuses unless it is declared.
+    ``task.reply.segments``; it is copied. control: the change of the client's control variate, a
+    row of the same layout, where the task asks for it. metrics: what the trainer tells beside
+    these, which the guard refuses unless it is declared.
 
     Raises `ShapeMismatchError`, and `FederationError` for what must not leave.
     """
     told: dict[str, int | float] = {"loss": float(loss), "steps": int(steps), **(metrics or {})}
     if task.setup.share_num_examples:
         told["num-examples"] = int(num_examples)
-    content = encode_reply_row(task.reply, row, told)
-    shared = task.setup.share_num_examples
-    check_reply(content, task.reply.buffer, share_num_examples=shared)
+    content = encode_reply_row(task.reply, row, told, control)
+    shared, controlled = task.setup.share_num_examples, task.reply.controlled
+    check_reply(content, task.reply.buffer, share_num_examples=shared, controlled=controlled)
     return content
 
 
@@ -107,8 +110,18 @@ def _read_task(content: RecordDict) -> TrainTask:
             f"what this round trains, found {sorted(order.uploaded)}"
         )
     broadcast = decode_broadcast(content, setup)
-    form = ReplyForm.of(broadcast.trainable, order.uploaded, order.round)
-    return TrainTask(setup, order, broadcast, form)
+    controlled, who = order.rule.correction is not None, "message from the server"
+    form = ReplyForm.of(broadcast.trainable, order.uploaded, order.round, controlled=controlled)
+    if not controlled:
+        require_no_control(content, who)
+        return TrainTask(setup, order, broadcast, form)
+    if order.uploaded != order.rule.trained:
+        raise FederationError(
+            f"{who}: expected control variates of all that this round trains, "
+            f"{sorted(order.rule.trained)}, found {sorted(order.uploaded)}"
+        )
+    control = read_control(content, form.rows, form.buffer, who)
+    return TrainTask(setup, order, replace(broadcast, control=control), form)
 
 
 def _read(cls: type[T], content: RecordDict, name: str) -> T:

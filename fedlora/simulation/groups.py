@@ -28,6 +28,7 @@ class GroupOrder:
     clients: tuple[str, ...]
     starts: tuple[Adapter, ...]  # one for everyone, or one each
     frozen: Adapter | None = None  # beside which all of them train
+    corrections: tuple[Array, ...] = ()  # one each, where the rule has a correction
     alone: bool = False  # one client at a time, where the model cannot be batched
 
 
@@ -56,6 +57,9 @@ def _trained(world: World, order: GroupOrder) -> list[Trained]:
         job_of(world, client, start, order.order)
         for client, start in zip(order.clients, starts, strict=True)
     ]
+    if order.order.rule.correction is not None:
+        pairs = zip(jobs, order.corrections, strict=True)
+        jobs = [replace(job, correction=row) for job, row in pairs]
     precision = order.engine.precision
     if not order.alone:
         return train_group(world.model, jobs, world.task, precision=precision)

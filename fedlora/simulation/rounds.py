@@ -46,7 +46,9 @@ def run_rounds(
         run_in_flower(config, out, num_clients, on_round=on_round)
     else:
         with _quiet_flower(), one_torch_thread(), _grid(config, out, num_clients) as grid:
-            run_federation(grid, config, out, on_round=on_round)
+            # The cohort engine keeps its clients' states in the run's folder.
+            remember = config.engine.kind == "cohort"
+            run_federation(grid, config, out, clients_remember=remember, on_round=on_round)
     return read_checkpoint(out)
 
 

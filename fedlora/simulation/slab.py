@@ -83,10 +83,15 @@ class PersonalSlab:
         return max(usable, key=lambda place: int(rounds[place]), default=None)
 
 
-def open_slab(folder: Path, clients: int, segments: Sequence[Segment]) -> PersonalSlab:
-    """Return the rows of one layout in `folder`: clients of other ranks have rows of another."""
+def open_slab(
+    folder: Path, clients: int, segments: Sequence[Segment], kind: str = ""
+) -> PersonalSlab:
+    """Return the rows of one layout in `folder`: clients of other ranks have rows of another.
+
+    kind: what else is kept there, as the beginning of a folder's name; "": the factors.
+    """
     digest = hashlib.sha256("\n".join(map(str, segments)).encode()).hexdigest()
-    return PersonalSlab(folder / digest[:16], clients, segments)
+    return PersonalSlab(folder / f"{kind}{digest[:16]}", clients, segments)
 
 
 def starts_of(
