@@ -11,13 +11,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedlora.adapter import Array
 from fedlora.aggregation import Broadcast
 from fedlora.bases import list_bases
 from fedlora.data import draw_batches, list_data
-from fedlora.errors import BaseMismatchError, ConfigError, UnsupportedError
+from fedlora.errors import BaseMismatchError, ConfigError
 from fedlora.federation import ClientSetup
 from fedlora.federation.owner import owners_checkpointing, owners_setup
-from fedlora.nn import load_adapter_into, train_local
+from fedlora.nn import beside, load_adapter_into, train_local
 from fedlora.randomness import rng
 from fedlora.training import LocalRule, TrainConfig, TrainResult
 from fedlora.world import World, thread_world
@@ -39,28 +40,35 @@ class TorchTrainer:
         return len(self.world.data.client(self.client_id).train)
 
     def train(
-        self, broadcast: Broadcast, config: TrainConfig, rule: LocalRule, round: int, seed: int
+        self,
+        broadcast: Broadcast,
+        config: TrainConfig,
+        rule: LocalRule,
+        round: int,
+        seed: int,
+        correction: Array | None = None,
     ) -> TrainResult:
         """Load the broadcast factors, and train on this client's keyed batches."""
-        if broadcast.frozen is not None:
-            raise UnsupportedError("training beside a frozen adapter is not supported in torch yet")
-        expected, found = self.world.initial.base, broadcast.trainable.base
-        if expected != found:
-            raise BaseMismatchError(
-                f"this client's base is {_short(expected)}, the server's adapter is for "
-                f"{_short(found)}; install the same base on both"
-            )
+        for adapter in (broadcast.trainable, broadcast.frozen):
+            expected = self.world.initial.base
+            if adapter is not None and adapter.base != expected:
+                raise BaseMismatchError(
+                    f"this client's base is {_short(expected)}, the server's adapter is for "
+                    f"{_short(adapter.base)}; install the same base on both"
+                )
         examples = self.world.data.client(self.client_id).train
         load_adapter_into(self.world.model, broadcast.trainable)
-        return train_local(
-            self.world.model,
-            draw_batches(examples, config, seed, self.client_id, round),
-            config,
-            task=self.world.task,
-            rule=rule,
-            num_examples=len(examples),
-            seed=int(rng(seed, "dropout", self.client_id, round).integers(2**31)),
-        )
+        with beside(self.world.model, broadcast.frozen):
+            return train_local(
+                self.world.model,
+                draw_batches(examples, config, seed, self.client_id, round),
+                config,
+                task=self.world.task,
+                rule=rule,
+                correction=correction,
+                num_examples=len(examples),
+                seed=int(rng(seed, "dropout", self.client_id, round).integers(2**31)),
+            )
 
 
 def open_trainer(setup: ClientSetup, node_config: Mapping[str, object]) -> TorchTrainer:

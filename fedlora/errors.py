@@ -15,6 +15,7 @@
     │   └── DigestMismatchError    its bytes differ from their recorded digest
     ├── DataError                  a data set or one client's part of it cannot be used
     ├── FederationError            a round, a client's reply or a message is wrong
+    │   └── TooFewUpdatesError     a rule needs more clients than this round has left
     └── RunError                   a run folder cannot be written, or cannot be resumed
 
 A message is one line: where, what was expected, what was found, what to do. The command line prints
@@ -40,6 +41,7 @@ __all__ = [
     "NonFiniteError",
     "RunError",
     "ShapeMismatchError",
+    "TooFewUpdatesError",
     "UnknownNameError",
     "UnsupportedError",
     "UsageError",
@@ -115,6 +117,10 @@ class DataError(FedloraError):
 
 class FederationError(FedloraError):
     """A round, a client's reply or a message is wrong."""
+
+
+class TooFewUpdatesError(FederationError):
+    """Too few clients are left for what a rule promises: the round is given up, not the run."""
 
 
 class RunError(FedloraError):

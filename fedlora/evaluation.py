@@ -25,7 +25,15 @@ from fedlora.nn.local import evaluating
 from fedlora.nn.serving import serving
 from fedlora.nn.tasks import scored_positions
 
-__all__ = ["FEATURE_POSITIONS", "TEXT_POSITIONS", "Trial", "evaluate", "evaluate_many"]
+__all__ = [
+    "FEATURE_POSITIONS",
+    "TEXT_POSITIONS",
+    "Trial",
+    "evaluate",
+    "evaluate_many",
+    "measured",
+    "require_examples",
+]
 
 # Positions in one forward pass. Texts share a row there, and attention grows with its square; more
 # rows than 512 gain nothing on tiny-chat, and with 2048 the activations leave the cache.
@@ -54,9 +62,9 @@ def evaluate(
     Raises `DataError` without examples, `NonFiniteError` when the loss is not finite, and
     `ConfigError` when a task of the user's own does not score what it has to.
     """
-    _require_examples(examples, who)
+    require_examples(examples, who)
     load_adapter_into(model, adapter)
-    return _measured(_scored(model, examples, task), examples, task, who)
+    return measured(_scored(model, examples, task), examples, task, who)
 
 
 def evaluate_many(
@@ -72,7 +80,7 @@ def evaluate_many(
     Raises `DataError` and `ConfigError` as `evaluate` does.
     """
     for trial in trials:
-        _require_examples(trial.examples, trial.who)
+        require_examples(trial.examples, trial.who)
     found: dict[int, Mapping[str, float]] = {}
     single: list[int] = []  # few examples, and an adapter that no other trial has
     for same in _by_adapter(trials):
@@ -104,12 +112,13 @@ def _measured_or_error(
     sums: Mapping[str, float], trial: Trial, task: Task
 ) -> dict[str, float] | NonFiniteError:
     try:
-        return _measured(sums, trial.examples, task, trial.who)
+        return measured(sums, trial.examples, task, trial.who)
     except NonFiniteError as error:
         return error
 
 
-def _require_examples(examples: Examples, who: str) -> None:
+def require_examples(examples: Examples, who: str) -> None:
+    """Raise `DataError` without examples; `who` opens its text."""
     if len(examples) == 0:
         raise DataError(f"{who}: expected held-out examples to evaluate on, found none")
 
@@ -206,9 +215,10 @@ def _scored(model: nn.Module, examples: Examples, task: Task) -> Mapping[str, fl
     return sums
 
 
-def _measured(
+def measured(
     sums: Mapping[str, float], examples: Examples, task: Task, who: str
 ) -> dict[str, float]:
+    """Turn a task's sums over `examples` into its measures; raises as `evaluate` does."""
     if "nats" not in sums or not {"tokens", "examples"} & sums.keys():
         raise ConfigError(
             f"task {task.name!r}: expected its score to return 'nats' and 'tokens' or 'examples', "

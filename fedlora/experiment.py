@@ -20,10 +20,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from fedlora.adapter import LoraConfig
-from fedlora.aggregation import Method
+from fedlora.aggregation import (
+    Method,
+    with_control_variates,
+    with_rule,
+    with_server_optimizer,
+)
 from fedlora.aggregation import method as find_method
+from fedlora.aggregation.robust import fewest_updates
 from fedlora.errors import ConfigError, MissingExtraError, nearest, unknown_name
-from fedlora.training import TrainConfig
+from fedlora.training import TrainConfig, require_plain_sgd
 
 __all__ = [
     "BaseConfig",
@@ -93,9 +99,16 @@ class FederationConfig:
     sampling: Literal["fixed", "poisson"] = "fixed"
     weights: Literal["examples", "equal"] = "examples"  # of the clients in the mean
     method_options: Mapping[str, Any] = field(default_factory=dict)  # of the method's own
-    # The learning rate falls from round to round along half a cosine, to nearly 0 in the last one.
+    # The learning rate falls from round to round along half a cosine, to nearly 0 in the last one:
+    # the server optimizer's where there is one, and else the clients'.
     schedule: Literal["constant", "cosine"] = "constant"
     client_ranks: tuple[int, ...] = ()  # dealt out in turn over sorted client ids; (): lora.rank
+    server_optimizer: str | None = None  # momentum, adam, yogi or adagrad behind the mean
+    server_options: Mapping[str, Any] = field(default_factory=dict)
+    robust: str | None = None  # median, trimmed-mean, multi-krum, norm-bound or max-share
+    robust_options: Mapping[str, Any] = field(default_factory=dict)
+    proximal_weight: float = 0.0  # mu of FedProx: holds a client near what it was sent
+    control_variates: bool = False  # SCAFFOLD, against the drift of clients; needs plain sgd
 
     def __post_init__(self) -> None:
         _at_least("federation.rounds", self.rounds, 0)
@@ -103,17 +116,64 @@ class FederationConfig:
         for rank in self.client_ranks:
             _at_least("federation.client_ranks", rank, 1)
         self.build_method()
+        if self.robust is not None and self.sampling == "fixed":
+            fewest = fewest_updates(self.robust, **self.robust_options)
+            if self.cohort < fewest:
+                raise ConfigError(
+                    f"federation.cohort: expected at least {fewest} for {self.robust} with "
+                    f"{dict(self.robust_options)}, found {self.cohort}"
+                )
 
     def train_in(self, round: int) -> TrainConfig:
         """Return what clients are told in `round`, which counts from 1."""
-        if self.schedule == "constant":
+        if self.schedule == "constant" or self.server_optimizer is not None:
             return self.train
-        share = (1 + math.cos(math.pi * (round - 1) / max(self.rounds, round))) / 2
-        return dataclasses.replace(self.train, learning_rate=self.train.learning_rate * share)
+        rate = self.train.learning_rate * self._share_in(round)
+        return dataclasses.replace(self.train, learning_rate=rate)
+
+    def _share_in(self, round: int) -> float:
+        if self.schedule == "constant":
+            return 1.0
+        return (1 + math.cos(math.pi * (round - 1) / max(self.rounds, round))) / 2
 
     def build_method(self) -> Method:
-        """Return the method with its options. Raises `ConfigError` for an option it has not."""
-        return find_method(self.method, **self.method_options)
+        """Return the method with all that this table puts on it.
+
+        The proximal weight and the control variates change what clients do; the robust rule stands
+        in front of the method's mean, the server optimizer behind it. Raises `ConfigError`
+        for an option that is not theirs, and for those that do not go together.
+        """
+        built = find_method(self.method, **self.method_options)
+        if self.proximal_weight:
+            local = dataclasses.replace(built.local, proximal_weight=self.proximal_weight)
+            built = dataclasses.replace(built, local=local)
+        if self.control_variates:
+            try:
+                require_plain_sgd(self.train)
+                built = with_control_variates(built)
+            except ConfigError as error:
+                raise ConfigError(f"federation.control_variates: {error}") from None
+        for key, name, options_key, options, wrap in (
+            ("robust", self.robust, "robust_options", self.robust_options, with_rule),
+            (
+                "server_optimizer",
+                self.server_optimizer,
+                "server_options",
+                self.server_options,
+                functools.partial(with_server_optimizer, share_in=self._share_in),
+            ),
+        ):
+            if name is None and options:
+                raise ConfigError(
+                    f"federation.{options_key}: expected federation.{key} beside it, found none; "
+                    "name one, or remove the options"
+                )
+            if name is not None:
+                try:
+                    built = wrap(built, name, **options)
+                except ConfigError as error:
+                    raise ConfigError(f"federation.{key}: {error}") from None
+        return built
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +185,23 @@ class PersonalizationConfig:
     batch_size: int | None = None  # None: the federation's
     save: bool = True  # keep everyone's personal adapter in the run's folder
     cross: int = 0  # clients whose own adapters are also evaluated on one another's data
+    # What a person is served: the personal adapter, or its mixture with the global one (FedDPA).
+    kind: Literal["personal", "mixed"] = "personal"
+    mixing_weight: float = 0.5  # of the personal adapter for the likeliest input; mixed only
+    proximal_weight: float = 0.0  # lambda of Ditto: pulls the personal adapter to the global one
+    keep_better: bool = False  # who does worse with it on the validation part keeps the global one
 
     def __post_init__(self) -> None:
+        if not 0 <= self.mixing_weight <= 1:
+            raise ConfigError(
+                "personalization.mixing_weight: expected a share in [0, 1], found "
+                f"{self.mixing_weight!r}"
+            )
+        if not 0 <= self.proximal_weight < math.inf:
+            raise ConfigError(
+                "personalization.proximal_weight: expected a finite number >= 0, found "
+                f"{self.proximal_weight!r}"
+            )
         _at_least("personalization.steps", self.steps, 0)
         _at_least("personalization.cross", self.cross, 0)
         _at_least("personalization.batch_size", self.batch_size, 1)
@@ -188,6 +263,11 @@ class ExperimentConfig:
             raise ConfigError(
                 "lora.variant: expected 'lora' or 'rslora' in a federation, found "
                 f"{self.lora.variant!r}; {self.federation.method} averages A and B alone"
+            )
+        if self.personalization.keep_better and not self.data.validation_share:
+            raise ConfigError(
+                "personalization.keep_better: expected data.validation_share over 0, by whose "
+                "examples the better adapter is chosen, found 0; set it, or remove keep_better"
             )
         if any(rank > self.lora.rank for rank in self.federation.client_ranks):
             raise ConfigError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedlora.adapter import Adapter, Array, LoraLayer, with_views
-from fedlora.errors import ShapeMismatchError
+from fedlora.errors import NonFiniteError, ShapeMismatchError
 from fedlora.training import Factor
 
 __all__ = ["RowForm", "RowReader", "Segment", "pack", "segments_of"]
@@ -90,13 +90,14 @@ class RowForm:
         cuts = {path: tuple(places.get((path, factor)) for factor in _ORDER) for path in like}
         return cls(like, segments, start, cuts)
 
-    def read(self, data: bytes, offset: int = 0) -> Adapter:
+    def read(self, data: bytes, offset: int = 0, largest: float = math.inf) -> Adapter:
         """Return the adapter whose named factors are `data` from byte `offset` on, without a copy.
 
         data: at least `size` little-endian float32 numbers. Bytes, since nobody can change them
         afterwards.
 
-        Raises `NonFiniteError` with the factor and the place of the first bad number.
+        Raises `NonFiniteError` with the factor and the place of the first bad number, and with the
+        factor of the first whose size is over `largest`.
         """
         row = np.frombuffer(data, np.float32, self.size, offset)
         layers = {}
@@ -109,11 +110,27 @@ class RowForm:
             )
         # One reduction: a NaN or an infinity makes the sum of squares not finite. So does overflow,
         # which the layers' own checks tell apart; for a bad number they raise.
-        if self.size and not math.isfinite(np.vdot(row, row)):
+        # No number is larger than the root of that sum, so that it also answers for `largest`.
+        squares = float(np.vdot(row, row)) if self.size else 0.0
+        if not math.isfinite(squares):
             for path, arrays in layers.items():
                 like = self.like.layers[path]
                 LoraLayer(arrays[0], arrays[1], like.scaling, arrays[2], like.kind)
+        if squares > largest**2:
+            self._refuse_over(largest, row)
         return with_views(self.like, layers, (self, row))
+
+    def _refuse_over(self, largest: float, row: Array) -> None:
+        """Raise for the first factor with a number over `largest`; a large sum may have none."""
+        start = 0
+        for segment in self.segments:
+            most = float(np.abs(row[start : start + segment.size]).max(initial=0.0))
+            if most > largest:
+                raise NonFiniteError(
+                    f"layer {segment.path!r}, {segment.factor}: expected numbers up to "
+                    f"{largest:g}, found {most:g}"
+                )
+            start += segment.size
 
 
 class RowReader:

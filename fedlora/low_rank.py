@@ -63,6 +63,11 @@ class Spectrum:
         # The last sum can miss the whole by rounding; all values keep all there is.
         return min(int(np.searchsorted(kept, energy * kept[-1])) + 1, self.rank)
 
+    def energy_beyond(self, rank: int) -> float:
+        """Return the share of `energy` that ``cut(rank)`` leaves out; 0 for a zero."""
+        left_out = self.values[rank:]
+        return float(left_out @ left_out) / self.energy if self.energy else 0.0
+
     def balanced(self, scaling: float = 1.0) -> tuple[Matrix, Matrix]:
         """Return B, A with ``scaling * B @ A`` the product: ``left √(values / scaling)`` and so on.
 

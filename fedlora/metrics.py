@@ -11,7 +11,7 @@ import numpy as np
 
 from fedlora.errors import DataError
 
-__all__ = ["Gain", "Interval", "Summary", "gain", "interval", "share_better", "summarize"]
+__all__ = ["Gain", "Interval", "Summary", "auc", "gain", "interval", "share_better", "summarize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,24 @@ def share_better(
     """Return the share of clients for whom `after` is strictly better."""
     first, second = np.asarray(before), np.asarray(after)
     return float(np.mean(second > first if higher_is_better else second < first))
+
+
+def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """Return the probability that a positive scores higher than a negative, a tie counting half.
+
+    The area under the ROC curve, from the ranks of all scores (Mann and Whitney 1947, equal scores
+    sharing their mean rank). Raises `DataError` without one of the two, or for NaN.
+    """
+    scores = np.concatenate([np.asarray(positive, np.float64), np.asarray(negative, np.float64)])
+    count, others = len(positive), len(negative)
+    if not count or not others or np.isnan(scores).any():
+        raise DataError(
+            f"auc: expected positive and negative scores without NaN, found {count} and {others} "
+            f"with {np.count_nonzero(np.isnan(scores))} NaN"
+        )
+    _, place, times = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(times) - (times - 1) / 2)[place]  # from 1
+    return float((ranks[:count].sum() - count * (count + 1) / 2) / (count * others))
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -10,10 +10,19 @@ from typing import Literal, get_args
 from fedlora.adapter import Adapter
 from fedlora.errors import ConfigError
 
-__all__ = ["Factor", "LocalRule", "Optimizer", "TrainConfig", "TrainResult"]
+__all__ = [
+    "Correction",
+    "Factor",
+    "LocalRule",
+    "Optimizer",
+    "TrainConfig",
+    "TrainResult",
+    "require_plain_sgd",
+]
 
 Factor = Literal["A", "B", "magnitude"]
 Optimizer = Literal["adamw", "sgd"]
+Correction = Literal["scaffold"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +87,10 @@ class LocalRule:
     # mu of FedProx (arXiv:1812.06127, equation 2): mu / 2 times the squared distance of the trained
     # factors from where they started is added to the loss; the reported loss is without it.
     proximal_weight: float = 0.0
+    # "scaffold" (arXiv:1910.06378): a row c - c_k over the trained factors, which comes with each
+    # round, is added to the gradient of every step, after clipping. None and not a flag, so that
+    # an order without it has no such key.
+    correction: Correction | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.proximal_weight < math.inf:
@@ -98,6 +111,20 @@ class TrainResult:
     loss: float  # mean over the steps, each before its update; NaN when there was no step
     steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def require_plain_sgd(config: TrainConfig) -> None:
+    """Raise `ConfigError` unless control variates can correct this training."""
+    found = repr(config.optimizer)
+    if config.optimizer == "sgd":
+        if not config.momentum:
+            return
+        found += f" with momentum {config.momentum:g}"
+    raise ConfigError(
+        "control variates: expected optimizer = 'sgd' without momentum, found "
+        f"{found}; a client's control variate is its mean gradient, read off its factors as "
+        "(before - after) / (steps * learning_rate), which holds for plain steps only"
+    )
 
 
 def _is_int(value: object, *, at_least: int) -> bool:

@@ -66,6 +66,12 @@ def open_world(
     _require_head(loaded, base, data, population)
     inject_lora(loaded.model, lora, seed, base=loaded.card.fingerprint)
     initial = extract_adapter(loaded.model)
+    if base.num_classes is not None and NEW_HEAD not in initial:
+        raise ConfigError(
+            f"lora: expected the new head {NEW_HEAD!r} among the adapted layers, found it left "
+            "out: nothing would be learned; name it in lora.target_modules, and blocks there by a "
+            "regular expression, since lora.layers keeps nothing but blocks"
+        )
     for path, layer in initial.layers.items():
         if path == NEW_HEAD and layer.rank < layer.out_features:
             raise ConfigError(

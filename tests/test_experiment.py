@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.errors import ConfigError, UnknownNameError
+from fedlora.errors import ConfigError, FedloraError, UnknownNameError
 from fedlora.experiment import (
     ExperimentConfig,
     app_root,
@@ -42,6 +42,22 @@ def test_what_is_not_said_has_its_default() -> None:
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "the better adapter without examples to tell": (
+        {"personalization.keep_better": True},
+        "personalization.keep_better: expected data.validation_share over 0, by whose examples",
+    ),
+    "a mixture of more than all": (
+        {"personalization.mixing_weight": 1.5},
+        "personalization.mixing_weight: expected a share in [0, 1], found 1.5",
+    ),
+    "a kind that is not known": (
+        {"personalization.kind": "mixd"},
+        "personalization.kind: expected one of personal, mixed, found 'mixd'",
+    ),
+    "a pull away": (
+        {"personalization.proximal_weight": -1.0},
+        "personalization.proximal_weight: expected a finite number >= 0, found -1.0",
+    ),
     "a key misspelt": (
         {"federation.lerning_rate": 0.1},
         "federation.lerning_rate: unknown key; did you mean 'learning_rate'?",
@@ -170,6 +186,57 @@ def test_an_unknown_method_is_refused_with_the_nearest() -> None:
         build(federation__method="fedlt")
 
 
+def test_a_rule_stands_before_the_mean_and_a_server_optimizer_behind_it() -> None:
+    config = build(
+        federation__robust="norm-bound",
+        federation__robust_options={"bound": 2.5, "max_share": 0.5},
+        federation__server_optimizer="adam",
+        federation__server_options={"learning_rate": 0.02},
+    )
+    built = config.federation.build_method()
+    assert (built.name, built.linear, built.exact) == ("fedit+norm-bound+adam", False, False)
+    assert build().federation.build_method().name == "fedit"
+    assert ExperimentConfig.from_table(config.to_table()) == config
+
+
+RULES_AND_OPTIMIZERS: dict[str, tuple[dict[str, Any], type[FedloraError], str]] = {
+    "unknown rule": (
+        {"robust": "multikrum"},
+        UnknownNameError,
+        "unknown robust rule 'multikrum'; did you mean 'multi-krum'?",
+    ),
+    "unknown optimizer": (
+        {"server_optimizer": "adagard"},
+        UnknownNameError,
+        "unknown server optimizer 'adagard'; did you mean 'adagrad'?",
+    ),
+    "unknown option": (
+        {"robust": "multi-krum", "robust_options": {"atackers": 2}},
+        ConfigError,
+        "federation.robust: robust rule 'multi-krum': unknown option 'atackers'; did you mean "
+        "'attackers'?",
+    ),
+    "options of nothing": (
+        {"server_options": {"beta1": 0.5}},
+        ConfigError,
+        "federation.server_options: expected federation.server_optimizer beside it, found none; "
+        "name one, or remove the options",
+    ),
+    "a cohort that is too small": (
+        {"robust": "multi-krum", "robust_options": {"attackers": 4}, "cohort": 10},
+        ConfigError,
+        "federation.cohort: expected at least 11 for multi-krum with {'attackers': 4}, found 10",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RULES_AND_OPTIMIZERS)
+def test_a_rule_or_optimizer_that_cannot_be_is_refused(case: str) -> None:
+    keys, error, text = RULES_AND_OPTIMIZERS[case]
+    with raises(error, text):
+        build(**{f"federation__{key}": value for key, value in keys.items()})
+
+
 def test_overrides_change_their_key_and_leave_the_given_table_alone() -> None:
     table = TABLE | {"lora": {"rank_pattern": {"fc": 2}}}
     config = ExperimentConfig.from_table(
@@ -188,6 +255,12 @@ def test_an_override_with_none_takes_a_value_away() -> None:
 
 ROUND_TRIPS: dict[str, dict[str, Any]] = {
     "the defaults": {},
+    "a rule and a server optimizer": {
+        "federation__robust": "norm-bound",
+        "federation__robust_options": {"bound": 2.5},
+        "federation__server_optimizer": "yogi",
+        "federation__server_options": {"tau": 0.01},
+    },
     "everything of LoRA": {
         "lora__target_modules": r".*\.(q|v)_proj",
         "lora__rank_pattern": {r"layers\.0\..*": 4},
@@ -239,7 +312,7 @@ def test_errors_of_a_file_open_with_its_name(tmp_path: Path) -> None:
         ExperimentConfig.from_toml(path)
 
 
-@pytest.mark.parametrize("name", ["watch", "keyboard"])
+@pytest.mark.parametrize("name", ["authors", "keyboard", "watch"])
 def test_the_bundled_experiments_are_valid_and_found_by_name(name: str) -> None:
     path = find_experiment(name)
     assert path == app_root() / "simulations" / f"{name}.toml"

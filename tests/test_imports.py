@@ -19,7 +19,7 @@ ROWS = [
     {"errors", "files", "imports", "low_rank", "patterns", "randomness"},
     {"adapter", "flat", "targets", "training"},
     {"aggregation", "privacy", "formats", "store", "metrics"},
-    {"experiment", "personalization", "evaluation", "nn", "bases", "data", "world"},
+    {"experiment", "personalization", "mixing", "evaluation", "nn", "bases", "data", "world"},
     {"simulation", "federation", "export", "device", "ota"},
     {"agent", "report"},
     {"cli", "clients", "server", "simulations"},
@@ -32,7 +32,8 @@ BESIDE: dict[str, set[str]] = {
     "flat": {"adapter", "training"},
     "training": {"adapter"},
     "simulation": {"federation"},
-    "personalization": {"evaluation", "nn", "bases", "data", "experiment", "world"},
+    "mixing": {"evaluation", "nn", "data"},
+    "personalization": {"mixing", "evaluation", "nn", "bases", "data", "experiment", "world"},
     "evaluation": {"nn", "bases", "data"},
     "world": {"nn", "bases", "data", "experiment"},
     "experiment": {"bases", "data"},
@@ -40,7 +41,7 @@ BESIDE: dict[str, set[str]] = {
     "bases": set(),
     "data": {"bases"},
 }
-TORCH = {"nn", "world", "evaluation", "personalization", "export", "simulation"}
+TORCH = {"nn", "world", "evaluation", "mixing", "personalization", "export", "simulation"}
 # A base, unit or list of names that everyone may use, in whatever row.
 GROUND = ROWS[0]
 

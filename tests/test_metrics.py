@@ -4,10 +4,13 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedlora.errors import DataError
-from fedlora.metrics import Gain, Summary, gain, interval, share_better, summarize
+from fedlora.metrics import Gain, Summary, auc, gain, interval, share_better, summarize
 from fedlora.metrics import _student as student
+from tests.reference.auc import auc_of_pairs
 
 
 def test_worst_tenth_is_the_mean_of_the_lowest_accuracies():
@@ -66,3 +69,23 @@ def test_an_interval_is_students_over_the_values():
     assert interval([2.0]).as_dict() == {"mean": 2.0, "low": None, "high": None, "count": 1}
     with pytest.raises(DataError, match="at least one value"):
         interval([])
+
+
+FEW = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=12)  # with many ties
+
+
+@given(FEW, FEW)
+def test_auc_is_the_share_of_pairs_in_order(positive, negative):
+    assert auc(positive, negative) == pytest.approx(auc_of_pairs(positive, negative), abs=1e-12)
+
+
+def test_auc_of_scores_that_tell_all_nothing_or_the_contrary():
+    assert auc([3.0, 2.5], [1.0, 2.0, -math.inf]) == 1.0
+    assert auc([1.0, 1.0], [1.0, 1.0, 1.0]) == 0.5
+    assert auc([0.0], [1.0, math.inf]) == 0.0
+
+
+@pytest.mark.parametrize(("positive", "negative"), [([], [1.0]), ([1.0], []), ([math.nan], [1.0])])
+def test_auc_of_nothing_is_refused(positive, negative):
+    with pytest.raises(DataError, match="auc: expected positive and negative scores without NaN"):
+        auc(positive, negative)

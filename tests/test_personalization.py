@@ -142,3 +142,119 @@ def test_a_diverging_client_has_the_error_that_it_has_alone_and_changes_no_other
     expected = compare_adapters(model, good, CLASSES, config, **setting, federated_steps=1)
     assert_same(found[0], expected)
     assert_same(found[2], expected)
+
+
+def pulled(adapter: Adapter, other: Adapter) -> float:
+    """Squared distance of the factors of two adapters."""
+    return sum(
+        float(np.square(layer.A - other[path].A).sum() + np.square(layer.B - other[path].B).sum())
+        for path, layer in adapter.layers.items()
+    )
+
+
+def mlp_setting() -> tuple[Mlp, dict[str, Adapter]]:
+    model = seeded(Mlp)
+    inject_lora(model, LoraConfig(rank=2, target_modules="all-linear"), seed=0)
+    initial = extract_adapter(model)
+    return model, {"initial": initial, "shared": shaken(initial)}
+
+
+def test_dittos_pull_keeps_the_personal_adapter_near_the_global_and_the_own_as_it_was():
+    model, setting = mlp_setting()
+    people = [(client("c", 6, 1), 1), (client("d", 9, 2), 2)]
+    found = {}
+    for weight in (0.0, 100.0):
+        config = experiment(
+            **{"personalization.proximal_weight": weight, "personalization.steps": 20,
+               "federation.optimizer": "sgd"}
+        )  # fmt: skip
+        found[weight] = compare_many(model, people, CLASSES, config, **setting)
+        for person, (data, steps) in zip(found[weight], people, strict=True):
+            alone = compare_adapters(model, data, CLASSES, config, **setting, federated_steps=steps)
+            assert_same(person, alone)
+    for free, held in zip(found[0.0], found[100.0], strict=True):
+        assert free.own == held.own
+        near, far = (pulled(p.personal, setting["shared"]) for p in (held, free))
+        # Twenty steps of 5e-3 * 100 = 1/2 of the way back: a free step's distance is left.
+        assert 0 < near < 0.1 * far
+
+
+def test_one_step_of_ditto_is_the_gradient_and_the_pull():
+    """v2 = v1 - rate * (gradient(v1) + lambda * (v1 - w)), by two runs of one step each."""
+    model, setting = mlp_setting()
+    data = client("c", 8, 1)  # batches of all rows: the same gradient in every step
+    options = {"federation.optimizer": "sgd", "federation.batch_size": 8}
+    rate, weight = 5e-3, 7.0
+
+    def personal(steps: int, weight: float) -> Adapter:
+        config = experiment(
+            **options, **{"personalization.steps": steps, "personalization.proximal_weight": weight}
+        )
+        person = compare_adapters(model, data, CLASSES, config, **setting, federated_steps=1)
+        return person.personal
+
+    start, first = setting["shared"], personal(1, weight)
+    second, free = personal(2, weight), personal(2, 0.0)
+    for path in start:
+        # The first step starts at w, where there is no pull, so both runs take it alike.
+        pull = rate * weight * (first[path].B - start[path].B)
+        np.testing.assert_allclose(free[path].B - second[path].B, pull, rtol=1e-2, atol=1e-8)
+
+
+def with_validation(data: ClientData, validation: Examples) -> ClientData:
+    return replace(data, validation=validation)
+
+
+def flipped(data: ClientData) -> ClientData:
+    """A client whose validation part says the contrary of what it trains on."""
+    other = Examples(data.train.inputs, (data.train.targets + 1) % 3)
+    return with_validation(data, other)
+
+
+@pytest.mark.parametrize("kind", ["personal", "mixed"])
+@pytest.mark.parametrize("together", [True, False])
+def test_who_does_worse_in_validation_keeps_the_global_adapter(kind, together):
+    model, setting = mlp_setting()
+    config = experiment(
+        **{"personalization.keep_better": True, "data.validation_share": 0.1,
+           "personalization.kind": kind, "personalization.steps": 30}
+    )  # fmt: skip
+    people = [
+        (flipped(client("worse", 6, 1)), 1),
+        (with_validation(client("better", 6, 2), client("better", 6, 2).train), 1),
+        (client("untold", 6, 3), 1),  # without a validation part
+    ]
+    found = compare_many(model, people, CLASSES, config, **setting, together=together)
+    assert [person.kept_global for person in found] == [True, False, False]
+    for person, (data, steps) in zip(found, people, strict=True):
+        alone = compare_adapters(model, data, CLASSES, config, **setting, federated_steps=steps)
+        assert alone.kept_global == person.kept_global
+        assert_same(person, alone)
+    assert found[0].personal == setting["shared"]
+    for name, value in found[0].scores["global"].items():
+        assert found[0].scores["personal"][name] == pytest.approx(value, rel=1e-5)
+    assert found[1].personal != setting["shared"]
+
+
+def test_without_the_setting_nobody_keeps_the_global_adapter():
+    model, setting = mlp_setting()
+    data = flipped(client("worse", 6, 1))
+    config = experiment(**{"personalization.steps": 30})
+    [person] = compare_many(model, [(data, 1)], CLASSES, config, **setting)
+    assert not person.kept_global
+    assert person.personal != setting["shared"]
+
+
+def test_mixed_changes_the_scores_of_the_personal_adapter_only():
+    model, setting = mlp_setting()
+    people = [(client("c", 6, 1), 1), (client("d", 9, 2), 2)]
+    plain = compare_many(model, people, CLASSES, experiment(), **setting)
+    config = experiment(**{"personalization.kind": "mixed"})
+    mixed = compare_many(model, people, CLASSES, config, **setting)
+    for one, other in zip(plain, mixed, strict=True):
+        assert one.personal == other.personal
+        for name in ("base", "own", "global"):
+            assert one.scores[name] == pytest.approx(other.scores[name], rel=1e-6)
+        weight = other.scores["personal"]["personal_weight"]
+        assert 0 < weight <= config.personalization.mixing_weight
+        assert one.scores["personal"]["loss"] != other.scores["personal"]["loss"]

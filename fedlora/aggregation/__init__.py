@@ -10,14 +10,28 @@ from typing import Any
 
 from fedlora.aggregation.alternating import rolora
 from fedlora.aggregation.averaging import fedit, ffa_lora
+from fedlora.aggregation.control_variates import with_control_variates
 from fedlora.aggregation.het import hetlora
 from fedlora.aggregation.method import Broadcast, ClientProfile, Method, ServerState, Update
 from fedlora.aggregation.private_factors import fedsa_lora
+from fedlora.aggregation.robust import with_rule
+from fedlora.aggregation.server_optimizers import with_server_optimizer
 from fedlora.aggregation.stacking import fedex_lora, flora
 from fedlora.aggregation.svd import fedsvd, flexlora
 from fedlora.errors import ConfigError, unknown_name
 
-__all__ = ["Broadcast", "ClientProfile", "Method", "ServerState", "Update", "method", "methods"]
+__all__ = [
+    "Broadcast",
+    "ClientProfile",
+    "Method",
+    "ServerState",
+    "Update",
+    "method",
+    "methods",
+    "with_control_variates",
+    "with_rule",
+    "with_server_optimizer",
+]
 
 _METHODS: dict[str, Callable[..., Method]] = {
     "fedex-lora": fedex_lora,

@@ -32,6 +32,7 @@ def rolora() -> Method:
         local=LocalRule(trained=BOTH),
         exact=True,
         linear=True,
+        continues=True,
         summary="many clients, low rank or strong skew, at half the upload",
         paper="2502.01755",
     )

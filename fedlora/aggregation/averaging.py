@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedlora.adapter import Adapter
+from fedlora.adapter import Adapter, Array
 from fedlora.aggregation.method import (
     Broadcast,
     ClientProfile,
@@ -39,6 +39,10 @@ __all__ = [
     "no_update",
     "running_mean",
 ]
+
+# Rows that are read together, numbers of each in one block (512 kB together, which stay in a core's
+# own cache), and groups in one float32 sum. Larger and smaller ones were slower.
+GROUP, BLOCK, FOLD = 16, 8192, 4
 
 BOTH: frozenset[Factor] = frozenset({"A", "B"})
 ONLY_B: frozenset[Factor] = frozenset({"B"})
@@ -70,25 +74,69 @@ class RunningMean:
     """The weighted mean of flat rows of factors, from one float64 sum.
 
     `like`: the adapter whose layout the rows have; `factors`: which of its factors are in them.
+
+    Converting every row to float64 would take five times as long as reading it. So of long rows,
+    `GROUP` at a time are summed in float32, and `FOLD` such sums before they go into the float64
+    one. That is off by a few roundings of float32 at most (about 2e-7 of the largest number),
+    however many clients there are. Fewer rows, and short ones, are summed in float64 throughout.
     """
 
     def __init__(self, like: Adapter, factors: frozenset[Factor]) -> None:
         self.like, self.factors = like, factors
         self._row_of = RowReader(like, factors)
         self._sums = np.zeros(self._row_of.size)
-        self._weighted = np.empty_like(self._sums)
+        self._waiting: list[tuple[Array, float]] = []
+        self._partial: Array = np.zeros(0, np.float32)
+        self._folded = 0  # groups in `_partial`
+        self._unit = 1.0  # of the weights in `_partial`
         self.total = 0.0  # of the weights
 
     def add(self, adapter: Adapter, weight: float) -> None:
         """Add ``weight`` times the factors of `adapter`."""
-        np.multiply(self._row_of(adapter), weight, out=self._weighted, dtype=np.float64)
-        self._sums += self._weighted
+        self._waiting.append((self._row_of(adapter), weight))
         self.total += weight
+        if len(self._sums) < BLOCK:
+            self._add_waiting()
+        elif len(self._waiting) == GROUP:
+            self._add_group()
 
     @property
     def row(self) -> Matrix:
         """The mean as one float64 row. Something must have been added."""
+        self._add_waiting()
+        self._fold()
         return self._sums / self.total
+
+    def _add_waiting(self) -> None:
+        for row, weight in self._waiting:
+            self._sums += row.astype(np.float64) * weight
+        self._waiting.clear()
+
+    def _add_group(self) -> None:
+        """Sum a whole group in blocks that stay in the cache, with one product a block."""
+        if not len(self._partial):
+            self._partial = np.zeros(len(self._sums), np.float32)
+            self._unit = self._waiting[0][1]  # float32 is to see weights of about 1
+        rows = [row for row, _ in self._waiting]
+        weights = np.array([weight for _, weight in self._waiting])
+        shares = (weights / self._unit).astype(np.float32)
+        block = np.empty((GROUP, BLOCK), np.float32)
+        for start in range(0, len(self._sums), BLOCK):
+            part = [row[start : start + BLOCK] for row in rows]
+            size = len(part[0])
+            into = block if size == BLOCK else np.empty((GROUP, size), np.float32)
+            np.concatenate(part, out=into.reshape(-1))
+            self._partial[start : start + size] += shares @ into
+        self._waiting.clear()
+        self._folded += 1
+        if self._folded == FOLD:
+            self._fold()
+
+    def _fold(self) -> None:
+        if self._folded:
+            self._sums += self._partial.astype(np.float64) * self._unit
+            self._partial[:] = 0
+            self._folded = 0
 
     def factor_rows(self) -> Iterator[tuple[Segment, Matrix]]:
         """Yield each factor's place and its mean, in float64 and in its shape."""
@@ -150,6 +198,7 @@ def _averaging(
         linear=True,
         summary=summary,
         paper=paper,
+        continues=True,
     )
 
 

@@ -19,6 +19,9 @@ class Update:
     adapter: Adapter
     num_examples: float  # the client's weight in the mean
     client_id: str
+    # Only with control variates: how the client's own has changed, ``(n,)`` float32, as the
+    # uploaded factors lie in a row (`fedlora.flat`).
+    control: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,9 @@ class ServerState:
     trainable: Adapter  # what clients train on
     frozen: Adapter | None = None  # the part of the global adapter that they do not train
     method_state: Mapping[str, Array] = field(default_factory=dict)  # moments, control variates
+    # Of all clients that may be sampled, as updates are weighted; 0: not known. It is told anew
+    # whenever a run starts or is resumed.
+    total_weight: float = field(default=0.0, compare=False)
 
     @classmethod
     def start(cls, adapter: Adapter) -> ServerState:
@@ -51,7 +57,7 @@ class ClientProfile:
     """What the server knows of a client before a round."""
 
     client_id: str
-    rank: int | None = None  # None: the global adapter's
+    rank: int | None = None  # that it trains at most; None: the global adapter's
     num_examples: float | None = None
 
 
@@ -61,6 +67,8 @@ class Broadcast:
 
     trainable: Adapter
     frozen: Adapter | None = None
+    # The server's control variate, ``(n,)`` float32, as the round's uploaded factors lie in a row.
+    control: Array | None = field(default=None, compare=False)
 
     @property
     def whole(self) -> Adapter:
@@ -87,10 +95,24 @@ class Method:
     any_rank: bool = False  # clients may differ in rank and scaling
     summary: str = ""  # when to use it, for the table of methods
     paper: str = ""  # arXiv number
+    # Keys of `method_state`, a number a layer each, whose largest goes into the round's record.
+    noted: tuple[str, ...] = ()
+    # Whether `broadcast` looks at more of a profile than its rank. If not, it is asked once a round
+    # and rank, and all clients of that rank share what it gives.
+    broadcasts_by_client: bool = False
+    # The next trainable adapter is the mean of what clients made of this one, in the same factors,
+    # and nothing else of the state hangs on it. Only then is "mean minus this one" a direction in
+    # which a server optimizer may go further. False for methods that factor anew, begin anew, or
+    # keep a residual that fits their mean alone; a method has to claim it.
+    continues: bool = False
 
     def rule(self, round: int) -> LocalRule:
         """Return what a trainer is told in `round`."""
         return replace(self.local, trained=self.trained(round))
+
+    def kept(self, round: int) -> frozenset[Factor]:
+        """Return the factors that clients train in `round` and keep to themselves."""
+        return self.trained(round) - self.shared - {"magnitude"}
 
     def uploaded(self, round: int) -> frozenset[Factor]:
         """Return the factors that leave a device in `round`: those trained and shared."""

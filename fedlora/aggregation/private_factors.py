@@ -32,6 +32,7 @@ def fedsa_lora() -> Method:
         local=LocalRule(trained=BOTH),
         exact=False,
         linear=True,
+        continues=True,
         summary="clients whose data contradict one another; the global adapter alone is the base",
         paper="2410.01463",
     )

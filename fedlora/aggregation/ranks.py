@@ -21,6 +21,7 @@ from fedlora.low_rank import Matrix, ProductSum, Spectrum
 from fedlora.targets import initial_A
 
 __all__ = [
+    "DISCARDED",
     "add_products",
     "best_cut",
     "broadcast_cut",
@@ -34,6 +35,10 @@ __all__ = [
     "side_adapter",
     "with_rank",
 ]
+
+# Key in a state's `method_state`: one float64 number a layer in the order of paths, the share of
+# the squared Frobenius norm that a round's recompression left out.
+DISCARDED = "discarded-energy"
 
 Cut = Callable[[LoraLayer, int, bool], LoraLayer]  # (layer, rank, rsLoRA)
 

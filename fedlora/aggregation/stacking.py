@@ -6,9 +6,8 @@
 The papers add these to the base's weights. Here the base never changes: the sum is an adapter that
 clients train beside. It is recompressed in each round: without an option nothing is dropped but
 directions that are zero, so that a layer has min(out, in) at most; with `rank` or `energy` it is
-cut to a budget, and what was left out stands in ``method_state["discarded-energy"]``: one float64
-number a layer in the order of paths, the share of the frozen part's squared Frobenius norm that
-this round's recompression dropped.
+cut to a budget, and the share of its squared norm that was left out stands in the state
+(`fedlora.aggregation.ranks.DISCARDED`).
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from fedlora.adapter import Adapter
 from fedlora.aggregation.averaging import BOTH, RunningMean, broadcast_whole, no_update
 from fedlora.aggregation.method import Method, ServerState, Update, checked
 from fedlora.aggregation.ranks import (
+    DISCARDED,
     add_products,
     best_cut,
     broadcast_cut,
@@ -34,9 +34,7 @@ from fedlora.errors import ConfigError
 from fedlora.low_rank import ProductSum, Spectrum
 from fedlora.training import LocalRule
 
-__all__ = ["DISCARDED", "fedex_lora", "flora"]
-
-DISCARDED = "discarded-energy"
+__all__ = ["fedex_lora", "flora"]
 
 
 def flora(rank: int | None = None, energy: float | None = None) -> Method:
@@ -63,6 +61,7 @@ def flora(rank: int | None = None, energy: float | None = None) -> Method:
         any_rank=True,
         summary="mixed ranks and nothing lost, where the download may grow",
         paper="2409.05976",
+        noted=(DISCARDED,),
     )
 
 
@@ -99,6 +98,7 @@ def fedex_lora(rank: int | None = None, energy: float | None = None) -> Method:
         linear=False,
         summary="FedIT's training without its error, where the download may grow",
         paper="2410.09432",
+        noted=(DISCARDED,),
     )
 
 
@@ -147,7 +147,7 @@ def _with_frozen(
     kept = {path: budget.cut(spectrum) for path, spectrum in whole.items()}
     method_state = state.method_state
     if not budget.is_lossless:
-        shares = [_discarded(whole[path], kept[path]) for path in sorted(whole)]
+        shares = [whole[path].energy_beyond(kept[path].rank) for path in sorted(whole)]
         method_state = {**method_state, DISCARDED: np.array(shares)}
     return replace(
         state,
@@ -156,8 +156,3 @@ def _with_frozen(
         frozen=side_adapter(trainable, kept),
         method_state=method_state,
     )
-
-
-def _discarded(whole: Spectrum, kept: Spectrum) -> float:
-    dropped = whole.values[kept.rank :]
-    return float(dropped @ dropped) / whole.energy if whole.energy else 0.0

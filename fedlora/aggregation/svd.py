@@ -6,7 +6,8 @@
 
 FedSVD's clients train B beside one A, so its mean is exact, and nothing is lost in an SVD at the
 full rank; after a secure or noised sum it is post-processing. FlexLoRA's result is the best that
-rank r can be (Eckart-Young): it misses the exact mean by the singular values that are cut off.
+rank r can be (Eckart-Young): it misses the exact mean by the singular values that are cut off,
+whose share stands in the state (`fedlora.aggregation.ranks.DISCARDED`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fedlora.adapter import LoraLayer
 from fedlora.aggregation.averaging import BOTH, ONLY_B, broadcast_whole, running_mean
 from fedlora.aggregation.method import Method, ServerState, Update
 from fedlora.aggregation.ranks import (
+    DISCARDED,
     best_cut,
     broadcast_cut,
     mean_products,
@@ -79,11 +81,18 @@ def flexlora(rank: int | None = None) -> Method:
     def aggregate(state: ServerState, updates: Iterable[Update]) -> ServerState:
         sums, total = mean_products(state, updates, "flexlora")
         place = state.trainable if rank is None else with_rank(state.trainable, rank)
-        layers = {}
+        layers, left_out = {}, []
         for path, layer in place.layers.items():
-            spectrum = sums[path].svd(total).cut(layer.rank)
-            layers[path] = refactored(layer, *spectrum.balanced(layer.scaling))
-        return replace(state, round=state.round + 1, trainable=replace(place, layers=layers))
+            spectrum = sums[path].svd(total)
+            left_out.append(spectrum.energy_beyond(layer.rank))
+            kept = spectrum.cut(layer.rank)
+            layers[path] = refactored(layer, *kept.balanced(layer.scaling))
+        return replace(
+            state,
+            round=state.round + 1,
+            trainable=replace(place, layers=layers),
+            method_state={**state.method_state, DISCARDED: np.array(left_out)},
+        )
 
     return Method(
         name="flexlora",
@@ -97,6 +106,7 @@ def flexlora(rank: int | None = None) -> Method:
         any_rank=True,
         summary="mixed ranks, or strong label skew, at an adapter that does not grow",
         paper="2402.11505",
+        noted=(DISCARDED,),
     )
 
 

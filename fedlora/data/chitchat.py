@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,20 @@ from fedlora.data.text import encode_classes, encode_messages
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["ENDINGS", "ending", "read_ending_client", "read_messages", "read_text_client", "split"]
+__all__ = [
+    "AUTHORS",
+    "ENDINGS",
+    "authors",
+    "ending",
+    "read_author_client",
+    "read_ending_client",
+    "read_messages",
+    "read_text_client",
+    "split",
+]
 
 ENDINGS = (".", "!", "?", "…", "none")
+AUTHORS = 20
 
 
 @cache
@@ -79,6 +90,30 @@ def read_ending_client(
             encode_classes([t for t, _ in pairs], [c for _, c in pairs], tokenizer, max_length)
         )
     return ClientData(client_id, *parts)
+
+
+def authors(messages: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Return the `AUTHORS` users with the most messages, sorted; of equals the first names."""
+    ranked = sorted(messages, key=lambda user: (-len(messages[user]), user))
+    return tuple(sorted(ranked[:AUTHORS]))
+
+
+def read_author_client(
+    client_id: str,
+    messages: Sequence[str],
+    tokenizer: Tokenizer,
+    label: int,
+    *,
+    test_share: float,
+    validation_share: float,
+    max_length: int,
+) -> ClientData:
+    """Encode one author's messages, cut by time; the class of each is the author's place."""
+    parts = split(messages, test_share, validation_share)
+    return ClientData(
+        client_id,
+        *(encode_classes(part, [label] * len(part), tokenizer, max_length) for part in parts),
+    )
 
 
 def ending(message: str) -> tuple[str, int]:

@@ -39,6 +39,15 @@ DATA = {
     info.id: info
     for info in (
         DataInfo("chitchat", "next-token", 117, 79262, "MIT", "Chat messages of 117 people"),
+        DataInfo(
+            "chitchat-authors",
+            "classification",
+            chitchat.AUTHORS,
+            20000,
+            "MIT",
+            "Which of 20 people wrote this chat message? Each has one class: deal them out anew",
+            labels=tuple(f"author {number}" for number in range(chitchat.AUTHORS)),
+        ),
         DataInfo("chitchat-small", "next-token", 12, 4575, "MIT", "Chat messages of 12 people"),
         DataInfo(
             "chitchat-punctuation",
@@ -166,6 +175,16 @@ def _bundled(
     small = info.id == "chitchat-small"
     messages = chitchat.read_messages(f"chitchat_{'12x400' if small else '117x1000'}.jsonl.gz")
     how = reading(load_tokenizer(tokenizer))
+    if info.id == "chitchat-authors":
+        people = chitchat.authors(messages)
+
+        def read_author(client_id: str) -> ClientData:
+            return chitchat.read_author_client(
+                client_id, messages[client_id], how.tokenizer, people.index(client_id),
+                **how.options(),
+            )  # fmt: skip
+
+        return FederatedData(info.id, info.task, people, read_author, info.labels)
     encode = (
         chitchat.read_ending_client
         if info.id == "chitchat-punctuation"

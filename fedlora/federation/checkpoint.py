@@ -89,6 +89,8 @@ class RoundRecord:
     bytes_up: int
     bytes_down: int
     dropped: tuple[Dropped, ...] = ()
+    # What the method says of the round (`Method.noted`), each the largest over the layers.
+    noted: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

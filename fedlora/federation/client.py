@@ -11,15 +11,16 @@ import logging
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from flwr.app import Error, Message, RecordDict
 
-from fedlora.adapter import Adapter
+from fedlora.adapter import Adapter, Array
 from fedlora.aggregation import Broadcast
 from fedlora.errors import AdapterError, FederationError, FedloraError, UsageError
 from fedlora.federation._flower_private import CLIENT_ERROR
+from fedlora.federation.control import next_control, read_own_control, write_own_control
 from fedlora.federation.private import (
     kept_factors,
     kept_segments,
@@ -28,7 +29,7 @@ from fedlora.federation.private import (
     write_state,
 )
 from fedlora.federation.records import ClientSetup
-from fedlora.federation.tasks import answer_query, answer_task, read_query, read_task
+from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
 from fedlora.flat import pack
 from fedlora.training import LocalRule, TrainConfig, TrainResult
 
@@ -58,7 +59,12 @@ class Trainer(Protocol):
     def train(
         self, broadcast: Broadcast, config: TrainConfig, rule: LocalRule, round: int, seed: int
     ) -> TrainResult:
-        """Train from the broadcast adapter, and return all its factors."""
+        """Train from the broadcast adapter, and return all its factors.
+
+        With `rule.correction` there is one more argument, ``correction``: the row ``(n,)`` float32
+        over the trained factors that is added to every step's gradient. A trainer that does not
+        know it fails at the call, and never trains as if nothing had been asked.
+        """
 
 
 OpenTrainer = Callable[[ClientSetup], Trainer]
@@ -74,8 +80,8 @@ def handle_train(
 ) -> Message:
     """Train for one round; the reply holds the uploaded factors and the declared metrics.
 
-    state: this client's own (`Context.state`), for factors that it trains and does not share; None:
-    such a round is refused.
+    state: this client's own (`Context.state`), for factors that it trains and does not share and
+    for its control variate; None: a round that has either is refused.
     """
     return _answer(message, lambda: _train(message.content, open_trainer, state))
 
@@ -114,10 +120,35 @@ def _train(content: RecordDict, open_trainer: OpenTrainer, state: RecordDict | N
         row = read_state(task, state)
         if row is not None:
             broadcast = Broadcast(with_kept(task, row), broadcast.frozen)
+    if order.rule.correction is not None:
+        return _train_corrected(task, trainer, state)
     result = trainer.train(broadcast, order.train, order.rule, order.round, order.seed)
     _require_kept(broadcast.trainable, result.adapter, order.rule)
     if own and state is not None:
         write_state(task, state, pack(result.adapter, kept_segments(task)))
+    return _answered(task, result)
+
+
+def _train_corrected(task: TrainTask, trainer: Trainer, state: RecordDict | None) -> RecordDict:
+    """Train with control variates, keep the client's next one, and send how it has changed."""
+    order, sent, form = task.order, task.broadcast, task.reply
+    if state is None or sent.control is None:
+        raise FederationError("expected a place for this client's control variate, found none")
+    own = read_own_control(form.buffer, state, order.round)
+    # Not an argument that every trainer has: see `Trainer.train`.
+    corrected: Any = trainer
+    result: TrainResult = corrected.train(
+        sent, order.train, order.rule, order.round, order.seed, correction=sent.control - own
+    )
+    _require_kept(sent.trainable, result.adapter, order.rule)
+    before, after = (pack(a, form.segments) for a in (sent.trainable, result.adapter))
+    following, change = next_control(own, sent.control, before, after, result.steps, order.train)
+    content = _answered(task, result, change)
+    write_own_control(form.buffer, state, order.round, following)
+    return content
+
+
+def _answered(task: TrainTask, result: TrainResult, control: Array | None = None) -> RecordDict:
     return answer_task(
         task,
         pack(result.adapter, task.reply.segments),
@@ -125,6 +156,7 @@ def _train(content: RecordDict, open_trainer: OpenTrainer, state: RecordDict | N
         loss=result.loss,
         steps=result.steps,
         metrics=result.metrics,
+        control=control,
     )
 
 

@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlora.errors import FederationError
 from fedlora.federation.buffers import LAYOUT_KEYS, BufferForm
+from fedlora.federation.control import CONTROL, CONTROL_RECORDS, DIGEST
 
 __all__ = ["ANSWER_KEYS", "METRICS", "check_answer", "check_reply"]
 
@@ -23,8 +24,10 @@ ANSWER_KEYS = frozenset({"client_id", "num_examples", "rank"})  # what it may te
 _METRICS_UNCOUNTED = METRICS - {"num-examples"}
 _ANSWER_KEYS_UNCOUNTED = ANSWER_KEYS - {"num_examples"}
 _REPLY_RECORDS = frozenset({"factors", "layout", "metrics"})
+_REPLY_RECORDS_CONTROLLED = _REPLY_RECORDS | CONTROL_RECORDS
 _ANSWER_RECORDS = frozenset({"client"})
 _ARRAYS = frozenset({"factors"})
+_DIGEST = frozenset({"digest"})
 
 
 def check_answer(content: RecordDict, *, share_num_examples: bool) -> None:
@@ -35,12 +38,16 @@ def check_answer(content: RecordDict, *, share_num_examples: bool) -> None:
     _refuse_others("record client", client.keys(), allowed)
 
 
-def check_reply(content: RecordDict, form: BufferForm, *, share_num_examples: bool) -> None:
+def check_reply(
+    content: RecordDict, form: BufferForm, *, share_num_examples: bool, controlled: bool = False
+) -> None:
     """Raise `FederationError` unless `content` is a round's reply and nothing more.
 
-    `form` is of the factors that the method shares in this round.
+    `form` is of the factors that the method shares in this round. controlled: whether one row of
+    the same size, the change of a control variate, is asked for beside them.
     """
-    _refuse_others("the reply", content.keys(), _REPLY_RECORDS)
+    records = _REPLY_RECORDS_CONTROLLED if controlled else _REPLY_RECORDS
+    _refuse_others("the reply", content.keys(), records)
     factors = _record(content, "factors", ArrayRecord)
     layout = _record(content, "layout", ConfigRecord)
     metrics = _record(content, "metrics", MetricRecord)
@@ -49,14 +56,23 @@ def check_reply(content: RecordDict, form: BufferForm, *, share_num_examples: bo
     texts = cast(list[str], layout["segments"])
     if texts != list(form.texts):  # a list that is the form's own is nothing but what is allowed
         _refuse_others("the layout", texts, frozenset(form.texts))
-    array = factors["factors"]
-    if array.shape != (form.size,) or len(array.data) != len(form.header) + 4 * form.size:
-        raise FederationError("refused to send factors: their number is not that of the layout")
+    _require_size("factors", factors, form)
+    if controlled:
+        control = _record(content, CONTROL, ArrayRecord)
+        _refuse_others("record control", control.keys(), _ARRAYS)
+        _require_size(CONTROL, control, form)
+        _refuse_others(f"record {DIGEST}", _record(content, DIGEST, ConfigRecord).keys(), _DIGEST)
     allowed = METRICS if share_num_examples else _METRICS_UNCOUNTED
     _refuse_others("the metrics", metrics.keys(), allowed)
     for name, value in metrics.items():
         if type(value) not in (int, float):
             raise FederationError(f"refused to send metric {name!r}: it is not one number")
+
+
+def _require_size(name: str, record: ArrayRecord, form: BufferForm) -> None:
+    array = record["factors"]
+    if array.shape != (form.size,) or len(array.data) != len(form.header) + 4 * form.size:
+        raise FederationError(f"refused to send {name}: their number is not that of the layout")
 
 
 def _record(content: RecordDict, name: str, kind: type[R]) -> R:

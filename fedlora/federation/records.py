@@ -5,7 +5,9 @@
     train   down  "setup", "train"                           TrainOrder, flat scalars
                   "factors" + "layout"                       the trainable adapter
                   "frozen" + "frozen-layout"                 the part that stays (if there is one)
+                  "control" + "control-digest"               c (only with control variates)
             up    "factors" + "layout", "metrics"            the uploaded factors only
+                  "control" + "control-digest"               the change of c_k (as above)
 
 Factors travel as one flat float32 buffer with its layout (`fedlora.federation.buffers`); the answer
 to a training message is in `fedlora.federation.replies`. Every value that arrives is checked
@@ -55,8 +57,10 @@ BOTH: frozenset[Factor] = frozenset({"A", "B"})
 
 _ANSWER: Mapping[str, type] = {"client_id": str, "rank": int, "num_examples": int}
 
-# The last adapter that came down, by its record's name: its bytes, its description, itself.
-_DECODED: dict[str, tuple[bytes, tuple[Any, ...], Adapter]] = {}
+# The last adapters that came down, by their record's name: bytes, description, adapter, round.
+# Several of one round, since those of clients of different ranks alternate.
+MOST_DECODED = 8
+_DECODED: dict[str, tuple[tuple[bytes, tuple[Any, ...], Adapter, object], ...]] = {}
 _PARSED: dict[tuple[type, str], Any] = {}  # frozen values of the last records, by their text
 
 
@@ -178,12 +182,18 @@ def train_content(
     order: ConfigRecord,
     trainable: EncodedAdapter,
     frozen: EncodedAdapter | None = None,
+    control: RecordDict | None = None,
 ) -> RecordDict:
-    """Return a training message with records of its own, so that no client sees another's."""
+    """Return a training message with records of its own, so that no client sees another's.
+
+    control: the records of `fedlora.federation.control.put_control`.
+    """
     content = RecordDict({"setup": setup.copy(), "train": order.copy()})
     trainable.put_in(content, "factors", "layout")
     if frozen is not None:
         frozen.put_in(content, "frozen", "frozen-layout")
+    for name, record in (control or {}).items():
+        content[name] = record.copy()
     return content
 
 
@@ -226,7 +236,7 @@ def _parse_record(cls: type[T], record: Mapping[str, Any], who: str) -> T:
 
 
 def _decode_adapter(content: RecordDict, name: str, layout_name: str, lora: LoraConfig) -> Adapter:
-    """Read an adapter, or take the last one when it is made of the very same bytes object.
+    """Read an adapter, or take a recent one that is made of the very same bytes object.
 
     In one process all virtual clients of a round get the same one; on a device it is always read.
     """
@@ -235,11 +245,15 @@ def _decode_adapter(content: RecordDict, name: str, layout_name: str, lora: Lora
     if not isinstance(array, FlowerArray):
         return _read_adapter(content, name, layout_name, lora)
     described = (repr(layout), array.shape, array.dtype, lora)
-    last = _DECODED.get(name)
-    if last is not None and array.data is last[0] and described == last[1]:
-        return last[2]
+    recent = _DECODED.get(name, ())
+    for data, description, adapter, _ in recent:
+        if array.data is data and described == description:
+            return adapter
     adapter = _read_adapter(content, name, layout_name, lora)
-    _DECODED[name] = (array.data, described, adapter)
+    round = cast(ConfigRecord, layout)["round"]  # it was just read
+    others = (kept for kept in recent if kept[3] == round)
+    # Replaced whole: threads may read at any time.
+    _DECODED[name] = ((array.data, described, adapter, round), *others)[:MOST_DECODED]
     return adapter
 
 

@@ -7,6 +7,8 @@ compares with it in one step, and looks closer only where something differs, to 
     "factors"  one array "factors"
     "layout"   segments, kinds, scalings, base, round, digest
     "metrics"  loss, steps, num-examples
+
+With control variates, "control" and "control-digest" beside these (`fedlora.federation.control`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any, cast
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlora.adapter import Adapter, Array
-from fedlora.errors import FederationError, FedloraError
+from fedlora.errors import FederationError, FedloraError, NonFiniteError
 from fedlora.federation.buffers import (
     BufferForm,
     describe,
@@ -27,17 +29,22 @@ from fedlora.federation.buffers import (
     read_layout,
     require_segments,
 )
+from fedlora.federation.control import LARGEST, put_control, read_control, require_no_control
 from fedlora.flat import RowForm, Segment, pack
 from fedlora.training import Factor
 
 __all__ = [
+    "LARGEST",
     "Reply",
     "ReplyForm",
     "decode_reply",
     "encode_reply",
     "encode_reply_row",
     "reply_bytes",
+    "require_answerable",
 ]
+
+LARGEST_LOSS = 1e30  # its sum over clients by weight stays finite
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,9 +58,12 @@ class ReplyForm:
     _told: dict[str, Any]  # the same as plain values
     _types: list[type]  # of the scalings: 1 == 1.0 == True
     _bytes: int  # of the layout, without its digest's text
+    controlled: bool = False  # whether a control variate's change comes beside the factors
 
     @classmethod
-    def of(cls, sent: Adapter, uploaded: frozenset[Factor], round: int) -> ReplyForm:
+    def of(
+        cls, sent: Adapter, uploaded: frozenset[Factor], round: int, *, controlled: bool = False
+    ) -> ReplyForm:
         """Prepare the replies with factors `uploaded` to the trainable adapter `sent`."""
         rows = RowForm.of(sent, uploaded)
         buffer = BufferForm.of(rows.segments)
@@ -61,7 +71,8 @@ class ReplyForm:
         told: dict[str, Any] = dict(layout.items())
         texts = (*told, "digest", *told["segments"], *told["kinds"], told["base"])
         size = sum(map(len, texts)) + 8 * (len(sent) + 1)  # a float a layer, and the round
-        return cls(rows, buffer, round, layout, told, [float] * len(sent), size)
+        types: list[type] = [float] * len(sent)
+        return cls(rows, buffer, round, layout, told, types, size, controlled)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -95,10 +106,18 @@ class Reply:
     num_examples: int | None
     loss: float  # NaN when there was no step
     steps: int
+    control: Array | None = None  # the change of its control variate, as a row of the factors
 
 
-def encode_reply_row(form: ReplyForm, row: Array, metrics: Mapping[str, int | float]) -> RecordDict:
+def encode_reply_row(
+    form: ReplyForm,
+    row: Array,
+    metrics: Mapping[str, int | float],
+    control: Array | None = None,
+) -> RecordDict:
     """Return the reply with the uploaded factors in `row`, ``(size,)`` float32, which is copied.
+
+    control: a row of the same layout, the change of the client's control variate.
 
     Raises `ShapeMismatchError` for another row. It does not look at the numbers: the server does.
     """
@@ -107,9 +126,12 @@ def encode_reply_row(form: ReplyForm, row: Array, metrics: Mapping[str, int | fl
     factors["factors"] = array
     layout = form.layout.copy()
     layout["digest"] = form.buffer.digest(array.data)
-    return RecordDict(
+    content = RecordDict(
         {"factors": factors, "layout": layout, "metrics": MetricRecord(dict(metrics))}
     )
+    if control is not None:
+        put_control(content, form.buffer, control)
+    return content
 
 
 def encode_reply(
@@ -124,7 +146,7 @@ def decode_reply(content: RecordDict, form: ReplyForm, who: str) -> Reply:
     """Read and check a client's answer. The adapter's factors are views of the message's bytes.
 
     Raises a `FedloraError` that opens with `who`: another layout, base, round, digest or size, a
-    number that is not finite, a missing or senseless metric.
+    number that is not finite or over `LARGEST`, a missing or senseless metric.
     """
     layout: Any = content.get("layout")
     usual = form.describes(layout)
@@ -135,10 +157,31 @@ def decode_reply(content: RecordDict, form: ReplyForm, who: str) -> Reply:
     if not usual:
         _require_same(layout, form, who)
     try:
-        adapter = form.rows.read(data, len(form.buffer.header))
+        adapter = form.rows.read(data, len(form.buffer.header), largest=LARGEST)
     except FedloraError as error:
         raise type(error)(f"{who}: {error}") from None
-    return Reply(adapter, *_metrics(content, who))
+    control = None
+    if form.controlled:
+        control = read_control(content, form.rows, form.buffer, who)
+    else:
+        require_no_control(content, who)
+    return Reply(adapter, *_metrics(content, who), control)
+
+
+def require_answerable(adapter: Adapter) -> None:
+    """Raise `NonFiniteError` when a client that trained nothing could not send this one back.
+
+    A mean of replies stays below `LARGEST`. What is decomposed and factored anew need not: the
+    largest number of ``U S`` is over those of the factors that it was made of. Were such an adapter
+    sent, every honest reply would be refused from then on.
+    """
+    for path, layer in adapter.layers.items():
+        for factor, array in (("A", layer.A), ("B", layer.B)):
+            most = max(float(array.max(initial=0.0)), -float(array.min(initial=0.0)))
+            if most > LARGEST:
+                raise NonFiniteError(
+                    f"layer {path!r}, {factor}: expected numbers up to {LARGEST:g}, found {most:g}"
+                )
 
 
 def reply_bytes(content: RecordDict, form: ReplyForm) -> int:
@@ -178,6 +221,8 @@ def _metrics(content: RecordDict, who: str) -> tuple[int | None, float, int]:
         raise FederationError(f"{who}: expected steps, a whole number >= 0, found {steps!r}")
     if type(loss) is not float or (steps > 0 and not math.isfinite(loss)):
         raise FederationError(f"{who}: expected a finite loss, found {loss!r}")
+    if abs(loss) > LARGEST_LOSS:
+        raise FederationError(f"{who}: expected a loss up to {LARGEST_LOSS:g}, found {loss!r}")
     return count, loss, steps
 
 

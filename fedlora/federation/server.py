@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 
 from fedlora.adapter import Adapter
 from fedlora.aggregation import Method, ServerState
+from fedlora.aggregation.control_variates import without_control
 from fedlora.errors import ConfigError, FederationError, FedloraError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import (
@@ -54,6 +55,7 @@ def run_federation(
     method: Method | None = None,
     min_clients: int = 1,
     timeout: float = 3600.0,
+    clients_remember: bool = False,
     on_round: Callable[[RoundRecord], None] | None = None,
 ) -> ServerState:
     """Run, or go on with, the federation that `config` describes; return its last state.
@@ -61,13 +63,19 @@ def run_federation(
     `out` gets ``rounds.jsonl`` and ``checkpoint/`` after every round; where a checkpoint is already
     there, the run goes on from it. `initial` is the starting adapter (None: drawn from the card of
     the base), `method` overrides the config's by a value of one's own. The run starts once
-    `min_clients` nodes are connected. `timeout` (seconds) limits that wait, and each round's.
+    `min_clients` nodes are connected. `clients_remember`: whether clients of a resumed run still
+    have what they kept in it. Flower's do not: a state belongs to one of its runs, and a resumed
+    run is a new one. Control variates then begin at zero on both sides. `timeout` (seconds) limits
+    the wait for nodes, and each round's.
 
     Raises `RunError` for another experiment's checkpoint, `FederationError` when no client answers
     or three rounds in a row bring no update, `ConfigError` for a cohort larger than the population.
     """
     method = method or config.federation.build_method()
     resumed = resume_run(out, config) if has_checkpoint(out) else None
+    if resumed is not None and method.local.correction is not None and not clients_remember:
+        _log.warning("resumed: control variates begin at zero, clients have theirs no longer")
+        resumed = replace(resumed, state=without_control(resumed.state))
     answers, left_out = _meet_clients(grid, config, min_clients, timeout)
     checkpoint = resumed or _start(config, initial, answers, left_out)
     checkpoint = _with_answers(checkpoint, answers)

@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -23,25 +23,39 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedlora.aggregation import Broadcast, ClientProfile, Method, Update
-from fedlora.errors import FederationError, FedloraError
+from fedlora.adapter import Adapter
+from fedlora.aggregation import Broadcast, ClientProfile, Method, ServerState, Update
+from fedlora.errors import (
+    ConfigError,
+    FederationError,
+    FedloraError,
+    NonFiniteError,
+    TooFewUpdatesError,
+)
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint, ClientRecord, Dropped, RoundRecord
 from fedlora.federation.client import one_line
+from fedlora.federation.control import put_control
 from fedlora.federation.records import (
     BOTH,
     ClientSetup,
+    EncodedAdapter,
     TrainOrder,
     content_bytes,
     encode_adapter,
     to_record,
     train_content,
 )
-from fedlora.federation.replies import Reply, ReplyForm, decode_reply, reply_bytes
+from fedlora.federation.replies import (
+    Reply,
+    ReplyForm,
+    decode_reply,
+    reply_bytes,
+    require_answerable,
+)
 from fedlora.federation.sampling import draw_cohort
-from fedlora.training import Factor
 
-__all__ = ["MAX_FAILED_ROUNDS", "FederatedLora"]
+__all__ = ["MAX_FAILED_ROUNDS", "FederatedLora", "deal_ranks"]
 
 MAX_FAILED_ROUNDS = 3  # in a row without one valid update, before the run is given up
 
@@ -101,10 +115,13 @@ class FederatedLora(Strategy):
     ) -> None:
         self.config = config
         self.method = method
-        self.checkpoint = checkpoint
+        weight = _total_weight(checkpoint, config)
+        state = replace(checkpoint.state, total_weight=weight)
+        self.checkpoint = replace(checkpoint, state=state)
         self._nodes = dict(nodes)
         self._save = save
         self._clients = {client.client_id: client for client in checkpoint.clients}
+        self._ranks = deal_ranks(checkpoint.clients, config)
         self._round: _Round | None = None
 
     def configure_train(
@@ -130,16 +147,12 @@ class FederatedLora(Strategy):
         current = self._round
         if current is None:
             raise FederationError("aggregate_train was called before configure_train")
-        state = self.checkpoint.state
-        updates = self._updates(current, replies)
-        first = next(updates, None)
-        if first is None:
-            state = replace(state, round=current.number)  # nothing changes but the number
-        else:
-            state = self.method.aggregate(state, itertools.chain([first], updates))
+        after = self._aggregated(current, self._updates(current, replies))
+        # A round that fails changes nothing but the number.
+        state = after or replace(self.checkpoint.state, round=current.number)
         for sent in current.awaited.values():
             self._drop(current, sent.client_id, "no reply in time")
-        self._finish(current, replace(self.checkpoint, state=state), updated=first is not None)
+        self._finish(current, replace(self.checkpoint, state=state), updated=after is not None)
         loss = _mean_loss(current)
         return None, None if loss is None else MetricRecord({"loss": loss})
 
@@ -168,25 +181,25 @@ class FederatedLora(Strategy):
 
     def _messages(self, current: _Round, grid: Grid) -> Iterator[Message]:
         setup = to_record(ClientSetup.of(self.config))
-        uploaded = self.method.uploaded(current.number)
         order = to_record(
             TrainOrder(
                 current.number,
                 self.config.seed,
                 self.config.federation.train_in(current.number),
-                uploaded,
+                self.method.uploaded(current.number),
                 self.method.rule(current.number),
             )
         )
-        prepare = _PrepareOnce(setup, order, uploaded, current.number)
+        dealt = bool(self.config.federation.client_ranks)
+        prepare = _PrepareOnce(self.method, setup, order, current.number, dealt=dealt)
         for client_id in current.cohort:
             node = self._nodes.get(client_id)
             if node is None:
                 self._drop(current, client_id, "not connected")
                 continue
             client = self._clients[client_id]
-            profile = ClientProfile(client_id, client.rank, client.num_examples)
-            prepared = prepare(self.method.broadcast(self.checkpoint.state, profile))
+            profile = ClientProfile(client_id, self._ranks[client_id], client.num_examples)
+            prepared = prepare(self.checkpoint.state, profile)
             current.awaited[node] = _Sent(client_id, prepared.form)
             current.bytes_down += prepared.num_bytes
             yield Message(prepared.content(), node, "train", group_id=str(current.number))
@@ -221,7 +234,31 @@ class FederatedLora(Strategy):
             if math.isfinite(reply.loss):
                 current.loss_sum += weight * reply.loss
                 current.loss_weight += weight
-            yield Update(reply.adapter, weight, sent.client_id)
+            yield Update(reply.adapter, weight, sent.client_id, reply.control)
+
+    def _aggregated(self, current: _Round, updates: Iterator[Update]) -> ServerState | None:
+        """Return the state after the round; None without a valid update, or with no use for them.
+
+        Replies that are right one by one may be too few for a rule, or too large in sum for float32
+        or for the next round's replies. Nobody knows then whose fault it is: all are dropped with
+        the reason, and the round is given up.
+        """
+        first = next(updates, None)
+        if first is None:
+            return None
+        try:
+            state = self.method.aggregate(self.checkpoint.state, itertools.chain([first], updates))
+            require_answerable(state.trainable)
+        except (NonFiniteError, TooFewUpdatesError) as error:
+            for _ in updates:  # who has answered is not called silent
+                pass
+            known = isinstance(error, TooFewUpdatesError)
+            reason = str(error) if known else f"all updates together: {error}"
+            for client in current.valid:
+                self._drop(current, client, reason)
+            current.valid.clear()
+            return None
+        return state
 
     def _check(self, current: _Round, sent: _Sent, message: Message) -> tuple[Reply, float]:
         who = f"client {sent.client_id!r}"
@@ -253,6 +290,7 @@ class FederatedLora(Strategy):
             bytes_up=current.bytes_up,
             bytes_down=current.bytes_down,
             dropped=tuple(current.dropped),
+            noted=_noted(self.method, checkpoint.state) if updated else {},
         )
         self.checkpoint = replace(
             checkpoint,
@@ -272,22 +310,62 @@ class FederatedLora(Strategy):
             )
 
 
+def deal_ranks(clients: Sequence[ClientRecord], config: ExperimentConfig) -> dict[str, int | None]:
+    """Return the rank that each client trains; None: the global adapter's.
+
+    `federation.client_ranks` are dealt out in turn over the sorted ids, so that a rank stays with
+    its client whoever is drawn, and when the run is resumed. A client that names its own rank keeps
+    that, but for what is over the largest of the run: nothing more is sent.
+    """
+    dealt: Sequence[int | None] = config.federation.client_ranks or (None,)
+    most = max(config.lora.rank, *config.lora.rank_pattern.values(), 1)
+    found: dict[str, int | None] = {}
+    for place, client in enumerate(sorted(clients, key=lambda client: client.client_id)):
+        rank = dealt[place % len(dealt)]
+        found[client.client_id] = rank if client.rank is None else min(client.rank, most)
+    return found
+
+
 class _PrepareOnce:
-    """Prepare the broadcast that most clients share once a round, not once a client."""
+    """Prepare what clients share once a round: a method's broadcast for a rank, and its records."""
 
     def __init__(
-        self, setup: ConfigRecord, order: ConfigRecord, uploaded: frozenset[Factor], round: int
+        self, method: Method, setup: ConfigRecord, order: ConfigRecord, round: int, *, dealt: bool
     ) -> None:
-        self._setup, self._order = setup, order
-        self._uploaded, self._round = uploaded, round
+        self._method, self._setup, self._order = method, setup, order
+        self._dealt = dealt  # whether the experiment gives clients their ranks
+        self._uploaded, self._round = method.uploaded(round), round
+        self._of_rank: dict[int | None, _Prepared] = {}
         self._kept: dict[tuple[int, int], _Prepared] = {}
+        self._frozen: tuple[Adapter, EncodedAdapter] | None = None  # the last one, of any rank
 
-    def __call__(self, broadcast: Broadcast) -> _Prepared:
-        """Return the messages of `broadcast`; the same value for the same adapters."""
+    def __call__(self, state: ServerState, profile: ClientProfile) -> _Prepared:
+        """Return the messages for a client; the same value for the same adapters."""
+        if self._method.broadcasts_by_client:
+            return self._once(self._method.broadcast(state, profile))
+        found = self._of_rank.get(profile.rank)
+        if found is None:
+            found = self._once(self._method.broadcast(state, profile))
+            if self._dealt:
+                self._require_rank(profile, found.source.trainable)
+            self._of_rank[profile.rank] = found
+        return found
+
+    def _require_rank(self, profile: ClientProfile, sent: Adapter) -> None:
+        """Refuse to deal out ranks for a method that does not look at them."""
+        if profile.rank is not None and max(sent.ranks) > profile.rank:
+            raise ConfigError(
+                f"federation.client_ranks: expected a method that sends client "
+                f"{profile.client_id!r} an adapter of rank {profile.rank}, found rank "
+                f"{max(sent.ranks)} of {self._method.name!r}; use a method for mixed ranks, or "
+                "leave the key out"
+            )
+
+    def _once(self, broadcast: Broadcast) -> _Prepared:
         key = id(broadcast.trainable), id(broadcast.frozen)
         found = self._kept.get(key)
         if found is None:
-            if len(self._kept) >= 4:  # some ranks; those of single clients do not pile up
+            if len(self._kept) >= 4:  # those of single clients do not pile up
                 self._kept.clear()
             found = self._kept[key] = self._prepared(broadcast)
         return found
@@ -296,14 +374,35 @@ class _PrepareOnce:
         trainable = encode_adapter(broadcast.trainable, BOTH, self._round)
         frozen = None
         if broadcast.frozen is not None:
-            frozen = encode_adapter(broadcast.frozen, BOTH, self._round)
-        content = partial(train_content, self._setup, self._order, trainable, frozen)
-        form = ReplyForm.of(broadcast.trainable, self._uploaded, self._round)
+            if self._frozen is None or self._frozen[0] is not broadcast.frozen:
+                encoded = encode_adapter(broadcast.frozen, BOTH, self._round)
+                self._frozen = broadcast.frozen, encoded
+            frozen = self._frozen[1]
+        controlled = broadcast.control is not None
+        form = ReplyForm.of(broadcast.trainable, self._uploaded, self._round, controlled=controlled)
+        control = RecordDict()
+        if broadcast.control is not None:
+            put_control(control, form.buffer, broadcast.control)
+        content = partial(train_content, self._setup, self._order, trainable, frozen, control)
         return _Prepared(broadcast, content, content_bytes(content()), form)
 
 
 def _mean_loss(current: _Round) -> float | None:
     return current.loss_sum / current.loss_weight if current.loss_weight else None
+
+
+def _noted(method: Method, state: ServerState) -> dict[str, float]:
+    """Return the numbers that a method has the round's record say, the largest over the layers."""
+    kept = {name: state.method_state[name] for name in method.noted if name in state.method_state}
+    return {name.replace("-", "_"): float(value.max()) for name, value in kept.items()}
+
+
+def _total_weight(checkpoint: Checkpoint, config: ExperimentConfig) -> float:
+    """Return the weight of all clients that may be sampled, as `_check` weights their updates."""
+    clients = [client for client in checkpoint.clients if not client.held_out]
+    if config.federation.weights == "equal":
+        return float(len(clients))
+    return float(sum(client.num_examples or 0 for client in clients))
 
 
 def _counted(client: ClientRecord, valid: Mapping[str, int]) -> ClientRecord:

@@ -2,24 +2,25 @@
 
 The real client and every engine of a simulation go through here. A virtual client costs little:
 what many clients are asked alike is read once (`read_task` gives back the very same value for as
-long as the records are the same objects), and an answer is made from one flat row. Nothing leaves
-unseen: each answer goes through the guard.
+long as the records are the same objects; of one round, for clients of several ranks), and an answer
+is made from one flat row. Nothing leaves unseen: each answer goes through the guard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any, Generic, TypeVar
 
 from flwr.app import Array as FlowerArray
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.adapter import Array
 from fedlora.aggregation import Broadcast
 from fedlora.errors import FederationError
 from fedlora.federation.buffers import FixedList
+from fedlora.federation.control import read_control, require_no_control
 from fedlora.federation.guard import check_answer, check_reply
 from fedlora.federation.records import (
     ClientAnswer,
@@ -35,6 +36,8 @@ __all__ = ["TrainTask", "answer_query", "answer_task", "read_query", "read_task"
 
 T = TypeVar("T")
 
+MOST_KEPT = 8  # contents that are told apart: those of clients of different ranks alternate
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainTask:
@@ -48,12 +51,16 @@ class TrainTask:
 
 def read_query(content: RecordDict) -> ClientSetup:
     """Read a query. Raises `FederationError`."""
-    return _QUERY.of(content) or _QUERY.keep(content, _read(ClientSetup, content, "setup"))
+    return _QUERY.of(content) or _QUERY.keep(content, _read(ClientSetup, content, "setup"), 0)
 
 
 def read_task(content: RecordDict) -> TrainTask:
     """Read a training message. Raises `FederationError` or an `AdapterError`."""
-    return _TASK.of(content) or _TASK.keep(content, _read_task(content))
+    task = _TASK.of(content)
+    if task is None:
+        task = _read_task(content)
+        _TASK.keep(content, task, task.order.round)
+    return task
 
 
 def answer_query(
@@ -74,21 +81,23 @@ def answer_task(
     loss: float,
     steps: int,
     metrics: Mapping[str, float] | None = None,
+    control: Array | None = None,
 ) -> RecordDict:
     """Return a client's answer to a training message.
 
     row: ``(task.reply.rows.size,)`` float32, the trained factors in the order of
-    ``task.reply.segments``; it is copied. metrics: what the trainer tells beside these, which the
-    guard refuses unless it is declared.
+    ``task.reply.segments``; it is copied. control: the change of the client's control variate, a
+    row of the same layout, where the task asks for it. metrics: what the trainer tells beside
+    these, which the guard refuses unless it is declared.
 
     Raises `ShapeMismatchError`, and `FederationError` for what must not leave.
     """
     told: dict[str, int | float] = {"loss": float(loss), "steps": int(steps), **(metrics or {})}
     if task.setup.share_num_examples:
         told["num-examples"] = int(num_examples)
-    content = encode_reply_row(task.reply, row, told)
-    shared = task.setup.share_num_examples
-    check_reply(content, task.reply.buffer, share_num_examples=shared)
+    content = encode_reply_row(task.reply, row, told, control)
+    shared, controlled = task.setup.share_num_examples, task.reply.controlled
+    check_reply(content, task.reply.buffer, share_num_examples=shared, controlled=controlled)
     return content
 
 
@@ -101,8 +110,18 @@ def _read_task(content: RecordDict) -> TrainTask:
             f"what this round trains, found {sorted(order.uploaded)}"
         )
     broadcast = decode_broadcast(content, setup)
-    form = ReplyForm.of(broadcast.trainable, order.uploaded, order.round)
-    return TrainTask(setup, order, broadcast, form)
+    controlled, who = order.rule.correction is not None, "message from the server"
+    form = ReplyForm.of(broadcast.trainable, order.uploaded, order.round, controlled=controlled)
+    if not controlled:
+        require_no_control(content, who)
+        return TrainTask(setup, order, broadcast, form)
+    if order.uploaded != order.rule.trained:
+        raise FederationError(
+            f"{who}: expected control variates of all that this round trains, "
+            f"{sorted(order.rule.trained)}, found {sorted(order.uploaded)}"
+        )
+    control = read_control(content, form.rows, form.buffer, who)
+    return TrainTask(setup, order, replace(broadcast, control=control), form)
 
 
 def _read(cls: type[T], content: RecordDict, name: str) -> T:
@@ -113,7 +132,7 @@ def _read(cls: type[T], content: RecordDict, name: str) -> T:
 
 
 class _Last(Generic[T]):
-    """The last content that was read, and what it was read as.
+    """The last contents that were read, and what they were read as.
 
     The messages of a round have records of their own, whose values are the same objects: comparing
     identities costs a hundredth of reading, and cannot take True for 1. Where messages come by a
@@ -121,14 +140,16 @@ class _Last(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._last: tuple[_Seen, T] | None = None  # replaced whole: threads may read at any time
+        # Replaced whole: threads may read at any time.
+        self._last: tuple[tuple[_Seen, T, int], ...] = ()
 
     def of(self, content: RecordDict) -> T | None:
-        last = self._last
-        return last[1] if last is not None and last[0].is_again(content) else None
+        return next((value for seen, value, _ in self._last if seen.is_again(content)), None)
 
-    def keep(self, content: RecordDict, value: T) -> T:
-        self._last = (_Seen(content), value)
+    def keep(self, content: RecordDict, value: T, round: int) -> T:
+        """Keep a value beside the others of its round."""
+        others = (kept for kept in self._last if kept[2] == round)
+        self._last = ((_Seen(content), value, round), *others)[:MOST_KEPT]
         return value
 
 
@@ -152,7 +173,7 @@ class _Seen:
 
     def is_again(self, content: RecordDict) -> bool:
         """Whether `content` is made of the very same objects, none of them changed since."""
-        if list(content.keys()) != self._names:
+        if list(content.keys()) != self._names or not self._has_arrays_of(content):
             return False
         record: Any
         for record, (seen, values) in zip(content.values(), self._records, strict=True):
@@ -166,6 +187,14 @@ class _Seen:
                 return False
         return all(
             len(value) == len(parts) and all(map(is_, value, parts)) for value, parts in self._lists
+        )
+
+    def _has_arrays_of(self, content: RecordDict) -> bool:
+        """Whether the arrays are the same objects: a quick no for the message of another rank."""
+        arrays: Any = (record for record in content.values() if isinstance(record, ArrayRecord))
+        found = [array for record in arrays for array in record.values()]
+        return len(found) == len(self._arrays) and all(
+            map(is_, found, (array for array, _ in self._arrays))
         )
 
 

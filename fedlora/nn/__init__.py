@@ -7,6 +7,7 @@ try:
 except ImportError:  # pragma: no cover - the tests have torch
     raise MissingExtraError("fedlora.nn", "train") from None
 
+from fedlora.nn.beside import beside
 from fedlora.nn.inject import (
     base_fingerprint,
     extract_adapter,
@@ -26,6 +27,7 @@ __all__ = [
     "Batch",
     "Task",
     "base_fingerprint",
+    "beside",
     "extract_adapter",
     "get_task",
     "inject_lora",

@@ -27,7 +27,8 @@ from torch.optim.sgd import sgd
 
 from fedlora.adapter import Adapter, Array, LoraLayer
 from fedlora.data import Examples, draw_batches
-from fedlora.errors import ConfigError, FedloraError, NonFiniteError
+from fedlora.errors import ConfigError, FedloraError, NonFiniteError, ShapeMismatchError
+from fedlora.flat import segments_of
 from fedlora.nn.batched import LayerStack, batched_layers, why_not_batched
 from fedlora.nn.inject import (
     findings_of,
@@ -36,7 +37,7 @@ from fedlora.nn.inject import (
     lora_modules,
     require_fitting,
 )
-from fedlora.nn.local import evaluating, not_finite, train_local
+from fedlora.nn.local import evaluating, not_finite, require_correction, train_local
 from fedlora.nn.precision import Precision, computing_in
 from fedlora.nn.prefix import cached_prefix
 from fedlora.nn.probe import find_leak
@@ -49,6 +50,7 @@ __all__ = [
     "client_job",
     "group_jobs",
     "must_train_alone",
+    "outlined_job",
     "train_alone",
     "train_cohort",
     "train_group",
@@ -79,6 +81,7 @@ class Job:
     num_examples: int = 0  # that the client has
     shape: tuple[int, ...] = ()  # of one row of features, which a group shares; () for text
     seed: int = 0  # drives dropout, where the client is trained alone
+    correction: Array | None = None  # with `rule.correction`: see `train_local`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,11 +140,24 @@ def client_job(
     rule: LocalRule = LocalRule(),  # noqa: B008 - frozen
 ) -> Job:
     """Return the training of one client on its examples, in batches keyed by seed and round."""
+    job = outlined_job(examples, client_id, start, config, rule=rule)
+    return replace(job, batches=draw_batches(examples, config, seed, client_id, round))
+
+
+def outlined_job(
+    examples: Examples,
+    client_id: str,
+    start: Adapter,
+    config: TrainConfig,
+    *,
+    rule: LocalRule = LocalRule(),  # noqa: B008 - frozen
+) -> Job:
+    """Return `client_job` without its batches, which is enough for `group_jobs`."""
     rows = min(config.batch_size, len(examples))
     return Job(
         client_id,
         start,
-        draw_batches(examples, config, seed, client_id, round),
+        (),
         config.steps_for(len(examples)),
         config,
         rule,
@@ -272,8 +288,8 @@ def group_jobs(jobs: Sequence[Job], positions: int) -> list[list[int]]:
         job = jobs[index]
         return round(math.log(max(job.positions, 1), 1.25)), -job.steps, index
 
-    def same(job: Job) -> tuple[frozenset[Factor], tuple[int, ...]]:
-        return job.rule.trained, job.shape
+    def same(job: Job) -> tuple[object, ...]:
+        return job.rule.trained, job.rule.correction, job.shape
 
     groups: list[list[int]] = []
     widest = 0
@@ -293,8 +309,9 @@ def train_group(
 ) -> list[Trained]:
     """Train the jobs of one group together; results in their order.
 
-    The jobs' rules train the same factors, and rows of features have one shape; everything else may
-    differ from job to job. A client whose loss is not finite comes back with its `error`.
+    The jobs' rules train the same factors, all with a correction or none, and rows of features have
+    one shape; everything else may differ from job to job. A client whose loss is not finite comes
+    back with its `error`.
 
     Raises `ConfigError` when there is nothing to train, or a job has fewer batches than steps, and
     for an adapter that is not the model's what `load_adapter_into` raises.
@@ -321,6 +338,7 @@ def train_alone(
             job.config,
             task=task,
             rule=job.rule,
+            correction=job.correction,
             num_examples=job.num_examples,
             seed=job.seed,
             precision=precision,
@@ -342,6 +360,13 @@ def _check(model: nn.Module, jobs: Sequence[Job]) -> None:
                 f"train_group, client {job.client_id!r}: expected a rule that trains "
                 f"{sorted(jobs[0].rule.trained)} as the first client's does, found "
                 f"{sorted(job.rule.trained)}; form groups by group_jobs"
+            )
+        who = f"train_group, client {job.client_id!r}"
+        require_correction(who, job.rule, job.config, job.correction)
+        if job.rule.correction != jobs[0].rule.correction:
+            raise ConfigError(
+                f"{who}: expected a rule with correction {jobs[0].rule.correction!r} as the first "
+                f"client's, found {job.rule.correction!r}; form groups by group_jobs"
             )
     for start in {id(job.start): job.start for job in jobs}.values():
         require_fitting(model, start, "train_group")
@@ -461,12 +486,20 @@ class _Optimizer:
         self.pulls = _column([job.rule.proximal_weight for job in jobs], values[0])
         self.starts = [value.clone() for value in values] if self.pulls.any() else []
         self.clips = bool(self.limits.isfinite().any())
+        self.shifts = _shifts(stacks, jobs) if jobs[0].rule.correction is not None else []
 
     @torch.no_grad()
     def step(self, clients: int) -> None:
         """Move the first `clients` clients by their gradients."""
         # A layer that this pass did not call has no gradient, and stays, as it would alone.
-        found = [i for i, (stack, name) in enumerate(self.factors) if stack.has_gradient(name)]
+        # With a correction its gradient is zero, and it is corrected, as it would be alone.
+        found = []
+        for i, (stack, name) in enumerate(self.factors):
+            if stack.has_gradient(name):
+                found.append(i)
+            elif self.shifts:
+                stack.gradients[name].zero_()
+                found.append(i)
         values = [self.factors[i][0].values[self.factors[i][1]] for i in found]
         gradients = [self.factors[i][0].gradients[self.factors[i][1]] for i in found]
         if self.starts:
@@ -475,6 +508,9 @@ class _Optimizer:
                 gradient += pulls * (value - self.starts[i][:clients])
         if self.clips:
             _clip(gradients, self.limits[:clients])
+        if self.shifts:
+            for i, gradient in zip(found, gradients, strict=True):
+                gradient += self.shifts[i][:clients]
         for run in self.runs:
             if run.start < clients:
                 run.step(found, values, gradients, min(run.stop, clients))
@@ -531,6 +567,30 @@ class _Run:
             eps=1e-8,
             maximize=False,
         )
+
+
+def _shifts(stacks: Sequence[LayerStack], jobs: Sequence[Job]) -> list[Tensor]:
+    """Return the jobs' corrections, a tensor a factor, as the factors lie in the stacks.
+
+    stacks: by path, as the numbers of a correction are. Padding has no correction and stays zero.
+    """
+    found = [torch.zeros_like(stack.all(name)) for stack in stacks for name in stack.trained]
+    for k, job in enumerate(jobs):
+        segments = segments_of(job.start, job.rule.trained)
+        row, start = job.correction, 0
+        expected = sum(segment.size for segment in segments)
+        if row is None or row.shape != (expected,):
+            shape = None if row is None else row.shape
+            raise ShapeMismatchError(
+                f"train_group, client {job.client_id!r}: expected a correction of ({expected},), "
+                f"found {shape}"
+            )
+        for into, segment in zip(found, segments, strict=True):
+            values = np.array(row[start : start + segment.size]).reshape(segment.shape)
+            start += segment.size
+            values = values if segment.factor == "A" else values.T
+            into[k, : len(values)] = torch.from_numpy(np.ascontiguousarray(values)).to(into.device)
+    return found
 
 
 def _settings(config: TrainConfig) -> tuple[str, float, float, float]:

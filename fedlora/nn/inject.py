@@ -26,7 +26,7 @@ from fedlora.errors import (
     ShapeMismatchError,
     UnsupportedError,
 )
-from fedlora.nn.kept import HalfWeights, KeptActivations
+from fedlora.nn.kept import HalfWeights, KeptActivations, SummedWeights
 from fedlora.nn.layers import LoraModule, spec_of, wrap
 from fedlora.targets import LayerSpec, initial_A, select_targets
 
@@ -46,6 +46,7 @@ __all__ = [
     "remove_lora",
     "replace_frozen",
     "require_fitting",
+    "summed_weights",
     "unmerge_lora",
 ]
 
@@ -67,12 +68,13 @@ class _Injection:
     findings: dict[Any, Any] = field(default_factory=dict)  # see `findings_of`
     kept: KeptActivations = field(default_factory=KeptActivations)
     halves: HalfWeights = field(default_factory=HalfWeights)
+    sums: SummedWeights = field(default_factory=SummedWeights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Injection:
         """Let an injected model be deep-copied: the config and what is derived are shared."""
         parts = (self.layers, self.required_grad, self.fast_paths, self.originals)
         copied = copy.deepcopy(parts, memo)
-        shared = (self.findings, self.kept, self.halves)
+        shared = (self.findings, self.kept, self.halves, self.sums)
         return _Injection(self.config, self.base, *copied, *shared)
 
 
@@ -356,6 +358,11 @@ def half_weights(model: nn.Module) -> HalfWeights:
 def kept_activations(model: nn.Module) -> KeptActivations:
     """Return what is kept of an injected model's frozen part; copies of the model share it."""
     return _injection(model).kept
+
+
+def summed_weights(model: nn.Module) -> SummedWeights:
+    """Return an injected model's weights with a frozen adapter in them; its copies share them."""
+    return _injection(model).sums
 
 
 def _injection(model: nn.Module) -> _Injection:

@@ -10,18 +10,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlora.errors import ConfigError, NonFiniteError
+from fedlora.adapter import Array
+from fedlora.errors import ConfigError, NonFiniteError, ShapeMismatchError
 from fedlora.nn.inject import extract_adapter, lora_modules
 from fedlora.nn.layers import LoraModule
 from fedlora.nn.precision import Precision, computing_in
 from fedlora.nn.prefix import Measure, cached_prefix
 from fedlora.nn.tasks import Batch, Task, get_task
-from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
+from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult, require_plain_sgd
 
-__all__ = ["evaluating", "not_finite", "seeded", "train_local"]
+__all__ = ["evaluating", "not_finite", "require_correction", "seeded", "train_local"]
 
 
 def train_local(
@@ -31,6 +33,7 @@ def train_local(
     *,
     task: Task | str = "next-token",
     rule: LocalRule = LocalRule(),  # noqa: B008 - frozen
+    correction: Array | None = None,
     num_examples: int | None = None,
     seed: int = 0,
     precision: Precision = "fp32",
@@ -38,12 +41,16 @@ def train_local(
     """Train the adapter that `model` carries, in place, one optimizer step a batch.
 
     The optimizer starts anew at every call (AdamW with betas 0.9, 0.999 and eps 1e-8, or SGD). Only
-    the factors in `rule.trained` move. `num_examples` is what the client has (the sum over
-    `batches` if None); `seed` drives dropout. How many batches there are is up to the caller: see
-    `TrainConfig.steps_for`. precision: see `fedlora.nn.precision`.
+    the factors in `rule.trained` move. `correction` goes with `rule.correction`: a row ``(n,)``
+    float32 over the trained factors (`fedlora.flat`), which is added to the gradient of every step
+    after clipping, so that a client's mean gradient can be read off its factors. `num_examples` is
+    what the client has (the sum over `batches` if None); `seed` drives dropout. How many batches
+    there are is up to the caller: see `TrainConfig.steps_for`. precision: see
+    `fedlora.nn.precision`.
 
-    Raises `ConfigError` when the model has no LoRA, it is merged, or there is nothing to train, and
-    `NonFiniteError` with the step when a loss is not finite.
+    Raises `ConfigError` when the model has no LoRA, it is merged, there is nothing to train, or a
+    correction is missing, not asked for or not for plain SGD; and `NonFiniteError` with the step
+    when a loss is not finite.
     """
     task = get_task(task) if isinstance(task, str) else task
     layers = list(lora_modules(model).values())
@@ -53,6 +60,7 @@ def train_local(
         )
     if rule.trained == {"magnitude"} and layers[0].magnitude is None:
         raise ConfigError("train_local: the rule trains magnitude only, and the adapter has none")
+    require_correction("train_local", rule, config, correction)
     losses: list[float] = []
     seen = 0
 
@@ -68,6 +76,7 @@ def train_local(
     ):
         optimizer = _optimizer(parameters, config)
         starts = [p.detach().clone() for p in parameters] if rule.proximal_weight else []
+        shifts = [] if correction is None else _shifts(model, rule, correction)
         optimizer.zero_grad()  # of whoever used the model before
         for batch in batches:
             seen += len(batch["inputs"])
@@ -82,11 +91,19 @@ def train_local(
             if not math.isfinite(losses[-1]):
                 raise not_finite(losses[-1], len(losses))
             loss.backward()  # type: ignore[no-untyped-call]
+            if shifts:
+                # What this pass did not call has gradient zero, and is corrected all the same.
+                for parameter in parameters:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
             for parameter, start in zip(parameters, starts, strict=False):
                 if parameter.grad is not None:
                     parameter.grad += rule.proximal_weight * (parameter.detach() - start)
             if config.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            for parameter, shift in zip(parameters, shifts, strict=False):
+                assert parameter.grad is not None
+                parameter.grad += shift
             optimizer.step()
             optimizer.zero_grad()
     return TrainResult(
@@ -95,6 +112,41 @@ def train_local(
         loss=math.fsum(losses) / len(losses) if losses else math.nan,
         steps=len(losses),
     )
+
+
+def require_correction(
+    who: str, rule: LocalRule, config: TrainConfig, correction: Array | None
+) -> None:
+    """Raise `ConfigError` unless a correction is there if, and only if, the rule asks for one."""
+    if (rule.correction is None) != (correction is None):
+        asked = "none" if rule.correction is None else f"one for {rule.correction!r}"
+        found = "none" if correction is None else "one"
+        raise ConfigError(f"{who}: expected {asked} as its rule's correction, found {found}")
+    if correction is not None:
+        try:
+            require_plain_sgd(config)
+        except ConfigError as error:
+            raise ConfigError(f"{who}: {error}") from None
+
+
+def _shifts(model: nn.Module, rule: LocalRule, row: Array) -> list[Tensor]:
+    """Cut a correction's row, by path, into tensors in the order of the parameters to train."""
+    layers = lora_modules(model)
+    cut: dict[tuple[str, Factor], Tensor] = {}
+    rest = torch.from_numpy(np.array(row, np.float32)).to(next(iter(layers.values())).lora_A.device)
+    expected = sum(p.numel() for m in layers.values() for n, p in _factors(m) if n in rule.trained)
+    if rest.shape != (expected,):
+        raise ShapeMismatchError(
+            f"train_local: expected a correction of ({expected},), found {tuple(rest.shape)}"
+        )
+    for path in sorted(layers):
+        for name, parameter in _factors(layers[path]):
+            if name in rule.trained:
+                cut[path, name] = rest[: parameter.numel()].view_as(parameter)
+                rest = rest[parameter.numel() :]
+    # As `_training` yields the parameters.
+    names = [(path, name) for path, module in layers.items() for name, _ in _factors(module)]
+    return [cut[place] for place in names if place in cut]
 
 
 def _prefix(

@@ -16,13 +16,12 @@ from torch.nn import functional as F
 
 from fedlora.adapter import Adapter
 from fedlora.nn.inject import load_adapter_into, lora_modules
+from fedlora.nn.kept import MERGED_WEIGHTS
 from fedlora.nn.layers import LoraConv, LoraLinear, LoraModule
 from fedlora.nn.local import evaluating
 
-__all__ = ["serving"]
+__all__ = ["can_be_summed", "serving"]
 
-# Above, the sums would no longer be small beside everything else that a thread holds.
-MERGED_WEIGHTS = 1 << 24  # float32 values: 64 MB
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -35,7 +34,7 @@ def serving(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     `load_adapter_into` raises.
     """
     load_adapter_into(model, adapter)
-    modules = [module for module in lora_modules(model).values() if _can_be_summed(module)]
+    modules = [module for module in lora_modules(model).values() if can_be_summed(module)]
     if sum(module.base_layer.weight.numel() for module in modules) > MERGED_WEIGHTS:
         modules = []
     try:
@@ -49,7 +48,7 @@ def serving(model: nn.Module, adapter: Adapter) -> Iterator[None]:
             vars(module).pop("forward", None)
 
 
-def _can_be_summed(module: LoraModule) -> bool:
+def can_be_summed(module: LoraModule) -> bool:
     """Whether the module computes one product with one float32 weight, and nothing else."""
     base = module.base_layer
     if module.merged or base.weight.dtype != torch.float32:

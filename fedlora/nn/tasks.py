@@ -24,12 +24,13 @@ from fedlora.imports import import_function, is_function
 from fedlora.nn.cross_entropy import head_cross_entropy
 from fedlora.nn.layers import LoraModule, is_bare_linear
 
-__all__ = ["Batch", "Task", "get_task", "packs_texts", "scored_positions"]
+__all__ = ["Batch", "Task", "get_task", "logits_of", "packs_texts", "scored_positions"]
 
 Batch: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
 NOT_COUNTED = -100  # a target that is no part of the loss
-PACKED_TOKENS = 512  # at most so many share a row: attention grows with their square
+PACKED_TOKENS = 512  # of a batch, or of a client in a group, that is packed at all
+ROW_TOKENS = 96  # that texts share a row up to: attention grows with the square of a row
 SCORED_LOGITS = 1 << 24  # at most about this many logits exist at once while scoring: 64 MB
 
 
@@ -150,7 +151,7 @@ def classification_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     inputs, targets = _stacked(batches)
     device = next(model.parameters()).device
     inputs, targets = inputs.to(device), targets.to(device)
-    logits = _logits(model, inputs, masked=True)
+    logits = logits_of(model, inputs, masked=True)
     nats = F.cross_entropy(logits, targets, reduction="none", ignore_index=NOT_COUNTED)
     counts = (targets != NOT_COUNTED).view(len(batches), -1).sum(1)
     return nats.view(len(batches), -1).sum(1) / counts
@@ -162,7 +163,7 @@ def classification_scores(model: nn.Module, batches: Sequence[Batch]) -> list[di
     inputs, targets = _stacked(batches)
     device = next(model.parameters()).device
     inputs, targets = inputs.to(device), targets.to(device)
-    logits = _logits(model, inputs, masked=True)
+    logits = logits_of(model, inputs, masked=True)
     nats = F.cross_entropy(logits, targets, reduction="none", ignore_index=NOT_COUNTED)
     correct = logits.argmax(-1) == targets  # a filled-up row has no class
     return _rows(
@@ -177,14 +178,14 @@ def classification_scores(model: nn.Module, batches: Sequence[Batch]) -> list[di
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean nats over the batch's examples."""
     inputs, targets = _tensors(model, batch)
-    return F.cross_entropy(_logits(model, inputs, masked=True), targets)
+    return F.cross_entropy(logits_of(model, inputs, masked=True), targets)
 
 
 @torch.no_grad()
 def classification_score(model: nn.Module, batch: Batch) -> dict[str, float]:
     """Sums of nats, examples and examples whose most probable class is the right one."""
     inputs, targets = _tensors(model, batch)
-    logits = _logits(model, inputs, masked=True)
+    logits = logits_of(model, inputs, masked=True)
     nats = F.cross_entropy(logits, targets, reduction="none").double()
     correct = logits.argmax(-1) == targets
     return {
@@ -269,7 +270,11 @@ def _tensor(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device)
 
 
-def _logits(model: nn.Module, inputs: Tensor, *, masked: bool) -> Tensor:
+def logits_of(model: nn.Module, inputs: Tensor, *, masked: bool) -> Tensor:
+    """Call the model on a batch's inputs; masked: give it a mask over the padding if it takes one.
+
+    Return logits (rows, ..., classes) float32.
+    """
     out = model(inputs, **_options(model, inputs, masked))
     logits: Tensor = out if isinstance(out, Tensor) else out.logits
     return logits.float()
@@ -293,7 +298,7 @@ def _counted_logits(
     split = _hidden(model, inputs, rows)
     if split is None:
         # Padding is on the right, where a causal model does not look: no mask.
-        return _at(_logits(model, inputs, masked=False), counted)
+        return _at(logits_of(model, inputs, masked=False), counted)
     return _head_logits(*split, counted)
 
 
@@ -303,7 +308,7 @@ def _nats(
     """Nats (n,) of the targets (n,) at the counted positions of the flattened batch."""
     split = _hidden(model, inputs, rows)
     if split is None:
-        logits = _at(_logits(model, inputs, masked=False), counted)
+        logits = _at(logits_of(model, inputs, masked=False), counted)
         return F.cross_entropy(logits, wanted, reduction="none")
     hidden, head = split
     if is_bare_linear(head) and not any(p.requires_grad for p in head.parameters()):
@@ -379,18 +384,39 @@ def _is_divided(model: nn.Module, inputs: Tensor) -> bool:
 
 
 def _packed(inputs: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Put a small batch's texts in one row without their padding, each a segment of its own.
+    """Put a small batch's texts in few rows with little padding, each a segment of its own.
 
-    Return inputs (1, n), counted (n,) and the model's argument `segments` (1, n); a larger batch
-    comes back as it is. A text ends with its last counted target, behind which a causal model has
-    nothing to say.
+    Return inputs (rows, n), counted (rows * n,) and the model's argument `segments` (rows, n); a
+    larger batch comes back as it is. A text ends with its last counted target, behind which a
+    causal model has nothing to say. Counted positions keep their order.
     """
     by_row = counted.view(inputs.shape)
     needed = by_row.flip(1).cumsum(1).flip(1) > 0
-    row, column = needed.nonzero(as_tuple=True)
-    if not 0 < len(row) <= PACKED_TOKENS:
+    lengths = needed.sum(1).tolist()
+    if not 0 < sum(lengths) <= PACKED_TOKENS:
         return inputs, counted, {}
-    return inputs[row, column][None], by_row[row, column], {"segments": row[None]}
+    rows, starts, width = _places(lengths)
+    text, column = needed.nonzero(as_tuple=True)
+    place = (torch.tensor(rows) * width + torch.tensor(starts)).to(inputs.device)[text] + column
+    size = (rows[-1] + 1) * width
+    ids, segments = inputs.new_zeros(size), inputs.new_full((size,), -1)
+    ids[place], segments[place] = inputs[text, column], text
+    is_counted = counted.new_zeros(size)
+    is_counted[place] = by_row[text, column]
+    return ids.view(-1, width), is_counted, {"segments": segments.view(-1, width)}
+
+
+def _places(lengths: Sequence[int]) -> tuple[list[int], list[int], int]:
+    """Return each text's row, where it starts there, and the width of the rows."""
+    rows, starts, row, end, width = [], [], 0, 0, 1
+    for length in lengths:
+        if end and end + length > ROW_TOKENS:
+            row, end = row + 1, 0
+        rows.append(row)
+        starts.append(end)
+        end += length
+        width = max(width, end)
+    return rows, starts, width
 
 
 def packs_texts(model: nn.Module) -> bool:

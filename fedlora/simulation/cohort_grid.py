@@ -18,20 +18,22 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Message
 
 from fedlora.adapter import Adapter, Array
-from fedlora.errors import BaseMismatchError, FederationError, UnsupportedError
+from fedlora.errors import BaseMismatchError, FederationError
 from fedlora.experiment import EngineConfig
 from fedlora.federation import ClientSetup
 from fedlora.federation.client import error_reply
+from fedlora.federation.control import next_control
 from fedlora.federation.private import kept_factors, kept_segments, split_row, with_kept
 from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
-from fedlora.flat import Segment
-from fedlora.nn.cohort import Job, group_jobs, must_train_alone, usual_positions
+from fedlora.flat import Segment, pack
+from fedlora.nn.cohort import Job, group_jobs, must_train_alone, outlined_job, usual_positions
 from fedlora.simulation.grid import VirtualGrid
 from fedlora.simulation.groups import GroupOrder, Outcome, job_of, train_order, world_of
-from fedlora.simulation.slab import PersonalSlab
+from fedlora.simulation.slab import PersonalSlab, open_slab
 from fedlora.simulation.threads import in_order
 from fedlora.world import World
 
@@ -52,14 +54,16 @@ class _Client:
     name: str
     task: TrainTask
     start: Adapter  # the broadcast, with the factors that the client keeps to itself
+    control: Array | None = None  # the client's own control variate, where the task asks for one
 
 
 class CohortGrid(VirtualGrid):
     """Train `num_clients` virtual clients in groups, `workers` groups at a time.
 
     train: carries out a group, called in the thread of a worker; by default it does so itself.
-    private: the folder for the factors that clients train and do not share; None: a method that
-    has such factors is refused. positions: of a pass; None: `usual_positions`.
+    private: the folder for the factors that clients train and do not share, and for their control
+    variates; None: a method that has either is refused. positions: of a pass; None:
+    `usual_positions`.
     """
 
     def __init__(
@@ -76,7 +80,7 @@ class CohortGrid(VirtualGrid):
         self._workers, self._positions = workers, positions
         self._engine, self._train = engine, train
         self._private = private
-        self._slabs: dict[tuple[Segment, ...], PersonalSlab] = {}
+        self._slabs: dict[tuple[str, tuple[Segment, ...]], PersonalSlab] = {}
         self._alone: dict[ClientSetup, bool] = {}
         self._opened: tuple[ClientSetup, World] | None = None
 
@@ -121,23 +125,27 @@ class CohortGrid(VirtualGrid):
     def _read(self, message: Message) -> _Client:
         task = read_task(message.content)
         world, sent = self._world(task.setup), task.broadcast
-        if sent.frozen is not None:
-            raise UnsupportedError("training beside a frozen adapter is not supported in torch yet")
-        if sent.trainable.base != world.initial.base:
+        if any(
+            a is not None and a.base != world.initial.base for a in (sent.trainable, sent.frozen)
+        ):
             raise BaseMismatchError("the server's adapter is for another base than this run's")
         number = self.number_of(message)
         start = self._start(task, number)
-        return _Client(message, number, world.data.client_ids[number], task, start)
+        name, control = world.data.client_ids[number], self._control(task, number)
+        return _Client(message, number, name, task, start, control)
 
     def _groups(self, clients: Sequence[_Client]) -> Iterator[list[_Client]]:
-        """Yield the groups of a window; clients of one group have the same setup and order."""
+        """Yield the groups of a window: of one setup and order, beside one frozen adapter.
+
+        Ranks may differ in a group.
+        """
         rest = list(clients)
         while rest:
-            task = rest[0].task
-            same = [c for c in rest if c.task.order == task.order and c.task.setup == task.setup]
-            rest = [c for c in rest if c.task.order != task.order or c.task.setup != task.setup]
-            world = self._world(task.setup)
-            jobs = [_job(world, client) for client in same]
+            first = rest[0].task
+            same = [client for client in rest if _together(client.task, first)]
+            rest = [client for client in rest if not _together(client.task, first)]
+            world = self._world(first.setup)
+            jobs = [_outline(world, client) for client in same]
             positions = self._positions or usual_positions(world.model, jobs)
             for group in group_jobs(jobs, positions):
                 yield [same[index] for index in group]
@@ -149,7 +157,10 @@ class CohortGrid(VirtualGrid):
             starts = starts[:1]
         names = tuple(client.name for client in group)
         alone = self._alone[task.setup]
-        order = GroupOrder(self._engine, task.setup, task.order, names, starts, alone)
+        frozen = task.broadcast.frozen
+        order = GroupOrder(
+            self._engine, task.setup, task.order, names, starts, frozen, _corrections(group), alone
+        )
         try:
             outcomes = self._train(order)
         except Exception as error:
@@ -163,13 +174,18 @@ class CohortGrid(VirtualGrid):
         try:
             if outcome.error is not None:
                 raise outcome.error
+            following, change = _next_control(client, outcome)
             content = answer_task(
                 client.task,
                 self._uploaded(client, outcome.row),
                 num_examples=outcome.num_examples,
                 loss=outcome.loss,
                 steps=outcome.steps,
+                control=change,
             )
+            if following is not None:  # after the guard has let the change pass
+                slab = self._control_slab(client.task)
+                slab.write(client.number, client.task.order.round, following)
         except Exception as error:
             return error_reply(client.message, error)
         return Message(content, reply_to=client.message)
@@ -199,7 +215,7 @@ class CohortGrid(VirtualGrid):
         """Return what the client starts from: the broadcast, with its own factors in it."""
         if not kept_factors(task):
             return task.broadcast.trainable
-        row = self._slab(task).read(number, task.order.round)
+        row = self._kept_slab(task).read(number, task.order.round)
         return task.broadcast.trainable if row is None else with_kept(task, row)
 
     def _uploaded(self, client: _Client, row: Array) -> Array:
@@ -208,20 +224,68 @@ class CohortGrid(VirtualGrid):
         if not kept_factors(task):
             return row
         kept, uploaded = split_row(task, row)
-        self._slab(task).write(client.number, task.order.round, kept)
+        self._kept_slab(task).write(client.number, task.order.round, kept)
         return uploaded
 
-    def _slab(self, task: TrainTask) -> PersonalSlab:
-        segments = kept_segments(task)
-        if segments not in self._slabs:
+    def _control(self, task: TrainTask, number: int) -> Array | None:
+        """Return the client's own control variate, zero in its first round; None: not asked for."""
+        if task.broadcast.control is None:
+            return None
+        row = self._control_slab(task).read(number, task.order.round)
+        return np.zeros_like(task.broadcast.control) if row is None else row
+
+    def _kept_slab(self, task: TrainTask) -> PersonalSlab:
+        factors = ", ".join(sorted(kept_factors(task)))
+        wanted = f"{factors}: expected a folder for factors that are trained and not shared"
+        return self._slab("", kept_segments(task), wanted)
+
+    def _control_slab(self, task: TrainTask) -> PersonalSlab:
+        wanted = "control variates: expected a folder for those of the clients"
+        return self._slab("control-", task.reply.segments, wanted)
+
+    def _slab(self, kind: str, segments: tuple[Segment, ...], wanted: str) -> PersonalSlab:
+        if (kind, segments) not in self._slabs:
             if self._private is None:
-                raise FederationError(
-                    f"{', '.join(sorted(kept_factors(task)))}: expected a folder for factors that "
-                    "are trained and not shared, found none"
-                )
-            self._slabs[segments] = PersonalSlab(self._private, self.num_clients, segments)
-        return self._slabs[segments]
+                raise FederationError(f"{wanted}, found none")
+            self._slabs[kind, segments] = open_slab(self._private, self.num_clients, segments, kind)
+        return self._slabs[kind, segments]
+
+
+def _corrections(group: Sequence[_Client]) -> tuple[Array, ...]:
+    """Return what is added to each client's gradients; nothing without control variates."""
+    found = []
+    for client in group:
+        server = client.task.broadcast.control
+        if server is not None and client.control is not None:
+            found.append(server - client.control)
+    return tuple(found)
+
+
+def _next_control(client: _Client, outcome: Outcome) -> tuple[Array | None, Array | None]:
+    """Return the client's next control variate and its change; None without control variates."""
+    own, task = client.control, client.task
+    server = task.broadcast.control
+    if own is None or server is None:
+        return None, None
+    before = pack(client.start, task.reply.segments)
+    return next_control(own, server, before, outcome.row, outcome.steps, task.order.train)
 
 
 def _job(world: World, client: _Client) -> Job:
+    """Return the training for the probe, which takes no step."""
     return job_of(world, client.name, client.start, client.task.order)
+
+
+def _outline(world: World, client: _Client) -> Job:
+    examples, order = world.data.client(client.name).train, client.task.order
+    return outlined_job(examples, client.name, client.start, order.train, rule=order.rule)
+
+
+def _together(one: TrainTask, other: TrainTask) -> bool:
+    """Whether clients with these tasks may share a group."""
+    # By identity: all clients of a round that are sent the same frozen adapter have one object.
+    return one is other or (
+        one.broadcast.frozen is other.broadcast.frozen
+        and one.order == other.order
+        and one.setup == other.setup
+    )

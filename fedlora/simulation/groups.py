@@ -9,7 +9,8 @@ from fedlora.errors import FedloraError
 from fedlora.experiment import EngineConfig
 from fedlora.federation import ClientSetup
 from fedlora.federation.records import TrainOrder
-from fedlora.nn.cohort import Job, client_job, train_alone, train_group
+from fedlora.nn.beside import beside
+from fedlora.nn.cohort import Job, Trained, client_job, train_alone, train_group
 from fedlora.nn.inject import kept_activations
 from fedlora.randomness import rng
 from fedlora.world import World, thread_world
@@ -26,6 +27,8 @@ class GroupOrder:
     order: TrainOrder
     clients: tuple[str, ...]
     starts: tuple[Adapter, ...]  # one for everyone, or one each
+    frozen: Adapter | None = None  # beside which all of them train
+    corrections: tuple[Array, ...] = ()  # one each, where the rule has a correction
     alone: bool = False  # one client at a time, where the model cannot be batched
 
 
@@ -43,21 +46,26 @@ class Outcome:
 def train_order(order: GroupOrder) -> list[Outcome]:
     """Train a group in this thread; one outcome a client, in the order of `order.clients`."""
     world = world_of(order.setup, order.engine)
+    with beside(world.model, order.frozen):
+        trained = _trained(world, order)
+    return [Outcome(t.row, t.loss, t.steps, t.job.num_examples, t.error) for t in trained]
+
+
+def _trained(world: World, order: GroupOrder) -> list[Trained]:
     starts = order.starts * (len(order.clients) if len(order.starts) == 1 else 1)
     jobs = [
         job_of(world, client, start, order.order)
         for client, start in zip(order.clients, starts, strict=True)
     ]
-    if order.alone:
-        seeds = [_dropout_seed(order.order, job.client_id) for job in jobs]
-        jobs = [replace(job, seed=seed) for job, seed in zip(jobs, seeds, strict=True)]
-        trained = [
-            train_alone(world.model, job, world.task, precision=order.engine.precision)
-            for job in jobs
-        ]
-    else:
-        trained = train_group(world.model, jobs, world.task, precision=order.engine.precision)
-    return [Outcome(t.row, t.loss, t.steps, t.job.num_examples, t.error) for t in trained]
+    if order.order.rule.correction is not None:
+        pairs = zip(jobs, order.corrections, strict=True)
+        jobs = [replace(job, correction=row) for job, row in pairs]
+    precision = order.engine.precision
+    if not order.alone:
+        return train_group(world.model, jobs, world.task, precision=precision)
+    seeds = [_dropout_seed(order.order, job.client_id) for job in jobs]
+    jobs = [replace(job, seed=seed) for job, seed in zip(jobs, seeds, strict=True)]
+    return [train_alone(world.model, job, world.task, precision=precision) for job in jobs]
 
 
 def world_of(setup: ClientSetup, engine: EngineConfig) -> World:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from fedlora.adapter import Adapter
+from fedlora.aggregation import Broadcast
 from fedlora.data import ClientData
 from fedlora.errors import NonFiniteError
 from fedlora.evaluation import Trial, evaluate, evaluate_many
@@ -43,6 +45,8 @@ def evaluate_clients(
     config: ExperimentConfig,
     shared: Adapter,
     *,
+    parts: Broadcast | None = None,
+    start_of: Callable[[str], Adapter] | None = None,
     took_part: Sequence[ClientRecord],
     file: Path,
     keep_own: Mapping[str, Path],
@@ -52,6 +56,8 @@ def evaluate_clients(
 ) -> list[dict[str, Any]]:
     """Return a row per client in the order of ids; each is in `file` as soon as it is known.
 
+    shared, parts: the global adapter, whole and divided (`compare_adapters`). start_of: what the
+    personal adapter of a client begins with; None: what of the global one is trained.
     took_part: what each client did in the rounds. keep_own, keep_personal: where to save whose
     adapter. Rows of this global adapter that `file` already has are not computed again. A client
     whose training diverges has "failed" with the reason in place of "scores".
@@ -68,11 +74,16 @@ def evaluate_clients(
 
     def people(local: World, window: Sequence[str]) -> list[Person | NonFiniteError]:
         everyone = [(local.data.client(client), records[client].steps) for client in window]
+        starts = None if start_of is None else [start_of(client) for client in window]
         if config.engine.kind != "sequential":
             return compare_many(
-                local.model, everyone, local.task, config, initial=local.initial, shared=shared
-            )
-        return [_alone(local, data, config, shared, steps) for data, steps in everyone]
+                local.model, everyone, local.task, config,
+                initial=local.initial, shared=shared, parts=parts, starts=starts,
+            )  # fmt: skip
+        return [
+            _alone(local, data, config, shared, parts, start, steps)
+            for (data, steps), start in zip(everyone, starts or repeat(None), strict=False)
+        ]
 
     def rows_of(local: World, window: Sequence[str]) -> list[dict[str, Any]]:
         return [
@@ -94,6 +105,8 @@ def evaluate_clients(
                 files[client].parent.mkdir(exist_ok=True)
                 provenance = {"run": config.name, "client": client, "global": digest}
                 save_adapter(adapter, files[client], provenance=provenance)
+        if config.personalization.keep_better:
+            row["kept_global"] = person.kept_global
         return row | {"scores": person.scores}
 
     done = len(clients) - len(todo)
@@ -113,7 +126,13 @@ def evaluate_clients(
 
 
 def _alone(
-    world: World, data: ClientData, config: ExperimentConfig, shared: Adapter, steps: int
+    world: World,
+    data: ClientData,
+    config: ExperimentConfig,
+    shared: Adapter,
+    parts: Broadcast | None,
+    start: Adapter | None,
+    steps: int,
 ) -> Person | NonFiniteError:
     try:
         return compare_adapters(
@@ -123,6 +142,8 @@ def _alone(
             config,
             initial=world.initial,
             shared=shared,
+            parts=parts,
+            start=start,
             federated_steps=steps,
         )
     except NonFiniteError as error:

@@ -1,7 +1,7 @@
 """From per-client rows to what a run reports: summary.json and the table.
 
 A row is ``{"client", "held_out", "rounds", "global": its fingerprint, "scores": {adapter: {measure:
-value}}}``.
+value}}}``, with "kept_global" (whether) where clients keep the better adapter.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def results(rows: Sequence[Row], *, metric: str, higher_is_better: bool) -> dict
             "held_out_clients": len(held_out),
             "measures": _measures(taking_part),
             "held_out_measures": _measures(held_out) if held_out else None,
+            **_kept(taking_part, held_out),
         },
     }
 
@@ -81,6 +82,11 @@ def table(summary: Mapping[str, Any]) -> str:
             interval = f"95 % interval {found['low']:+.4f} to {found['high']:+.4f}, paired"
         lines.append(f"{words}: {found['mean']:+.4f} {summary['metric']} ({interval})")
     lines.append(f"personal better than global for {summary['share_improved']:.1%} of the clients")
+    if (kept := summary["extra"].get("kept_global")) is not None:
+        lines.append(
+            f"personal is the global adapter, which did better in validation, for {kept} of "
+            f"{summary['clients']} clients"
+        )
     if cross := summary["extra"].get("cross"):
         lines.append(
             f"own adapter better than the mean of the others' on its person's data: "
@@ -107,6 +113,16 @@ _SHARES = ("accuracy", "top1", "top3")
 
 def _column(rows: Sequence[Row], adapter: str, measure: str) -> list[float]:
     return [row["scores"][adapter][measure] for row in rows]
+
+
+def _kept(taking_part: Sequence[Row], held_out: Sequence[Row]) -> dict[str, int]:
+    """How many keep the global adapter; nothing where that was not asked."""
+    if not any("kept_global" in row for row in taking_part):
+        return {}
+    return {
+        "kept_global": sum(row.get("kept_global", False) for row in taking_part),
+        "held_out_kept_global": sum(row.get("kept_global", False) for row in held_out),
+    }
 
 
 def _summaries(rows: Sequence[Row], metric: str, higher_is_better: bool) -> dict[str, Any]:

@@ -23,7 +23,9 @@ from fedlora.simulation.grid import InProcessGrid
 from fedlora.simulation.threads import one_torch_thread, worker_count
 from fedlora.simulation.workers import ray_workers
 
-__all__ = ["load_app", "run_rounds"]
+__all__ = ["PRIVATE", "load_app", "run_rounds"]
+
+PRIVATE = "private"  # in a run's folder: factors that virtual clients keep to themselves
 
 
 def run_rounds(
@@ -44,13 +46,15 @@ def run_rounds(
         run_in_flower(config, out, num_clients, on_round=on_round)
     else:
         with _quiet_flower(), one_torch_thread(), _grid(config, out, num_clients) as grid:
-            run_federation(grid, config, out, on_round=on_round)
+            # The cohort engine keeps its clients' states in the run's folder.
+            remember = config.engine.kind == "cohort"
+            run_federation(grid, config, out, clients_remember=remember, on_round=on_round)
     return read_checkpoint(out)
 
 
 @contextmanager
 def _grid(config: ExperimentConfig, out: Path, num_clients: int) -> Iterator[Grid]:
-    threads, private = worker_count(config), out / "private"
+    threads, private = worker_count(config), out / PRIVATE
     if config.engine.kind == "sequential":
         app, node_config = load_app("clientapp"), owner_node_config(config)
         yield InProcessGrid(app, num_clients, node_config, workers=threads)

@@ -35,7 +35,8 @@ from fedlora.simulation.folder import (
 )
 from fedlora.simulation.people import cross_evaluate, evaluate_clients
 from fedlora.simulation.results import results, table
-from fedlora.simulation.rounds import run_rounds
+from fedlora.simulation.rounds import PRIVATE, run_rounds
+from fedlora.simulation.slab import starts_of
 from fedlora.world import shared_world
 
 __all__ = ["Progress", "Run", "simulate"]
@@ -125,18 +126,26 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     show = _show_rounds(config, folder, report)
     checkpoint = run_rounds(config, folder, len(world.data), on_round=show)
     state, took_part = checkpoint.state, checkpoint.clients
+    whole = state.adapter  # one object for everyone: it is evaluated once a window
     provenance = {"run": config.name, "round": state.round, "method": config.federation.method}
     for target in ("adapter", "adapter.safetensors"):
-        save_adapter(state.adapter, folder / target, provenance=provenance)
+        save_adapter(whole, folder / target, provenance=provenance)
     # A skewed partition may leave a client without held-out examples: it only takes part.
     tested = [c for c in took_part if len(world.data.client(c.client_id).test)]
     crossed = [c.client_id for c in tested if not c.held_out][: config.personalization.cross]
     own = _files(folder / "own", crossed)
+    kept = config.federation.build_method().kept(max(1, state.round))
     everyone = [c.client_id for c in tested] if config.personalization.save else []
     rows = evaluate_clients(
         world,
         config,
-        state.adapter,
+        whole,
+        parts=state.broadcast,
+        start_of=(
+            starts_of(folder / PRIVATE, world.data.client_ids, state, kept)
+            if kept and config.engine.kind == "cohort"
+            else None
+        ),
         took_part=tested,
         file=clients_file,
         keep_own=own,
@@ -160,6 +169,11 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
         *_notes(checkpoint, read_rounds(folder), len(took_part) - len(tested)),
         *(f"not in the means: {row['failed']}" for row in rows if "failed" in row),
     ]
+    if kept and config.engine.kind != "cohort":
+        summary["extra"]["notes"].append(
+            f"personal adapters begin with the global {', '.join(sorted(kept))}: only the cohort "
+            "engine keeps what clients train for themselves beyond the rounds"
+        )
     own = {client: path for client, path in own.items() if path.is_file()}
     if own:
         summary["extra"]["cross"] = cross_evaluate(
@@ -167,7 +181,7 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
         )
     summary["seconds"] = round(seconds(), 3)
     write_atomic(folder / SUMMARY, json.dumps(summary, indent=2).encode())
-    return Run(folder, state.adapter, summary, rows)
+    return Run(folder, whole, summary, rows)
 
 
 def _files(folder: Path, clients: Sequence[str]) -> dict[str, Path]:

@@ -10,17 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fedlora.adapter import Array
+from fedlora.adapter import Adapter, Array
+from fedlora.aggregation import ServerState
 from fedlora.errors import RunError, ShapeMismatchError
 from fedlora.files import write_atomic
-from fedlora.flat import Segment
+from fedlora.flat import RowForm, Segment
+from fedlora.training import Factor
 
-__all__ = ["PersonalSlab"]
+__all__ = ["PersonalSlab", "open_slab", "starts_of"]
 
 
 class PersonalSlab:
@@ -79,6 +81,36 @@ class PersonalSlab:
         rounds = self._rounds[client]
         usable = [place for place in (0, 1) if 0 < rounds[place] < round]
         return max(usable, key=lambda place: int(rounds[place]), default=None)
+
+
+def open_slab(
+    folder: Path, clients: int, segments: Sequence[Segment], kind: str = ""
+) -> PersonalSlab:
+    """Return the rows of one layout in `folder`: clients of other ranks have rows of another.
+
+    kind: what else is kept there, as the beginning of a folder's name; "": the factors.
+    """
+    digest = hashlib.sha256("\n".join(map(str, segments)).encode()).hexdigest()
+    return PersonalSlab(folder / f"{kind}{digest[:16]}", clients, segments)
+
+
+def starts_of(
+    folder: Path, client_ids: Sequence[str], state: ServerState, kept: frozenset[Factor]
+) -> Callable[[str], Adapter]:
+    """Return what each client goes on from: the trainable adapter, with its own factors in it.
+
+    kept: the factors that clients have trained and not shared, whose rows lie in `folder`. Somebody
+    who never took part has none, and gets the trainable adapter as it is.
+    """
+    form = RowForm.of(state.trainable, kept)
+    slab = open_slab(folder, len(client_ids), form.segments)
+    numbers = {client: number for number, client in enumerate(client_ids)}
+
+    def start_of(client: str) -> Adapter:
+        row = slab.read(numbers[client], state.round + 1)
+        return state.trainable if row is None else form.read(row.tobytes())
+
+    return start_of
 
 
 def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:

@@ -1,1 +1,1 @@
-"""Studies: questions to finished runs, each with the page that it writes."""
+"""Studies: questions that a run of experiments answers, each with its results beside it."""

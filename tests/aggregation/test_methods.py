@@ -10,7 +10,7 @@ import pytest
 import fedlora as fl
 from fedlora.adapter import Adapter, LoraConfig, LoraLayer
 from fedlora.aggregation import ClientProfile, Method, ServerState, Update, method, methods
-from fedlora.aggregation.stacking import DISCARDED
+from fedlora.aggregation.ranks import DISCARDED
 from fedlora.errors import ConfigError, FederationError, ShapeMismatchError, UnsupportedError
 from fedlora.formats import load_adapter, save_adapter
 from tests.aggregation.rounds import products, random_adapter, trained

@@ -15,7 +15,7 @@ from clients.app import app as client_app
 from clients.torch_app import open_trainer
 from fedlora.aggregation import Broadcast, method
 from fedlora.data import draw_batches
-from fedlora.errors import BaseMismatchError, ConfigError, FederationError, UnsupportedError
+from fedlora.errors import BaseMismatchError, ConfigError, FederationError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation import ClientSetup, read_checkpoint, run_federation
 from fedlora.federation._flower_private import identify_process
@@ -122,10 +122,32 @@ def test_an_adapter_for_another_base_is_refused(world: Any) -> None:
         )
 
 
-def test_a_frozen_adapter_is_refused_as_long_as_torch_cannot_train_beside_one(world: Any) -> None:
-    with raises(UnsupportedError, "training beside a frozen adapter is not supported in torch yet"):
+def test_a_client_trains_beside_a_frozen_adapter(world: Any) -> None:
+    """It starts at the loss of both, and trains one of them."""
+    random = np.random.default_rng(0)
+    layers = {
+        path: replace(layer, B=random.normal(0, 0.05, layer.B.shape))
+        for path, layer in world.initial.layers.items()
+    }
+    frozen = replace(world.initial, layers=layers)
+    config, rule = replace(CONFIG.federation.train, local_steps=1), method("fedit").rule(1)
+
+    def train(broadcast: Broadcast) -> Any:
+        return open_trainer(SETUP, NODE).train(broadcast, config, rule, 1, 0)
+
+    both = train(Broadcast(world.initial, frozen))
+    whole = train(Broadcast(Broadcast(world.initial, frozen).whole))
+    base = train(Broadcast(world.initial))
+    assert both.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert abs(both.loss - base.loss) > 1e-3
+    assert both.adapter.ranks == world.initial.ranks
+    assert train(Broadcast(world.initial)).adapter == base.adapter  # nothing of it is left
+
+
+def test_a_frozen_adapter_for_another_base_is_refused(world: Any) -> None:
+    with pytest.raises(BaseMismatchError, match=r"the server's adapter is for ffffffffffff"):
         open_trainer(SETUP, NODE).train(
-            Broadcast(world.initial, world.initial),
+            Broadcast(world.initial, replace(world.initial, base="f" * 64)),
             CONFIG.federation.train,
             method("fedit").rule(1),
             1,

@@ -18,7 +18,9 @@ from fedlora.errors import ConfigError, DataError, UnknownNameError
 
 def test_the_list_says_how_much_there_is() -> None:
     info = {entry.id: entry for entry in list_data()}
-    assert sorted(info) == ["chitchat", "chitchat-punctuation", "chitchat-small", "watch"]
+    assert sorted(info) == [
+        "chitchat", "chitchat-authors", "chitchat-punctuation", "chitchat-small", "watch",
+    ]  # fmt: skip
     for name, file in (
         ("chitchat", "chitchat_117x1000.jsonl.gz"),
         ("chitchat-small", "chitchat_12x400.jsonl.gz"),
@@ -75,6 +77,55 @@ def test_punctuation_hides_the_ending_it_asks_for(tokenizer: Tokenizer) -> None:
         for ids, label in zip(client.test.inputs, client.test.targets, strict=True):
             text = tokenizer.decode(ids.tolist())
             assert label == 4 or not text.endswith((".", "!", "?", "…"))
+
+
+def test_authors_are_the_twenty_with_most_messages_cut_by_time(tokenizer: Tokenizer) -> None:
+    messages = read_messages("chitchat_117x1000.jsonl.gz")
+    data = load_data("chitchat-authors", tokenizer=tokenizer)
+    info = next(entry for entry in list_data() if entry.id == data.id)
+    assert len(data) == info.clients == len(info.labels or ()) == 20
+    assert info.examples == sum(len(messages[author]) for author in data.client_ids)
+    fewest = min(len(messages[author]) for author in data.client_ids)
+    assert fewest >= max(len(m) for user, m in messages.items() if user not in data.client_ids)
+    for label, author in enumerate(data.client_ids):
+        client = data.client(author)
+        assert set(client.train.targets) == set(client.test.targets) == {label}
+        count = len(messages[author])
+        assert (len(client.train), len(client.test)) == (int(0.8 * count), count - int(0.8 * count))
+        last = tokenizer.encode(messages[author][-1], add_special_tokens=False).ids[:63]
+        found = client.test.inputs[-1]
+        assert found[found != 0].tolist() == last
+
+
+@pytest.mark.parametrize("partition", ["dirichlet:0.1", "dirichlet:1.0", "iid"])
+def test_authors_are_dealt_out_alike_in_training_and_test(
+    tokenizer: Tokenizer, partition: str
+) -> None:
+    options = {"tokenizer": tokenizer, "partition": partition, "validation_share": 0.1}
+    data = load_data("chitchat-authors", clients=12, **options)
+    counts = {
+        part: np.array(
+            [np.bincount(getattr(c, part).targets, minlength=20) for c in data.clients()]
+        )
+        for part in ("train", "validation", "test")
+    }
+    total = {part: table.sum(0) for part, table in counts.items()}  # by author
+    assert sum(table.sum() for table in counts.values()) == 20_000
+    assert (total["test"] == 200).all()
+    shares = {part: table / total[part] for part, table in counts.items()}
+    if partition == "iid":
+        # Each message goes to a client at random: 5 standard deviations of a binomial's share.
+        for part, share in shares.items():
+            assert abs(share - 1 / 12).max() < 5 * np.sqrt(1 / 12 * 11 / 12 / total[part].min())
+        return
+    for part in ("validation", "test"):
+        # By equal shares; a share lies between two cuts, each rounded to half a message at most,
+        # here and in training, where a client without a message is given one.
+        most = 1 / total[part].min() + 2 / total["train"].min()
+        assert abs(shares[part] - shares["train"]).max() <= most + 1e-9
+    # The skew is there: the client with most of an author has more than half, or under a third.
+    most = shares["train"].max(0).mean()
+    assert (most > 0.5) if partition == "dirichlet:0.1" else (most < 0.33)
 
 
 def test_fewer_clients_are_a_random_choice_that_the_seed_decides() -> None:

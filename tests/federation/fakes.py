@@ -79,7 +79,7 @@ def fake_app(trainers: Mapping[int, FakeTrainer] | None = None) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return handle_train(message, opener(context))
+        return handle_train(message, opener(context), context.state)
 
     return app
 

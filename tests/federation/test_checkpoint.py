@@ -27,7 +27,8 @@ from fedlora.federation import (
     read_rounds,
 )
 from fedlora.federation.checkpoint import append_round, resume_run, write_checkpoint
-from tests.federation.fakes import experiment, raises, run, start_adapter
+from fedlora.training import TrainResult
+from tests.federation.fakes import FakeTrainer, experiment, raises, run, start_adapter
 
 SIX = experiment(federation__rounds=6, data__held_out_clients=0.25)
 
@@ -208,6 +209,45 @@ def test_a_bad_line_in_the_middle_of_the_rounds_is_refused(tmp_path: Path) -> No
         f"{path}, line 2: not a round's record: round: this key is needed and is missing",
     ):
         read_rounds(tmp_path)
+
+
+NOTED: dict[str, dict[str, Any]] = {
+    "flora": {"energy": 0.5}, "fedex-lora": {"rank": 1}, "flexlora": {}, "fedit": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_a_rounds_line_says_what_its_recompression_left_out(name: str, tmp_path: Path) -> None:
+    config = experiment(federation__method=name, federation__method_options=NOTED[name])
+    state, records = run(config, tmp_path)
+    assert read_rounds(tmp_path) == records
+    if name == "fedit":
+        assert [record.noted for record in records] == [{}, {}, {}]
+        return
+    assert all(0 < record.noted["discarded_energy"] < 1 for record in records)
+    worst = max(state.method_state["discarded-energy"])  # of the last round's layers
+    assert records[-1].noted == {"discarded_energy": worst}
+
+
+def test_a_round_that_failed_says_nothing_of_the_one_before(tmp_path: Path) -> None:
+    def change(result: TrainResult, round: int) -> TrainResult:
+        if round == 2:
+            raise ValueError("broken")
+        return result
+
+    trainers = {i: FakeTrainer(i, 10 + i, change=change) for i in range(8)}
+    _, records = run(experiment(federation__method="flexlora"), tmp_path, trainers)
+    assert [bool(record.noted) for record in records] == [True, False, True]
+
+
+def test_lines_of_before_there_were_notes_are_read(tmp_path: Path) -> None:
+    _, records = run(experiment(federation__method="flexlora"), tmp_path)
+    path = tmp_path / "rounds.jsonl"
+    tables = [json.loads(line) for line in path.read_text().splitlines()]
+    for table in tables:
+        del table["noted"]
+    path.write_text("".join(json.dumps(table) + "\n" for table in tables))
+    assert read_rounds(tmp_path) == [replace(record, noted={}) for record in records]
 
 
 def test_everything_of_a_checkpoint_comes_back(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from flwr.app import Array, ConfigRecord, RecordDict
 
 from fedlora.adapter import Adapter
 from fedlora.aggregation import Broadcast, method
-from fedlora.errors import ShapeMismatchError
+from fedlora.errors import FederationError, NonFiniteError, ShapeMismatchError
 from fedlora.federation import ClientSetup, handle_train
 from fedlora.federation._flower_private import identify_process
 from fedlora.federation.records import BOTH, content_bytes, encode_adapter
 from fedlora.federation.replies import (
+    LARGEST,
     ReplyForm,
     decode_reply,
     encode_reply,
@@ -193,3 +194,33 @@ def test_a_form_is_of_what_was_sent() -> None:
         "body.0.fc|B|5x2", "body.1.fc|B|4x2", "conv|B|6x2",
     ]  # fmt: skip
     assert form.rows.size == 5 * 2 + 4 * 2 + 6 * 2
+
+
+@pytest.mark.parametrize("value", [LARGEST, -LARGEST])
+def test_numbers_up_to_the_largest_are_taken(value: float) -> None:
+    form = ReplyForm.of(adapter(1), BOTH, 3)
+    row = np.full(form.rows.size, value, np.float32)  # the sum of squares is far over its square
+    found = decode_reply(encode_reply_row(form, row, METRICS), form, "client 'a'").adapter
+    assert np.array_equal(pack(found, form.segments), row)
+
+
+@pytest.mark.parametrize("value", [1.01 * LARGEST, -1e30, 3e38])
+def test_an_absurd_number_is_refused_with_its_factor(value: float) -> None:
+    form = ReplyForm.of(adapter(1), BOTH, 3)
+    row = np.zeros(form.rows.size, np.float32)
+    row[-1] = value
+    last = form.segments[-1]
+    with raises(
+        NonFiniteError,
+        f"client 'a': layer {last.path!r}, {last.factor}: expected numbers up to 1e+06, found "
+        f"{abs(np.float32(value)):g}",
+    ):
+        decode_reply(encode_reply_row(form, row, METRICS), form, "client 'a'")
+
+
+def test_a_loss_whose_sum_could_overflow_is_refused() -> None:
+    form = ReplyForm.of(adapter(1), BOTH, 3)
+    row = np.zeros(form.rows.size, np.float32)
+    for loss in (1e31, -1e300):
+        with raises(FederationError, f"client 'a': expected a loss up to 1e+30, found {loss!r}"):
+            decode_reply(encode_reply_row(form, row, METRICS | {"loss": loss}), form, "client 'a'")

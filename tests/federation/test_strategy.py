@@ -14,9 +14,10 @@ from flwr.app import Array, ConfigRecord, Error, Message
 
 from fedlora.adapter import Adapter
 from fedlora.aggregation import Broadcast, method
-from fedlora.errors import FederationError
-from fedlora.federation import read_checkpoint, read_rounds, run_federation
+from fedlora.errors import ConfigError, FederationError
+from fedlora.federation import ClientRecord, read_checkpoint, read_rounds, run_federation
 from fedlora.federation._flower_private import set_message_id
+from fedlora.federation.strategy import deal_ranks
 from fedlora.simulation.grid import InProcessGrid
 from fedlora.training import TrainResult
 from tests.federation.fakes import (
@@ -264,13 +265,14 @@ def test_clients_that_are_sent_adapters_of_their_own_are_checked_against_them(
         sent.append(replace(state.adapter))
         return Broadcast(sent[-1])
 
+    own_each = replace(usual, broadcast=broadcast, broadcasts_by_client=True)
     config = experiment(federation__cohort=8, federation__rounds=2)
     start = start_adapter(config)
     own, shared = (
         run_federation(
             InProcessGrid(fake_app(), 8), config, tmp_path / name, initial=start, method=how
         )
-        for name, how in (("own", replace(usual, broadcast=broadcast)), ("shared", usual))
+        for name, how in (("own", own_each), ("shared", usual))
     )
     assert len({id(adapter) for adapter in sent}) == 16
     assert own.adapter == shared.adapter
@@ -305,3 +307,59 @@ def test_a_round_counts_its_bytes(tmp_path: Path) -> None:
     assert 8 * numbers < record.bytes_down < 8 * (numbers + 1500)
     checkpoint = read_checkpoint(tmp_path)
     assert (checkpoint.bytes_up, checkpoint.bytes_down) == (record.bytes_up, record.bytes_down)
+
+
+def test_ranks_are_dealt_out_over_sorted_ids_and_a_client_may_name_its_own() -> None:
+    config = experiment(federation__client_ranks=(2, 1, 1), lora__rank=2)
+    clients = [
+        ClientRecord(name, rank, held_out=name == "b")
+        for name, rank in (("c", None), ("a", None), ("d", 1), ("b", None), ("e", 10**6))
+    ]
+    # Held-out clients take their turn, so that a rank does not depend on who is held out; what a
+    # stranger asks for is cut to the run's.
+    assert deal_ranks(clients, config) == {"a": 2, "b": 1, "c": 1, "d": 1, "e": 2}
+    plain = experiment()
+    assert deal_ranks(clients, plain) == {"a": None, "b": None, "c": None, "d": 1, "e": 2}
+
+
+def test_a_broadcast_is_asked_once_a_rank_and_every_client_gets_its_own_rank(
+    tmp_path: Path,
+) -> None:
+    usual, asked = method("fedit"), []
+
+    def broadcast(state: Any, profile: Any) -> Broadcast:
+        asked.append((state.round, profile.rank))
+        cut = state.trainable.map(
+            lambda layer: replace(layer, A=layer.A[: profile.rank], B=layer.B[:, : profile.rank])
+        )
+        return Broadcast(cut)
+
+    def aggregate(state: Any, updates: Any) -> Any:
+        found = {update.client_id: update.adapter.ranks for update in updates}
+        assert found == {f"c{n}": (ranks[n],) * 3 for n in range(8)}
+        return replace(state, round=state.round + 1)
+
+    # Dealt out: 2 1 2 2 1 2 2 1; c2 and c7 name their own.
+    ranks = [2, 1, 1, 2, 1, 2, 2, 2]
+    trainers = {2: FakeTrainer(2, rank=1), 7: FakeTrainer(7, rank=2)}
+    dealt = {"federation__client_ranks": (2, 1, 2)}
+    config = experiment(federation__cohort=8, federation__rounds=2, **dealt)
+    state = run_federation(
+        InProcessGrid(fake_app(trainers), 8),
+        config,
+        tmp_path,
+        initial=start_adapter(config),
+        method=replace(usual, broadcast=broadcast, aggregate=aggregate),
+    )
+    assert state.round == 2
+    assert sorted(asked) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [record.dropped for record in read_rounds(tmp_path)] == [(), ()]
+
+
+def test_ranks_are_not_dealt_out_to_a_method_that_ignores_them(tmp_path: Path) -> None:
+    config = experiment(federation__client_ranks=(2, 1), federation__cohort=8)
+    with pytest.raises(ConfigError, match=r"sends client 'c1' an adapter of rank 1, found rank 2"):
+        run(config, tmp_path)
+    # What a device says of itself is a wish: fedit sends everyone the same.
+    state, _ = run(experiment(), tmp_path / "wish", {1: FakeTrainer(1, rank=1)})
+    assert state.round == 3

@@ -159,3 +159,20 @@ def test_no_count_leaves_where_weights_are_equal() -> None:
     row = np.zeros(task.reply.rows.size, np.float32)
     content = answer_task(task, row, num_examples=3, loss=1.0, steps=1)
     assert dict(content["metrics"]) == {"loss": 1.0, "steps": 1}
+
+
+def test_messages_of_two_ranks_are_read_once_each_and_forgotten_with_their_round() -> None:
+    setup, order = (contents(1)[0][name] for name in ("setup", "train"))
+    frozen = encode_adapter(adapter(9), BOTH, 1)
+    sent = [encode_adapter(adapter(seed), BOTH, 1) for seed in (1, 2)]
+    messages = [train_content(setup, order, sent[n % 2], frozen) for n in range(6)]
+    tasks = [read_task(message) for message in messages]
+    assert len({id(task) for task in tasks}) == 2
+    assert tasks[0] is tasks[2] is tasks[4]
+    assert tasks[0].broadcast.frozen is tasks[1].broadcast.frozen  # one object for both ranks
+
+    later = order.copy()
+    later["round"] = 2
+    again = encode_adapter(adapter(9), BOTH, 2)
+    read_task(train_content(setup, later, encode_adapter(adapter(3), BOTH, 2), again))
+    assert read_task(messages[0]) is not tasks[0]

@@ -22,8 +22,12 @@ def train(
     config: TrainConfig,
     loss_of: Callable[[Tensor, Tensor], Tensor],
     trained: Sequence[str] = ("A", "B"),
+    correction: Mapping[str, Tensor] | None = None,
 ) -> tuple[Factors, float]:
-    """Return the factors after one step a batch, and the mean loss. Float64 throughout."""
+    """Return the factors after one step a batch, and the mean loss. Float64 throughout.
+
+    correction: by factor, added to the gradient after clipping.
+    """
     base = base.double()
     now = {name: value.detach().double() for name, value in factors.items()}
     moving = [name for name in now if name.rpartition(".")[2] in trained]
@@ -45,6 +49,8 @@ def train(
             norm = sum(float((g**2).sum()) for g in found) ** 0.5
             factor = min(1.0, config.max_grad_norm / (norm + 1e-6))
             gradients = {name: factor * g for name, g in gradients.items()}
+        if correction is not None:
+            gradients = {name: g + correction[name].double() for name, g in gradients.items()}
         for name, g in gradients.items():
             update = _adamw if config.optimizer == "adamw" else _sgd
             now[name] = update(now[name], g, first, second, name, step, config)

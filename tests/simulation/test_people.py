@@ -103,6 +103,14 @@ def test_an_encoder_needs_a_head_and_predicts_no_tokens(tmp_path, monkeypatch):
         open_world(base, DataConfig("chitchat", "next-token", 2), LoraConfig(), 0)
 
 
+def test_a_new_head_that_is_not_adapted_is_refused():
+    """It is zero, so that nothing would ever reach what is below it."""
+    base, data = BaseConfig("tiny-chat", 5), DataConfig("chitchat-punctuation", "classification", 2)
+    for lora in (LoraConfig(layers="last:1"), LoraConfig(target_modules=("q_proj",))):
+        with pytest.raises(ConfigError, match="the new head 'zero_head' among the adapted layers"):
+            open_world(base, data, lora, 0)
+
+
 LINEAR = {
     "base": {"id": "watch-cnn"},
     "data": {"id": "watch", "task": "classification", "clients": 7},
@@ -214,3 +222,17 @@ def test_no_window_is_larger_than_allowed_and_every_thread_has_several():
     assert {len(w) for w in people_module._windows(many[:8], config)} == {1}
     alone = replace(config, engine=EngineConfig("sequential"))
     assert {len(w) for w in people_module._windows(many, alone)} == {1}
+
+
+def test_the_rows_say_who_keeps_the_global_adapter(tmp_path):
+    keep = SHORT | {"personalization.keep_better": True, "data.validation_share": 0.1}
+    diverging = keep | {"personalization.learning_rate": 0.5, "personalization.steps": 3}
+    run = simulate("watch", overrides=diverging, out=tmp_path / "run")
+    kept = [row["client"] for row in run.clients if row["kept_global"]]
+    assert len(kept) == run.summary["extra"]["kept_global"] > 0
+    digest = run.adapter.fingerprint()
+    for client in kept:
+        saved = load_adapter(tmp_path / "run" / "personal" / f"{client}.safetensors")
+        assert saved.fingerprint() == digest
+    plain = simulate("watch", overrides=SHORT, out=tmp_path / "plain")
+    assert "kept_global" not in plain.clients[0]

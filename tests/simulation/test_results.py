@@ -63,3 +63,12 @@ def test_table_ends_with_the_notes():
     summary = results(ROWS, metric="accuracy", higher_is_better=True)
     summary["extra"]["notes"] = ["2 replies did not count; the last: node lost"]
     assert table(summary).splitlines()[-1] == "note: 2 replies did not count; the last: node lost"
+
+
+def test_who_keeps_the_global_adapter_is_counted_where_that_was_asked():
+    kept = [r | {"kept_global": r["client"] != "a"} for r in ROWS]
+    summary = results(kept, metric="accuracy", higher_is_better=True)
+    assert summary["extra"]["kept_global"] == 1
+    assert summary["extra"]["held_out_kept_global"] == 1
+    assert "did better in validation, for 1 of 2 clients" in table(summary).splitlines()[-1]
+    assert "kept_global" not in results(ROWS, metric="accuracy", higher_is_better=True)["extra"]

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedlora.adapter import Adapter, LoraConfig, LoraLayer
+from fedlora.aggregation import ServerState, method, methods
 from fedlora.errors import RunError, ShapeMismatchError
-from fedlora.flat import Segment
-from fedlora.simulation.slab import PersonalSlab
+from fedlora.flat import Segment, segments_of
+from fedlora.simulation.slab import PersonalSlab, open_slab, starts_of
 
 SEGMENTS = (Segment("fc", "B", (2, 3)),)
 
@@ -71,3 +73,18 @@ def test_a_row_of_another_size_is_refused(tmp_path: Path) -> None:
     slab = PersonalSlab(tmp_path / "p", 2, SEGMENTS)
     with pytest.raises(ShapeMismatchError, match=r"expected \(6,\), found \(5,\)"):
         slab.write(0, 1, row(1)[:5])
+
+
+def test_a_client_goes_on_from_its_own_factors_and_others_from_the_servers(tmp_path: Path) -> None:
+    layer = LoraLayer(np.ones((2, 3), np.float32), np.zeros((4, 2), np.float32), 1.0)
+    state = ServerState(3, Adapter({"fc": layer}, LoraConfig(rank=2)))
+    kept = method("fedsa-lora").kept(3)
+    assert kept == {"B"}
+    assert not any(m.kept(1) for name, m in methods().items() if name != "fedsa-lora")
+    slab = open_slab(tmp_path, 2, segments_of(state.trainable, kept))
+    slab.write(1, 3, np.arange(8, dtype=np.float32))
+    start_of = starts_of(tmp_path, ["ann", "bob"], state, kept)
+    assert start_of("ann") is state.trainable  # it never took part
+    mine = start_of("bob")
+    assert np.array_equal(mine["fc"].B, np.arange(8, dtype=np.float32).reshape(4, 2))
+    assert np.array_equal(mine["fc"].A, layer.A)

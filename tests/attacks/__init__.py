@@ -1,0 +1,1 @@
+"""What hostile clients send, through the same path as everyone."""
