@@ -1,4 +1,4 @@
-"""The study of methods: its parts are valid, a part runs and goes on, and the page says its runs."""
+"""The study of methods: parts are valid, run and go on, and the page says what they found."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ from simulations.studies.methods.evidence import Contrast, examine, paired_score
 from simulations.studies.methods.page import by_hand, page, write_page
 from simulations.studies.methods.parts import PARTS
 
-TINY = {"federation.rounds": 1, "federation.local_steps": 1, "data.clients": 4}
+TINY = {
+    "federation.rounds": 1,
+    "federation.local_steps": 1,
+    "data.clients": 4,
+    "federation.cohort": 4,
+}
 
 
 def _configs(name: str) -> list[Any]:
@@ -76,6 +81,16 @@ def test_wearers_are_what_the_whole_network_sees() -> None:
                 found = head(torch.from_numpy(seen.inputs.copy()))
             # The same products of the same rows.
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_turn_is_the_same_for_everybody_and_undone_by_itself() -> None:
+    plain, turned = wearers.data(), wearers.turned()
+    for client in plain:
+        raw = read_client(client, wearers.TEST_SHARE, wearers.VALIDATION_SHARE)
+        twice = wearers.pooled(wearers._upside_down(wearers._upside_down(raw)))
+        assert np.array_equal(twice.test.inputs, plain[client].test.inputs)
+        assert np.array_equal(turned[client].test.targets, plain[client].test.targets)
+        assert not np.array_equal(turned[client].test.inputs, plain[client].test.inputs)
 
 
 def test_authors_are_cut_by_time_and_the_base_knows_a_little() -> None:
@@ -230,7 +245,7 @@ def test_a_growth_is_the_difference_of_differences() -> None:
 def test_a_missing_run_is_named() -> None:
     part = _fixture([0.1, 0.2])
     del part["runs"][-1]
-    with pytest.raises(DataError, match="expected a run of .*rolora.*found none"):
+    with pytest.raises(DataError, match=r"expected a run of .*rolora.*found none"):
         paired_scores(part, "rolora", "fedit", "rank 1, iid")
 
 
