@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from fedlora.data import load_data
 from fedlora.data.watch import client_ids, read_client
@@ -93,7 +92,7 @@ def test_a_turn_is_the_same_for_everybody_and_undone_by_itself() -> None:
         assert not np.array_equal(turned[client].test.inputs, plain[client].test.inputs)
 
 
-def test_authors_are_cut_by_time_and_the_base_knows_a_little() -> None:
+def test_authors_are_cut_by_time_and_the_base_knows_others() -> None:
     data = authors.data()
     assert len(data) == authors.AUTHORS
     assert list(data) == list(load_data(f"{authors.__name__}:data").client_ids)
@@ -108,8 +107,9 @@ def test_authors_are_cut_by_time_and_the_base_knows_a_little() -> None:
     first, second = authors.base(), authors.base()
     with torch.no_grad():
         assert torch.equal(first(inputs), second(inputs))
-        loss = F.cross_entropy(first(inputs), targets)
-    assert loss < np.log(authors.AUTHORS)  # better than not knowing
+        right = (first(inputs).argmax(dim=1) == targets).float().mean()
+    assert right < 0.15  # by chance 0.05: its classes are other people's
+    assert not set(authors._rows_of(0)) & set(authors._rows_of(authors.AUTHORS))
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert one.data_ptr() != other.data_ptr()  # LoRA is put on each by itself
 
