@@ -33,8 +33,9 @@ def _growth(method: str, other: str, to: str, since: str) -> tuple[Term, ...]:
 
 def _alternating(task: str) -> list[Contrast]:
     part, low, high = f"map-{task}", min(RANKS), max(RANKS)
+    many, few = map_point(MIDDLE, _STRONG, clients=60)[0], map_point(MIDDLE, _STRONG)[0]
     orders = [map_point(rank, skew)[0] for skew in SKEWS for rank in RANKS]
-    orders += [map_point(MIDDLE, _STRONG, clients=60)[0]]
+    orders += [many]
     grows = [
         (f"at {skew}, rank {low} against rank {high}", low, skew, high, skew) for skew in SKEWS
     ] + [(f"at rank {r}, {_STRONG} against iid", r, _STRONG, r, "iid") for r in RANKS]
@@ -54,9 +55,7 @@ def _alternating(task: str) -> list[Contrast]:
         Contrast(
             part,
             "growth of rolora − fedit from 20 to 60 clients",
-            _growth(
-                "rolora", "fedit", map_point(MIDDLE, _STRONG, clients=60)[0], map_point(MIDDLE, _STRONG)[0]
-            ),
+            _growth("rolora", "fedit", many, few),
         ),
     ]  # fmt: skip
 

@@ -20,7 +20,7 @@ Adapter = Literal["global", "personal"]
 RANKS = (2, 4, 16)  # below 2, twenty classes are hardly told apart by any method
 MIDDLE = 4
 SKEWS = ("iid", "dirichlet:0.5", "dirichlet:0.05")
-SEEDS, QUICK_SEEDS = 8, 3
+SEEDS, MORE_SEEDS, QUICK_SEEDS = 8, 12, 3  # more where a part is short
 TUNING_RUNS = 6  # a method and point: 5 learning rates, and often one more at an edge
 
 WATCH: Mapping[str, Any] = {
@@ -127,6 +127,7 @@ def _mixed(name: str, experiment: Mapping[str, Any]) -> Part:
         {skew: {"data.partition": skew} for skew in SKEWS},
         # rsLoRA, else a client of rank 2 had eight times the scaling of one of rank 16.
         settings={"lora.variant": "rslora", "lora.lora_alpha": 4},
+        seeds=MORE_SEEDS,
         quick=(SKEWS[-1],),
     )  # fmt: skip
 
@@ -161,6 +162,7 @@ PARTS: Mapping[str, Part] = {
             },
             _CONFLICT,
             adapter="personal",
+            seeds=MORE_SEEDS,
             settings={
                 "lora.rank": 4, "lora.lora_alpha": 8, "personalization.steps": 16,
                 "federation.rounds": 10, "federation.local_steps": 4, "federation.cohort": 10,
