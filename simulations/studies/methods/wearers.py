@@ -48,7 +48,7 @@ def base() -> nn.Module:
 
 @cache
 def turned() -> dict[str, ClientData]:
-    """Return the same, with everybody's watch worn upside down: two axes of each sensor change sign.
+    """Return the same, with every watch worn upside down: two axes of each sensor change sign.
 
     A turn by 180 degrees about the third axis. Half of what the base knows is then of no use, so
     that the federation has something to learn that all clients share.
