@@ -6,9 +6,9 @@ authorship, in `TOGETHER` messages that one person wrote one after another. A ru
 client steps then takes a second, where the language model takes a minute, so that a study of
 thousands of runs can be had.
 
-Each person's examples are cut by time: the first `PUBLIC` train the base, as if their authors had
-published them, then come the parts of a client. What a federation has to add is what the base could
-not learn from so few.
+Each person's examples are cut by time into the parts of a client. The base was trained to tell the
+next twenty people apart: its layers know what makes an author, and its classes are other people's,
+so that it is right by chance alone and a federation has to make its classes anew.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from fedlora.data import ClientData, Examples
 from fedlora.data.chitchat import read_messages
+from fedlora.simulation.threads import one_torch_thread
 
 __all__ = ["AUTHORS", "AuthorNet", "base", "data", "features"]
 
@@ -34,8 +35,9 @@ AUTHORS = 20
 FEATURES = 512
 HIDDEN = 64
 TOGETHER = 4  # messages an example
-PUBLIC, TRAIN, VALIDATION, TEST = 20, 150, 30, 50  # examples of each author, in this order
-_STEPS, _RATE = 60, 3e-3  # of the base's training, all public examples at once
+TRAIN, VALIDATION, TEST = 150, 30, 50  # examples of each author, in this order
+_USED = TRAIN + VALIDATION + TEST
+_STEPS, _BATCH, _RATE = 400, 256, 3e-3  # of the base's training
 
 
 class AuthorNet(nn.Module):
@@ -53,7 +55,7 @@ class AuthorNet(nn.Module):
 
 
 def base() -> nn.Module:
-    """Return the frozen network, trained on everybody's `PUBLIC` first examples."""
+    """Return the frozen network, trained to tell twenty others apart."""
     model = AuthorNet()
     model.load_state_dict(_trained())
     return model.eval()
@@ -62,9 +64,8 @@ def base() -> nn.Module:
 def data() -> dict[str, ClientData]:
     """Return the authors by name; all examples of one have one class. To be dealt out anew."""
     found = {}
-    for label, (author, rows) in enumerate(_messages().items()):
-        stops = np.cumsum([PUBLIC, TRAIN, VALIDATION, TEST])
-        parts = np.split(rows[: stops[-1]], stops[:-1])[1:]
+    for label, (author, rows) in enumerate(_rows_of(0).items()):
+        parts = np.split(rows, np.cumsum([TRAIN, VALIDATION]))
         examples = [Examples(part, np.full(len(part), label, np.int64)) for part in parts]
         found[author] = ClientData(author, *examples)
     return found
@@ -86,31 +87,34 @@ def features(messages: Sequence[str]) -> npt.NDArray[np.float32]:
 
 
 @cache
-def _messages() -> dict[str, npt.NDArray[np.float32]]:
-    """Return the features of the `AUTHORS` users with the most messages, oldest message first."""
+def _rows_of(place: int) -> dict[str, npt.NDArray[np.float32]]:
+    """Return the examples of twenty users, oldest first, by name.
+
+    Users are ranked by how many messages they have, and `place` is of the first one.
+    """
     messages = read_messages("chitchat_117x1000.jsonl.gz")
-    ranked = sorted(messages, key=lambda user: (-len(messages[user]), user))[:AUTHORS]
-    used = TOGETHER * (PUBLIC + TRAIN + VALIDATION + TEST)
-    return {user: _rows(messages[user][:used]) for user in sorted(ranked)}
+    ranked = sorted(messages, key=lambda user: (-len(messages[user]), user))
+    return {user: _rows(messages[user]) for user in sorted(ranked[place : place + AUTHORS])}
 
 
 def _rows(messages: Sequence[str]) -> npt.NDArray[np.float32]:
-    places = range(0, len(messages), TOGETHER)
+    places = range(0, TOGETHER * _USED, TOGETHER)
     return np.stack([features(messages[at : at + TOGETHER]) for at in places])
 
 
 @cache
 def _trained() -> dict[str, Tensor]:
     """Return the base's weights; the same on every call, and in every process of one machine."""
-    inputs = torch.from_numpy(np.concatenate([rows[:PUBLIC] for rows in _messages().values()]))
-    targets = torch.arange(AUTHORS).repeat_interleave(PUBLIC)
-    with torch.random.fork_rng(devices=[]):
+    others = _rows_of(AUTHORS).values()
+    inputs = torch.from_numpy(np.concatenate([*others]))
+    targets = torch.arange(AUTHORS).repeat_interleave(_USED)
+    with one_torch_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         model = AuthorNet()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE)
-    with torch.enable_grad():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE)
         for _ in range(_STEPS):
+            rows = torch.randint(len(inputs), (_BATCH,))
             optimizer.zero_grad()
-            F.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(model(inputs[rows]), targets[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from simulations.studies.methods.evidence import Contrast, Term
-from simulations.studies.methods.parts import RANKS, SKEWS, map_point
+from simulations.studies.methods.parts import MIDDLE, RANKS, SKEWS, map_point
 
 __all__ = ["CLAIMS", "Claim"]
 
@@ -33,8 +33,9 @@ def _growth(method: str, other: str, to: str, since: str) -> tuple[Term, ...]:
 
 def _alternating(task: str) -> list[Contrast]:
     part, low, high = f"map-{task}", min(RANKS), max(RANKS)
+    many, few = map_point(MIDDLE, _STRONG, clients=60)[0], map_point(MIDDLE, _STRONG)[0]
     orders = [map_point(rank, skew)[0] for skew in SKEWS for rank in RANKS]
-    orders += [map_point(2, _STRONG, clients=60)[0]]
+    orders += [many]
     grows = [
         (f"at {skew}, rank {low} against rank {high}", low, skew, high, skew) for skew in SKEWS
     ] + [(f"at rank {r}, {_STRONG} against iid", r, _STRONG, r, "iid") for r in RANKS]
@@ -54,16 +55,14 @@ def _alternating(task: str) -> list[Contrast]:
         Contrast(
             part,
             "growth of rolora − fedit from 20 to 60 clients",
-            _growth(
-                "rolora", "fedit", map_point(2, _STRONG, clients=60)[0], map_point(2, _STRONG)[0]
-            ),
+            _growth("rolora", "fedit", many, few),
         ),
     ]  # fmt: skip
 
 
 def _skewed(task: str) -> list[Contrast]:
     points = [map_point(rank, _STRONG)[0] for rank in RANKS]
-    points += [map_point(2, _STRONG, steps=32)[0], map_point(2, _STRONG, clients=60)[0]]
+    points += [map_point(MIDDLE, _STRONG, steps=32)[0], map_point(MIDDLE, _STRONG, clients=60)[0]]
     return [
         Contrast(f"map-{task}", f"{method} − {other}, {point}", _minus(method, other, point))
         for method, other in (("flexlora", "fedit"), ("fedit", "ffa-lora"))
@@ -91,7 +90,7 @@ def _conflict() -> list[Contrast]:
 
 
 def _calm(task: str) -> list[Contrast]:
-    point = map_point(2, "iid", steps=1)[0]
+    point = map_point(MIDDLE, "iid", steps=1)[0]
     return [
         Contrast(f"map-{task}", f"{method} − fedit, {point}", _minus(method, "fedit", point), True)
         for method in ("rolora", "flexlora", "ffa-lora")

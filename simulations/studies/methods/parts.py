@@ -13,13 +13,14 @@ from typing import Any, Literal
 from fedlora.experiment import ExperimentConfig, find_experiment, read_table
 from fedlora.simulation.comparison.plan import Overrides, parse_methods
 
-__all__ = ["AUTHORS", "PARTS", "RANKS", "SKEWS", "WATCH", "Part", "map_point"]
+__all__ = ["AUTHORS", "MIDDLE", "PARTS", "RANKS", "SKEWS", "WATCH", "Part", "map_point"]
 
 Adapter = Literal["global", "personal"]
 
-RANKS = (1, 2, 8)
+RANKS = (2, 4, 16)  # below 2, twenty classes are hardly told apart by any method
+MIDDLE = 4
 SKEWS = ("iid", "dirichlet:0.5", "dirichlet:0.05")
-SEEDS, QUICK_SEEDS = 8, 3
+SEEDS, MORE_SEEDS, QUICK_SEEDS = 8, 12, 3  # more where a part is short
 TUNING_RUNS = 6  # a method and point: 5 learning rates, and often one more at an edge
 
 WATCH: Mapping[str, Any] = {
@@ -31,7 +32,7 @@ WATCH: Mapping[str, Any] = {
         "clients": 20,
         "validation_share": 0.15,  # the data bring their own parts; this says that there is one
     },
-    "lora": {"rank": 2, "lora_alpha": 4, "target_modules": ["hidden", "classifier"]},
+    "lora": {"rank": MIDDLE, "lora_alpha": 2 * MIDDLE, "target_modules": ["hidden", "classifier"]},
     # Everybody takes part in every round: what is left to differ is how the server aggregates.
     "federation": {
         "rounds": 30, "cohort": 20, "local_steps": 8, "batch_size": 16, "learning_rate": 2e-2,
@@ -42,7 +43,11 @@ AUTHORS: Mapping[str, Any] = {
     "name": "authors",
     "base": {"id": "simulations.studies.methods.authors:base"},
     "data": {**WATCH["data"], "id": "simulations.studies.methods.authors:data"},
-    "lora": {"rank": 2, "lora_alpha": 4, "target_modules": ["first", "second", "classifier"]},
+    "lora": {
+        "rank": MIDDLE,
+        "lora_alpha": 2 * MIDDLE,
+        "target_modules": ["first", "second", "classifier"],
+    },
 }
 
 
@@ -100,28 +105,29 @@ def map_point(rank: int, skew: str, **more: Any) -> tuple[str, dict[str, Any]]:
 def _map(name: str, experiment: Mapping[str, Any]) -> Part:
     points = dict(map_point(rank, skew) for skew in SKEWS for rank in RANKS)
     for skew in (SKEWS[0], SKEWS[-1]):
-        points |= dict([map_point(2, skew, steps=1), map_point(2, skew, steps=32)])
-    points |= dict([map_point(2, SKEWS[-1], clients=60)])
+        points |= dict([map_point(MIDDLE, skew, steps=1), map_point(MIDDLE, skew, steps=32)])
+    points |= dict([map_point(MIDDLE, SKEWS[-1], clients=60)])
     return Part(
         f"map-{name}", f"{name}: rank × skew, then local steps and clients", experiment,
         parse_methods("fedit,rolora,flexlora,ffa-lora"), points,
-        quick=(map_point(1, SKEWS[-1])[0], map_point(2, "iid", steps=1)[0]),
+        quick=(map_point(RANKS[0], SKEWS[-1])[0], map_point(MIDDLE, "iid", steps=1)[0]),
     )  # fmt: skip
 
 
 def _mixed(name: str, experiment: Mapping[str, Any]) -> Part:
-    ranks = {"federation.client_ranks": [1, 2, 4, 8]}
+    ranks = {"federation.client_ranks": [2, 4, 8, 16]}
     methods = {
-        label: {"federation.method": label, "lora.rank": 8, **ranks}
+        label: {"federation.method": label, "lora.rank": 16, **ranks}
         for label in ("hetlora", "flexlora", "flora")
     }
     # What one does without a method for mixed ranks: the least of them for everybody.
-    methods["fedit, rank 1"] = {"federation.method": "fedit", "lora.rank": 1}
+    methods["fedit, rank 2"] = {"federation.method": "fedit", "lora.rank": 2}
     return Part(
-        f"mixed-{name}", f"{name}: clients of ranks 1, 2, 4 and 8", experiment, methods,
+        f"mixed-{name}", f"{name}: clients of ranks 2, 4, 8 and 16", experiment, methods,
         {skew: {"data.partition": skew} for skew in SKEWS},
-        # rsLoRA, else a client of rank 1 had eight times the scaling of one of rank 8.
+        # rsLoRA, else a client of rank 2 had eight times the scaling of one of rank 16.
         settings={"lora.variant": "rslora", "lora.lora_alpha": 4},
+        seeds=MORE_SEEDS,
         quick=(SKEWS[-1],),
     )  # fmt: skip
 
@@ -156,6 +162,7 @@ PARTS: Mapping[str, Part] = {
             },
             _CONFLICT,
             adapter="personal",
+            seeds=MORE_SEEDS,
             settings={
                 "lora.rank": 4, "lora.lora_alpha": 8, "personalization.steps": 16,
                 "federation.rounds": 10, "federation.local_steps": 4, "federation.cohort": 10,

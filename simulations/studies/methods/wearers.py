@@ -48,10 +48,10 @@ def base() -> nn.Module:
 
 @cache
 def turned() -> dict[str, ClientData]:
-    """Return the same, with every watch worn upside down: two axes of each sensor change sign.
+    """Return the same, with everybody's watch worn upside down.
 
-    A turn by 180 degrees about the third axis. Half of what the base knows is then of no use, so
-    that the federation has something to learn that all clients share.
+    A turn by 180 degrees about the third axis: two axes of each sensor change their sign. Half of
+    what the base knows is then of no use, so that there is something to learn that all share.
     """
     return {client: pooled(_upside_down(_read(client))) for client in client_ids("clients")}
 
