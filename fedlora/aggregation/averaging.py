@@ -42,7 +42,7 @@ __all__ = [
 
 # Rows that are read together, numbers of each in one block (512 kB together, which stay in a core's
 # own cache), and groups in one float32 sum. Larger and smaller ones were slower.
-GROUP, BLOCK, FOLD = 16, 8192, 4
+GROUP, BLOCK, FOLD = 16, 8192, 8
 
 BOTH: frozenset[Factor] = frozenset({"A", "B"})
 ONLY_B: frozenset[Factor] = frozenset({"B"})
@@ -134,7 +134,10 @@ class RunningMean:
 
     def _fold(self) -> None:
         if self._folded:
-            self._sums += self._partial.astype(np.float64) * self._unit
+            for start in range(0, len(self._sums), BLOCK):
+                part = self._partial[start : start + BLOCK].astype(np.float64)
+                part *= self._unit
+                self._sums[start : start + BLOCK] += part
             self._partial[:] = 0
             self._folded = 0
 
