@@ -94,7 +94,8 @@ def _head(parts: Mapping[str, Reduced], *, quick: bool) -> list[str]:
         "The learning rate is tuned for each method and point on the clients' validation parts, "
         "with a seed that is not reported.", "",
         "A difference is in the task's metric, mean over clients (accuracy, of which 0.01 is one "
-        "point; for the keyboard nats, positive where the first has fewer), with its 95 % Student interval over seeds, each of which is a pair; d is Cohen's, "
+        "point; for the keyboard nats, positive where the first has fewer), with its 95 % Student "
+        "interval over seeds, each of which is a pair; d is Cohen's, "
         "of pairs; *loss* is the same difference in nats, positive where the first has less. "
         f"**yes**: the interval is over 0. **tie** (where one is claimed): within ±{TIE:g}. "
         "**no evidence**: it contains 0, and what is claimed may be so or not. Intervals are not "
