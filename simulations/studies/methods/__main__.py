@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("the minutes are over; the same command goes on", file=sys.stderr)
         return 3
     finally:
+        logging.disable(logging.NOTSET)
         write_page(results, quick=options.quick)
     return 0
 
