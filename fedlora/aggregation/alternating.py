@@ -12,13 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from fedlora.aggregation.averaging import BOTH, ONLY_B, broadcast_whole, mean_of_factors
+from fedlora.aggregation.averaging import BOTH, ONLY_A, ONLY_B, broadcast_whole, mean_of_factors
 from fedlora.aggregation.method import Method, ServerState, Update
 from fedlora.training import Factor, LocalRule
 
 __all__ = ["rolora"]
-
-_ONLY_A: frozenset[Factor] = frozenset({"A"})
 
 
 def rolora() -> Method:
@@ -39,7 +37,7 @@ def rolora() -> Method:
 
 
 def _trained(round: int) -> frozenset[Factor]:
-    return ONLY_B if round % 2 else _ONLY_A
+    return ONLY_B if round % 2 else ONLY_A
 
 
 def _aggregate(state: ServerState, updates: Iterable[Update]) -> ServerState:

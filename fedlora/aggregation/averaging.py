@@ -30,6 +30,7 @@ from fedlora.training import Factor, LocalRule
 
 __all__ = [
     "BOTH",
+    "ONLY_A",
     "ONLY_B",
     "RunningMean",
     "broadcast_whole",
@@ -45,6 +46,7 @@ __all__ = [
 GROUP, BLOCK, FOLD = 16, 8192, 8
 
 BOTH: frozenset[Factor] = frozenset({"A", "B"})
+ONLY_A: frozenset[Factor] = frozenset({"A"})
 ONLY_B: frozenset[Factor] = frozenset({"B"})
 
 
@@ -174,7 +176,10 @@ def running_mean(
 def mean_of_factors(
     state: ServerState, updates: Iterable[Update], factors: frozenset[Factor], method: str
 ) -> Adapter:
-    """Return the trainable adapter with ``Σ p_k X_k`` in place of each of `factors`."""
+    """Return the trainable adapter with ``Σ p_k X_k`` in place of each of `factors`.
+
+    ``p_k`` are the clients' num_examples over their sum.
+    """
     return running_mean(state, updates, factors, method).adapter()
 
 

@@ -12,13 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from fedlora.aggregation.averaging import BOTH, broadcast_whole, mean_of_factors
+from fedlora.aggregation.averaging import BOTH, ONLY_A, broadcast_whole, mean_of_factors
 from fedlora.aggregation.method import Method, ServerState, Update
-from fedlora.training import Factor, LocalRule
+from fedlora.training import LocalRule
 
 __all__ = ["fedsa_lora"]
-
-_ONLY_A: frozenset[Factor] = frozenset({"A"})
 
 
 def fedsa_lora() -> Method:
@@ -26,7 +24,7 @@ def fedsa_lora() -> Method:
     return Method(
         name="fedsa-lora",
         trained=lambda round: BOTH,
-        shared=_ONLY_A,
+        shared=ONLY_A,
         aggregate=_aggregate,
         broadcast=broadcast_whole,
         local=LocalRule(trained=BOTH),
@@ -39,5 +37,5 @@ def fedsa_lora() -> Method:
 
 
 def _aggregate(state: ServerState, updates: Iterable[Update]) -> ServerState:
-    adapter = mean_of_factors(state, updates, _ONLY_A, "fedsa-lora")
+    adapter = mean_of_factors(state, updates, ONLY_A, "fedsa-lora")
     return replace(state, round=state.round + 1, trainable=adapter)

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from fedlora.nn.llama import TIED, Llama, LlamaConfig, load_llama
+from fedlora.nn.llama import TIED, Llama, LlamaConfig, RMSNorm, load_llama
 
 FULL = LlamaConfig(
     vocab_size=67,
@@ -189,3 +189,22 @@ def test_a_file_of_another_shape_is_refused_and_named(tmp_path: Path) -> None:
 def test_an_impossible_shape_is_refused_and_named(changes: dict[str, float], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         replace(FULL, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 0.05)])
+def test_the_norm_beside_frozen_weights_is_the_plain_one(dtype: torch.dtype, close: float) -> None:
+    """Autograd's own gradient is the twin; bfloat16 has 8 bits, and values of order 1 are here."""
+    norm = RMSNorm(8, 1e-5).to(dtype)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2.0, 8))
+    found = []
+    for frozen in (False, True):
+        norm.weight.requires_grad_(not frozen)
+        x = torch.linspace(-2.0, 3.0, 48).view(2, 3, 8).to(dtype).requires_grad_()
+        y = norm(x)
+        (y.float() * torch.linspace(1.0, -1.0, 48).view(2, 3, 8)).sum().backward()
+        assert x.grad is not None
+        assert (y.dtype, x.grad.dtype) == (dtype, dtype)
+        found.append((y.detach().float(), x.grad.float()))
+    for plain, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, atol=close, rtol=0)

@@ -244,6 +244,22 @@ def test_scores_of_many_clients_are_those_of_each_alone(model):
         assert sums == alone
 
 
+@pytest.mark.parametrize("width", [1, 6, 9])
+def test_texts_in_several_rows_score_as_in_one(width, monkeypatch):
+    """Of every width: a row a text, some rows, and one; counts are exact, sums are float32's."""
+    model, batch = packing(), sentences()
+    whole, loss = NEXT.score(model, batch), NEXT.loss(model, batch)
+    monkeypatch.setattr(tasks, "ROW_TOKENS", width)
+    cut = NEXT.score(model, batch)
+    assert cut.pop("nats") == pytest.approx(whole.pop("nats"), rel=1e-5)
+    assert cut == whole
+    torch.testing.assert_close(NEXT.loss(model, batch), loss, rtol=1e-5, atol=0)
+
+
+def test_a_text_that_does_not_fit_begins_a_row():
+    assert tasks._places([60, 36, 1, 200, 5]) == ([0, 0, 1, 2, 3], [0, 60, 0, 0, 0], 200)
+
+
 def test_scores_without_marked_word_starts_count_none():
     batch = {name: v for name, v in sentences().items() if name != "word_starts"}
     assert NEXT.scores is not None
