@@ -32,6 +32,7 @@ BESIDE: dict[str, set[str]] = {
     "flat": {"adapter", "training"},
     "training": {"adapter"},
     "simulation": {"federation"},
+    "export": {"device"},
     "mixing": {"evaluation", "nn", "data"},
     "personalization": {"mixing", "evaluation", "nn", "bases", "data", "experiment", "world"},
     "evaluation": {"nn", "bases", "data"},

@@ -37,6 +37,8 @@ _EXTRAS = {
     "flwr": "sim",
     "gguf": "text",
     "matplotlib": "plots",
+    "onnx": "export",
+    "onnxruntime": "device",
     "ray": "ray",
     "tokenizers": "text",
     "tomli_w": "sim",

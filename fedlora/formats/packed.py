@@ -41,7 +41,15 @@ from fedlora.formats.stranger_config import MAX_PATH, build_config, is_module_pa
 from fedlora.formats.strict_json import canonical_json, is_label, parse_json, shown
 from fedlora.formats.tensors import TensorFile, dump_tensors, parse_tensors, read_tensors
 
-__all__ = ["PackedFile", "decode_packed", "encode_packed", "read_packed", "write_packed"]
+__all__ = [
+    "PackedFile",
+    "config_from_json",
+    "config_to_json",
+    "decode_packed",
+    "encode_packed",
+    "read_packed",
+    "write_packed",
+]
 
 VERSION = 1
 _KEYS = {"version", "config", "base", "tokenizer", "sha256", "codec", "layers", "provenance"}
@@ -109,7 +117,7 @@ def encode_packed(
     data = body[8 + int.from_bytes(body[:8], "little") :]
     header = {
         "version": VERSION,
-        "config": _config_to_json(adapter.config),
+        "config": config_to_json(adapter.config),
         "base": adapter.base,
         "tokenizer": tokenizer,
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -137,7 +145,7 @@ def decode_packed(file: TensorFile, where: str = "packed adapter") -> PackedFile
             f"{where}: expected tensors with SHA-256 {header['sha256'][:12]}…, found "
             f"{digest[:12]}…; the file is damaged or was changed, get it again"
         )
-    config = _config_from_json(header["config"], list(header["layers"]), where)
+    config = config_from_json(header["config"], list(header["layers"]), where)
     codec = header["codec"]
     _check_names(file, header, config, where)
     scales = file.array("scales") if codec in ("int8", "int4") else np.zeros(0, np.float32)
@@ -296,7 +304,7 @@ def _check_names(
             raise FormatError(f"{where}: scales: expected F32 (n,), found {scales.shape}")
 
 
-def _config_to_json(config: LoraConfig) -> dict[str, Any]:
+def config_to_json(config: LoraConfig) -> dict[str, Any]:
     """Return the fields as JSON; whole alphas stand as floats: equal configs, equal bytes."""
     value = {field.name: getattr(config, field.name) for field in fields(config)}
     value = {key: dict(v) if isinstance(v, Mapping) else v for key, v in value.items()}
@@ -305,7 +313,11 @@ def _config_to_json(config: LoraConfig) -> dict[str, Any]:
     return {**value, **floats, "alpha_pattern": alphas}
 
 
-def _config_from_json(value: dict[str, Any], paths: list[str], where: str) -> LoraConfig:
+def config_from_json(value: dict[str, Any], paths: list[str], where: str) -> LoraConfig:
+    """Read what `config_to_json` wrote, for an adapter with layers at `paths`.
+
+    Raises `FormatError`.
+    """
     known = {field.name for field in fields(LoraConfig)}
     if value.keys() != known:
         different = sorted(value.keys() ^ known)

@@ -1,0 +1,1 @@
+"""From torch to a device bundle: the graphs of a base, its weights once, and a manifest."""
