@@ -284,6 +284,8 @@ class Session:
             raise DataError(
                 f"inputs: expected (batch, {text}), none of them 0, found {array.shape}"
             )
+        if wanted == "int64" and array.min() < 0:  # Gather would count from the end
+            raise DataError(f"inputs: expected token ids >= 0, found {array.min()}")
         return np.ascontiguousarray(array, wanted)
 
     def _prediction(self, logits: Array) -> Prediction:
