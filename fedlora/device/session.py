@@ -289,6 +289,11 @@ class Session:
         return np.ascontiguousarray(array, wanted)
 
     def _prediction(self, logits: Array) -> Prediction:
+        if not np.isfinite(logits).all():
+            raise DataError(
+                "the model's logits are not finite: the inputs, the adapter or the bundle is not "
+                "sound"
+            )
         powers = np.exp(logits.astype(np.float64) - logits.max())
         probabilities = powers / powers.sum()
         index = int(probabilities.argmax())
