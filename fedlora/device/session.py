@@ -262,9 +262,7 @@ class Session:
         # A scaling can take a factor past float32's largest number; that is looked at below.
         with np.errstate(over="ignore", invalid="ignore"):
             feeds = dict(factors_of(adapter))
-        for (
-            path
-        ) in adapter.layers:  # A is as the adapter has it, which was checked when it was made
+        for path in adapter.layers:  # A was checked when the adapter was made
             name = factor_names(path)[1]
             flat = feeds[name].reshape(-1)
             # One reduction instead of a mask; where it is not finite, the slow look decides.
