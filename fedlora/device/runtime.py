@@ -5,7 +5,9 @@ manifest, searched for external data (`fedlora.device.wire`) and given to ONNX R
 bytes. base.onnx.data is opened once, hashed and mapped from that one handle, and its parts are
 given to every session as initializers; sessions of one process share the mapping. A file that is
 replaced afterwards, as an update does it, changes nothing for those who have it open. (One that is
-cut short in place does: the system then ends the process.)
+cut short in place does: the system then ends the process. And a weight that only stands in a
+constant expression is computed by ONNX Runtime while it loads, which reads the file in the bundle's
+folder for it; exported graphs have none.)
 
 In fast mode ONNX Runtime keeps copies of weights, laid out for its kernels ("prepacked"): a copy
 for each session that uses them. `low_memory` computes from the mapping itself.
