@@ -18,6 +18,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils import _pytree as pytree
 
 from fedlora.errors import UnsupportedError
 from fedlora.export.traced import Traced
@@ -25,11 +26,30 @@ from fedlora.export.traced import Traced
 __all__ = ["capture", "tensors_of"]
 
 aten = torch.ops.aten
+MARK = 10_007  # a prime: neither a size of a model nor a factor of one
 IDENTITIES = {
     aten.detach.default,
     aten.alias.default,
     aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
+}
+
+
+def _permuted(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+    """Write t and transpose as a permutation."""
+    x, *exchanged = node.args
+    order = list(range(node.meta["val"].ndim))
+    if exchanged or len(order) == 2:
+        one, other = exchanged or (0, 1)
+        order[one], order[other] = order[other], order[one]
+    return aten.permute.default, (x, order)
+
+
+# Decomposing these while recording would take longer than all the rest.
+RENAMED: dict[Any, Callable[[fx.Node], Any]] = {
+    aten.t.default: _permuted,
+    aten.transpose.int: _permuted,
+    aten._unsafe_view.default: lambda node: (aten.view.default, node.args),
 }
 
 
@@ -53,11 +73,11 @@ def capture(
 
     names: of each tensor of the model, by its id; the graph reads weights under these names.
     examples: an input each; a size on a free axis should be no other size of the model, so that
-    the recording does not take the two for the same. Raises `UnsupportedError` where an axis that
-    should be free was fixed by the model, or two were found to be one.
+    the recording does not take the two for the same. Axes of `defaults` are ranks. Raises
+    `UnsupportedError` where an axis that should be free was fixed by the model, or two were found
+    to be one.
     """
-    env = ShapeEnv(duck_shape=False)
-    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
 
     def fake(tensor: Tensor, label: str, free: Mapping[int, str]) -> Tensor:
         sizes = [
@@ -72,15 +92,21 @@ def capture(
         name: fake(tensor, f"input_{i}", axes.get(name, {}))
         for i, (name, tensor) in enumerate(examples.items())
     }
+    marked = _marked(mode, examples, axes, defaults)
     with _as_arguments(model, lambda tensor, i: fake(tensor, f"weight_{i}", {})) as weights:
         tensors = [tensor for tensor, _ in weights]
 
         def flat(*arguments: Tensor) -> tuple[Tensor, ...]:
             return tuple(function(*arguments[len(tensors) :]))
 
-        with enable_python_dispatcher(), mode:
-            record = make_fx(flat, decomposition_table=_decompositions())
-            module = record(*(one for _, one in weights), *fakes.values())
+        def record(inputs: Mapping[str, Tensor]) -> fx.GraphModule:
+            with enable_python_dispatcher(), mode:
+                recorder = make_fx(flat, decomposition_table=_decompositions())
+                return recorder(*(one for _, one in weights), *inputs.values())
+
+        module = record(fakes | marked)
+        if not _unmark(module, mode, fakes, marked, axes, len(tensors)):
+            module = record(fakes)
     _check_axes(fakes, axes)
     stored = _weights_as_attributes(module, tensors, names)
     _clean(module)
@@ -93,6 +119,72 @@ def capture(
         axes={name: dict(free) for name, free in axes.items() if free},
         defaults=dict(defaults),
     )
+
+
+def _marked(
+    mode: FakeTensorMode,
+    examples: Mapping[str, Tensor],
+    axes: Mapping[str, Mapping[int, str]],
+    defaults: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return fakes of the factors, each rank `MARK` instead of a symbol.
+
+    Reasoning about hundreds of symbols takes most of a recording's time, and a product of matrices
+    does not ask for the rank. So it is recorded as a number that is nothing else's size, and
+    `_unmark` puts the symbols back.
+    """
+    with mode:
+        return {
+            name: torch.empty(
+                [MARK if axis in axes[name] else size for axis, size in enumerate(tensor.shape)]
+            )
+            for name, tensor in examples.items()
+            if name in defaults
+        }
+
+
+def _unmark(
+    module: fx.GraphModule,
+    mode: FakeTensorMode,
+    fakes: Mapping[str, Tensor],
+    marked: Mapping[str, Tensor],
+    axes: Mapping[str, Mapping[int, str]],
+    weights: int,
+) -> bool:
+    """Put each rank's symbol where `MARK` is in a node's shape; False where it went elsewhere.
+
+    A layer's ranks meet no other's, so that a node has the symbol of the first argument with one.
+    """
+    symbols: dict[str, Any] = {}
+    ranks: dict[fx.Node, Any] = {}
+    values: dict[Any, Tensor] = {}
+    names = iter(fakes)
+    for i, node in enumerate(module.graph.nodes):
+        if node.op == "placeholder":
+            name = next(names) if i >= weights else ""
+            if name in marked:
+                ((axis, label),) = axes[name].items()
+                ranks[node] = symbols.setdefault(label, fakes[name].shape[axis])
+        elif any(_is_marked(argument) for argument in pytree.tree_leaves((node.args, node.kwargs))):
+            return False
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not any(_is_marked(size) for size in value.shape):
+            continue
+        if node not in ranks:
+            ranks[node] = next(ranks[one] for one in node.all_input_nodes if one in ranks)
+        shape = [ranks[node] if _is_marked(size) else size for size in value.shape]
+        if any(_is_marked(size) and size != MARK for size in value.shape):
+            return False
+        key = (str(ranks[node]), str(shape), value.dtype)
+        if key not in values:
+            with mode:
+                values[key] = torch.empty(shape, dtype=value.dtype)
+        node.meta["val"] = values[key]
+    return True
+
+
+def _is_marked(value: Any) -> bool:
+    return isinstance(value, int) and value != 0 and value % MARK == 0
 
 
 @contextmanager
@@ -168,6 +260,8 @@ def _clean(module: fx.GraphModule) -> None:
         elif node.op == "call_function" and node.target in IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.op == "call_function" and node.target in RENAMED:
+            node.target, node.args = RENAMED[node.target](node)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
@@ -176,6 +270,7 @@ def _clean(module: fx.GraphModule) -> None:
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """To core aten, and further where a plain form is known."""
     table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
+    table = {op: form for op, form in table.items() if op not in RENAMED}
     return table | {
         aten.roll.default: _roll,
         aten.convolution_backward.default: _convolution_backward,
