@@ -23,7 +23,7 @@ from fedlora.nn.layers import is_bare_linear
 from fedlora.nn.tasks import NOT_COUNTED, hidden_and_head, logits_of
 from fedlora.targets import LayerSpec
 
-__all__ = ["Subject", "factor_inputs", "infer_graph", "subject_of", "train_graph"]
+__all__ = ["Subject", "by_path", "factor_inputs", "infer_graph", "subject_of", "train_graph"]
 
 # Sizes of free axes while a graph is recorded: such as no layer of a model has.
 BATCH, TIME, PAST, RANK, FROZEN_RANK = 3, 11, 17, 29, 31
@@ -112,7 +112,7 @@ def infer_graph(subject: Subject) -> Traced:
 
         @torch.no_grad()
         def function(inputs: Tensor, *values: Tensor) -> list[Tensor]:
-            set_factors(wrappers, [_by_path(subject, values)])
+            set_factors(wrappers, [by_path(subject, values)])
             return [_logits(subject, inputs)]
 
         return capture(
@@ -144,7 +144,7 @@ def train_graph(subject: Subject, rows: int, positions: int | None = None) -> Tr
         def function(inputs: Tensor, targets: Tensor, *values: Tensor) -> list[Tensor]:
             count = len(factors.examples)
             trained = [value.detach().requires_grad_() for value in values[:count]]
-            groups = [_by_path(subject, trained), _by_path(subject, values[count:])]
+            groups = [by_path(subject, trained), by_path(subject, values[count:])]
             set_factors(wrappers, groups)
             with torch.enable_grad():
                 loss = _loss(subject, inputs, targets)
@@ -169,7 +169,7 @@ def _example(subject: Subject, rows: int, positions: int) -> Tensor:
     return torch.zeros((rows, *subject.input_shape), dtype=subject.input_dtype)
 
 
-def _by_path(
+def by_path(
     subject: Subject, values: Sequence[Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     pairs = zip(values[::2], values[1::2], strict=True)
