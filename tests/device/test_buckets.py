@@ -105,9 +105,7 @@ def test_features_of_a_fixed_shape_fill_rows_only() -> None:
     batch = {"inputs": inputs, "targets": np.arange(18) % 5}
     pieces = pieces_of(batch, FIXED)
     assert [shape(piece) for piece in pieces] == [("train_4.onnx", 2), ("train_16.onnx", 16)]
-    np.testing.assert_array_equal(
-        np.concatenate([pieces[0].inputs[:2], pieces[1].inputs]), inputs
-    )
+    np.testing.assert_array_equal(np.concatenate([pieces[0].inputs[:2], pieces[1].inputs]), inputs)
     assert [piece.weight for piece in pieces] == pytest.approx([2 / 18, 16 / 18])
 
 
