@@ -111,8 +111,8 @@ def test_features_of_a_fixed_shape_fill_rows_only() -> None:
 
 def test_a_row_longer_than_every_graph_says_what_to_export() -> None:
     text = (
-        "a row has 17 tokens, and this bundle's train graphs take rows of up to 16; export it again "
-        "with a train graph of longer rows, as --train 2x32, or cut the texts (max_length)"
+        "a row has 17 tokens, and this bundle's train graphs take rows of up to 16; export it "
+        "again with a train graph of longer rows, as --train 2x32, or cut the texts (max_length)"
     )
     with raises(ConfigError, text):
         pieces_of(texts([17, 2]), TEXT)

@@ -41,5 +41,5 @@ def test_a_session_of_some_outputs_has_no_others(made: HandMade) -> None:
 @pytest.mark.parametrize("cut", [1, 10, 100])
 def test_a_part_of_a_model_is_refused(made: HandMade, cut: int) -> None:
     model = (made.folder / "train_16.onnx").read_bytes()
-    with pytest.raises(FormatError, match="^here: expected an ONNX model"):
+    with pytest.raises(FormatError, match=r"^here: expected an ONNX model"):
         keeping_outputs(model[:-cut], {"loss"}, where="here")
