@@ -141,7 +141,7 @@ def suggest(
             break
         least = sorted(found.values(), reverse=True)[k - 1] if len(found) >= k else 0.0
         score = np.concatenate(scores)
-        best = np.argsort(-score, kind="stable")[:width]
+        best = _largest(score, width)
         best = best[score[best] > least]
         if not len(best):
             break
@@ -241,6 +241,15 @@ def _byte_table() -> dict[str, int]:
 
 
 _BYTES = _byte_table()
+
+
+def _largest(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.intp]:
+    """Return where the `count` largest values are, in falling order, equal ones in their order."""
+    if len(values) > count:  # only what may be among them is sorted
+        found = np.flatnonzero(values >= np.partition(values, -count)[-count])
+    else:
+        found = np.arange(len(values))
+    return found[np.argsort(-values[found], kind="stable")[:count]]
 
 
 def _softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

@@ -1,6 +1,7 @@
 """Small bundles written by hand, for tests of what runs on a device: exact, and without torch.
 
-`write_classifier`: two linear layers, ReLU between them. `write_language_model`: one attention
+`write_classifier`: two linear layers, ReLU between them. `write_text_classifier`: the mean of a
+text's tokens and one linear layer, to predict only. `write_language_model`: one attention
 layer of two heads (with a bias that grows with distance, so that positions count) and a head that
 is tied to the embedding. Forward and backward are spelt out node by node. Each comes back with its
 weights, from which `classifier_logits` and `language_logits` compute the same in plain NumPy.
@@ -110,6 +111,45 @@ def write_classifier(
         made_by={"test": "1"},
     )
     return _finish(folder, manifest, weights, base, graphs)
+
+
+def write_text_classifier(folder: Path, *, seed: int = 0) -> HandMade:
+    """Write a classifier of texts: the mean of the tokens' rows, padding (0) left out, then ``fc``.
+
+    Its tokenizer has no [CLS]: a text begins with the separator, which is 0 and not counted either.
+    """
+    rng = np.random.default_rng(seed)
+    tokenizer = _tokenizer_json()
+    weights = {
+        "embed.weight": _normal(rng, (len(tokenizer["model"]["vocab"]), WIDTH), 1.0),
+        "fc.weight": _normal(rng, (CLASSES, WIDTH), 0.6),
+        "fc.bias": _normal(rng, (CLASSES,), 0.3),
+    }
+    layers = {"fc": LayerSpec("linear", (WIDTH,), CLASSES, parameters=CLASSES * (WIDTH + 1))}
+    base = BaseWeights(weights)
+    graph = _Graph(base, layers, web=False)
+    ids = graph.input("inputs", "int64", ("batch", "time"))
+    axis = graph.constant([1], np.int64)
+    there = graph.op("Cast", graph.op("Greater", ids, graph.constant(0, np.int64)), to=1)
+    number = graph.op("ReduceSum", there, axis, keepdims=1)
+    rows = graph.op("Gather", graph.weight("embed.weight"), ids)
+    column = graph.op("Unsqueeze", there, graph.constant([2], np.int64))
+    total = graph.op("ReduceSum", graph.op("Mul", rows, column), axis, keepdims=0)
+    graph.output(graph.linear(graph.op("Div", total, number), "fc"), "logits", ("batch", CLASSES))
+    manifest = Manifest(
+        base="7e" * 32,
+        base_id="hand-made-texts",
+        task="classification",
+        layers=layers,
+        lora=fl.LoraConfig(rank=2, lora_alpha=4, target_modules=("fc",)),
+        graphs={"infer.onnx": GraphInfo("infer")},
+        files={},
+        outputs=CLASSES,
+        made_by={"test": "1"},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    return _finish(folder, manifest, weights, base, {"infer.onnx": graph.model()})
 
 
 def write_language_model(

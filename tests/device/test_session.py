@@ -29,6 +29,7 @@ from fedlora.errors import (
     UnknownNameError,
     UnsupportedError,
 )
+from tests.device.fuzz import damage
 from tests.device.hand_made import (
     ATTENTION,
     CLASSES,
@@ -39,6 +40,7 @@ from tests.device.hand_made import (
     rewrite_manifest,
     write_classifier,
     write_language_model,
+    write_text_classifier,
 )
 from tests.matching import raises
 
@@ -243,6 +245,49 @@ def test_predictions(classifier: HandMade) -> None:
     assert len(found[0].probabilities) == CLASSES
     with raises(DataError, "expected numbers, found text"):
         session.predict(["a", "b"])
+
+
+def test_texts_are_classified_alone_as_among_longer_ones(tmp_path: Path) -> None:
+    made = write_text_classifier(tmp_path)
+    session, texts = Session(tmp_path, threads=1), ["the cat", "on the mat in the home", "a"]
+    tokenizer = session.bundle.tokenizer()
+    found = session.predict(texts)
+    for text, prediction in zip(texts, found, strict=True):
+        rows = made.weights["embed.weight"][tokenizer.encode(text).ids].astype(np.float64)
+        logits = made.weights["fc.weight"] @ rows.mean(0) + made.weights["fc.bias"]
+        expected = np.exp(logits) / np.exp(logits).sum()
+        np.testing.assert_allclose(prediction.probabilities, expected, atol=1e-6)  # float32
+        alone = session.predict(text)
+        assert alone.label == str(expected.argmax())  # a bundle without labels: the number
+        np.testing.assert_allclose(alone.probabilities, expected, atol=1e-6)
+    with raises(DataError, "message 1: expected text, found ''"):
+        session.predict(["a", ""])
+    with raises(DataError, "inputs: expected (batch, time)"):
+        session.predict(np.zeros((0, 4), int))
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_damaged_adapters_end_in_a_typed_line_and_the_old_one_stays(
+    classifier: HandMade, tmp_path: Path, codec: str
+) -> None:
+    session, x, mine = Session(classifier.folder, threads=1), numbers(2), classifier.adapter()
+    session.swap(mine)
+    before, path = session.run(x), tmp_path / "a.safetensors"
+    fl.save_adapter(classifier.adapter(4), path, codec=codec)
+    data, lines = path.read_bytes(), []
+    for number in range(400):
+        path.write_bytes(damage(data, np.random.default_rng(number)))
+        if path.read_bytes() == data:
+            continue
+        try:
+            session.load(path)
+        except FedloraError as error:
+            lines.append((str(error), session.adapter is mine))
+        else:  # what no digest covers: a text of the header, such as its provenance
+            session.swap(mine)
+    np.testing.assert_array_equal(session.run(x), before)
+    assert len(lines) > 300
+    assert all(stayed and "\n" not in line for line, stayed in lines)
 
 
 @pytest.mark.parametrize(

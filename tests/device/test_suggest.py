@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from fedlora.device import Session
 from fedlora.device.decoding import Decoder
-from fedlora.device.suggest import Words, is_word, split_text, suggest
+from fedlora.device.suggest import Words, _largest, is_word, split_text, suggest
 from fedlora.errors import ConfigError, DataError
 from tests.device.hand_made import HandMade, language_logits, write_language_model
 from tests.matching import raises
@@ -170,3 +170,11 @@ def test_wrong_arguments(session: Session) -> None:
         session.suggest("the ", 0)
     with raises(DataError, "expected text, found NoneType"):
         session.suggest(None)  # type: ignore[arg-type]
+
+
+def test_the_largest_are_those_of_a_stable_sort() -> None:
+    for seed in range(20):
+        values = np.random.default_rng(seed).integers(0, 6, 40).astype(float)  # many are equal
+        for count in (1, 5, 39, 40, 99):
+            expected = np.argsort(-values, kind="stable")[:count]
+            np.testing.assert_array_equal(_largest(values, count), expected)
