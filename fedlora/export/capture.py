@@ -81,8 +81,7 @@ def capture(
 
     def fake(tensor: Tensor, label: str, free: Mapping[int, str]) -> Tensor:
         sizes = [
-            DimDynamic.DYNAMIC if axis in free else DimDynamic.STATIC
-            for axis in range(tensor.ndim)
+            DimDynamic.DYNAMIC if axis in free else DimDynamic.STATIC for axis in range(tensor.ndim)
         ]
         context = StatelessSymbolicContext(dynamic_sizes=sizes)
         source = ConstantSource(label)

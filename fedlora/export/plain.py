@@ -28,7 +28,9 @@ def plain_forms(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             if reads_tokens(module):
-                hook = module.register_forward_pre_hook(_masked(sees_ahead(module)), with_kwargs=True)
+                hook = module.register_forward_pre_hook(
+                    _masked(sees_ahead(module)), with_kwargs=True
+                )
                 stack.callback(hook.remove)
         stack.enter_context(exchanged(model, norms))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)

@@ -169,9 +169,7 @@ def _example(subject: Subject, rows: int, positions: int) -> Tensor:
     return torch.zeros((rows, *subject.input_shape), dtype=subject.input_dtype)
 
 
-def by_path(
-    subject: Subject, values: Sequence[Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def by_path(subject: Subject, values: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     pairs = zip(values[::2], values[1::2], strict=True)
     return dict(zip(subject.layers, pairs, strict=True))
 

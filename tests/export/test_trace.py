@@ -246,9 +246,7 @@ def fetched(id: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("id", "rows", "positions"), [("minilm", 8, 32), ("smollm2-135m", 2, 64)]
-)
+@pytest.mark.parametrize(("id", "rows", "positions"), [("minilm", 8, 32), ("smollm2-135m", 2, 64)])
 def test_fetched_bases(id: str, rows: int, positions: int) -> None:
     fetched(id)
     if id == "minilm":
@@ -279,8 +277,6 @@ def test_fetched_bases(id: str, rows: int, positions: int) -> None:
 
 
 def test_a_config_for_lora_takes_any_layer_kind() -> None:
-    kinds = {
-        spec.kind for case in CASES.values() for spec in case.subject().layers.values()
-    }
+    kinds = {spec.kind for case in CASES.values() for spec in case.subject().layers.values()}
     assert kinds == {"linear", "conv", "embedding"}
     assert LoraConfig().target_modules == "all-linear"
