@@ -76,7 +76,7 @@ def export(
 
         fedlora export --experiment watch --out watch-bundle/
     """
-    config = None if experiment is None else ExperimentConfig.load(find_experiment(experiment))
+    config = None if experiment is None else ExperimentConfig.from_toml(find_experiment(experiment))
     if (base is None) == (config is None):
         raise UsageError("fedlora export: name a base, or an experiment with --experiment")
     if quantize not in (None, "int8", "int4"):

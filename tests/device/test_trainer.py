@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,16 @@ def test_the_same_training_gives_the_same_bytes(language: HandMade) -> None:
     found += [trainer.fit(batches, ADAMW, init=init).adapter.fingerprint() for _ in range(2)]
     assert len(set(found)) == 1
     assert init.fingerprint() == before != found[0]
+
+
+def test_trainings_at_once_do_not_meet(language: HandMade) -> None:
+    trainer = Trainer(language.folder, threads=1)
+    batches = examples(language, 6, 5)
+    inits = [language.adapter(rank=2, seed=seed) for seed in range(4)]
+    alone = [trainer.fit(batches, ADAMW, init=init).adapter for init in inits]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda init: trainer.fit(batches, ADAMW, init=init).adapter, inits))
+    assert found == alone
 
 
 def test_no_batches_give_the_adapter_back(classifier: HandMade) -> None:
