@@ -1,0 +1,227 @@
+"""One case of `simulations.bench.device`, in this process; prints one line of JSON.
+
+    python -m simulations.bench.device_measure train-tiny-chat --turns 5
+
+All sides take their turns in one process, one after another, so that what else the machine does
+slows them alike; what is compared are the ratios of each turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from fedlora.data import draw_batches, load_data
+from fedlora.device.manifest import read_manifest
+from fedlora.device.scoring import evaluate
+from fedlora.device.trainer import Trainer
+from fedlora.training import TrainConfig
+from simulations.bench.device_adapters import measure_adapters
+from simulations.bench.device_bundles import bundle_of, export_seconds, skipped
+from simulations.bench.device_cases import TOKENS, DeviceCase, device_case
+from simulations.bench.device_sides import (
+    TorchSide,
+    adapter_for,
+    device_session,
+    device_step,
+    start_for,
+)
+from simulations.bench.spent import Spent, spent
+
+__all__ = ["by_turns", "main", "measure"]
+
+Result = dict[str, Any]
+TURN_SECONDS = 0.2  # of one side; short calls are repeated
+LOSS_STEPS, METRIC_STEPS = 20, 60
+
+
+def measure(case: DeviceCase, turns: int, threads: int) -> Result:
+    """Measure one case but its memory, and say how busy the machine was."""
+    fp32 = bundle_of(case.base_name, "fp32")
+    about = {"case": case.name, "kind": case.kind, "base": case.base_name, "threads": threads}
+    if fp32 is None:
+        return {**about, "skipped": skipped(case.base_name, "fp32")}
+    kinds: Mapping[str, Callable[..., Result]] = {
+        "train": _train, "infer": _infer, "loss": _loss, "metric": _metric,
+        "adapters": _adapters,
+    }  # fmt: skip
+    found = kinds[case.kind](case, fp32, turns, threads)
+    return {**about, "load": os.getloadavg()[0], **found}
+
+
+def by_turns(
+    sides: Mapping[str, Callable[[], object]], turns: int, calls: int | None = None
+) -> tuple[dict[str, dict[str, list[float]]], int]:
+    """Return seconds of one call by side ("wall", "cpu"), a number a turn, and the calls a turn.
+
+    Sides change places from turn to turn, so that none always runs behind the same one.
+    """
+    first = []
+    for run in sides.values():
+        run()  # opens what is opened at first use
+        start = time.process_time()
+        run()
+        first.append(time.process_time() - start)
+    calls = calls or max(1, min(500, round(TURN_SECONDS / max(median(first), 1e-6))))
+    found: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in sides}
+    names = list(sides)
+    for turn in range(turns):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            seconds: Spent
+            with spent() as seconds:
+                for _ in range(calls):
+                    sides[name]()
+            found[name]["wall"].append(seconds.wall / calls)
+            found[name]["cpu"].append(seconds.cpu / calls)
+        print(f"turn {turn + 1} of {turns}", file=sys.stderr, flush=True)
+    return found, calls
+
+
+def _train(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
+    manifest = read_manifest(fp32)
+    start = start_for(manifest)
+    steps = {
+        "torch": TorchSide(case.base, manifest, threads).step_from(start),
+        "fast": device_step(fp32, start, threads),
+        "low": device_step(fp32, start, threads, low_memory=True),
+    }
+    int8 = bundle_of(case.base_name, "int8")
+    if int8 is not None:
+        steps["int8"] = device_step(int8, start, threads)
+        steps["int8-low"] = device_step(int8, start, threads, low_memory=True)
+    batch = case.base.batch(*case.base.bucket)
+    losses = {name: step([batch])[0] for name, step in steps.items()}
+    # The time of a step: a training of three, less one of one, would be two numbers' noise; the
+    # steps of one training share its setting up, as a device's do.
+    several = [batch] * 3
+    sides = {name: (lambda step=step: step(several)) for name, step in steps.items()}
+    times, calls = by_turns(sides, turns)
+    for side in times.values():
+        for values in side.values():
+            values[:] = [value / len(several) for value in values]
+    return {
+        "sides": times, "calls": calls, "losses": losses, "shape": case.base.bucket,
+        "skipped_int8": skipped(case.base_name, "int8"),
+    }  # fmt: skip
+
+
+def _infer(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
+    manifest = read_manifest(fp32)
+    adapter = adapter_for(case.base_name, manifest)
+    torch_side = TorchSide(case.base, manifest, threads)
+    torch_side.load(adapter)
+    session = device_session(fp32, threads)
+    session.add("own", adapter)
+    runs: dict[str, Callable[[Any], Any]] = {
+        "torch": torch_side.logits,
+        "base": lambda x: session.run(x, adapter=None),
+        "adapter": lambda x: session.run(x, adapter="own"),
+    }
+    files = {"fp32": _sizes(fp32)}
+    seconds = {"fp32": export_seconds(case.base_name, "fp32")}
+    if (merged := bundle_of(case.base_name, "merged")) is not None:
+        runs["merged"] = device_session(merged, threads).run
+        files["merged"] = _sizes(merged)
+    if (int8 := bundle_of(case.base_name, "int8")) is not None:
+        small = device_session(int8, threads)
+        small.add("own", adapter)
+        runs["int8"] = lambda x: small.run(x, adapter="own")
+        files["int8"] = _sizes(int8)
+    batches, differences = {}, {}
+    for rows in (1, 8):
+        inputs = case.base.batch(rows, TOKENS, seed=rows)["inputs"]
+        logits = {name: run(inputs) for name, run in runs.items() if name != "base"}
+        largest = float(np.abs(logits["torch"]).max())
+        differences[rows] = {
+            name: float(np.abs(found - logits["torch"]).max()) for name, found in logits.items()
+        } | {"largest logit": largest}
+        sides = {name: (lambda run=run, x=inputs: run(x)) for name, run in runs.items()}
+        batches[rows], _ = by_turns(sides, turns)
+    return {
+        "batches": batches, "differences": differences, "tokens": TOKENS, "files": files,
+        "export_cpu": seconds, "skipped_int8": skipped(case.base_name, "int8"),
+    }  # fmt: skip
+
+
+def _loss(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
+    manifest = read_manifest(fp32)
+    start = start_for(manifest)
+    side = TorchSide(case.base, manifest, threads)
+    batches = _real_batches(case, side.tokenizer, LOSS_STEPS)
+    losses = {
+        "torch": side.step_from(start)(batches),
+        "fast": device_step(fp32, start, threads)(batches),
+        "low": device_step(fp32, start, threads, low_memory=True)(batches),
+    }
+    if (int8 := bundle_of(case.base_name, "int8")) is not None:
+        losses["int8"] = device_step(int8, start, threads)(batches)
+    difference = {
+        name: max(abs(a - b) for a, b in zip(values, losses["torch"], strict=True))
+        for name, values in losses.items()
+        if name != "torch"
+    }
+    return {"losses": losses, "difference": difference, "steps": LOSS_STEPS}
+
+
+def _metric(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
+    """Train on the fp32 bundle, then score its held-out examples on either."""
+    int8 = bundle_of(case.base_name, "int8")
+    if int8 is None:
+        return {"skipped": skipped(case.base_name, "int8")}
+    manifest = read_manifest(fp32)
+    tokenizer = fp32 / "tokenizer.json"
+    data = load_data(case.base.data, tokenizer=tokenizer, max_length=case.base.bucket[1])
+    client = data.client(data.client_ids[0])
+    config = TrainConfig(
+        local_steps=METRIC_STEPS, batch_size=case.base.bucket[0], learning_rate=2e-3
+    )
+    batches = draw_batches(client.train, config, 0, client.client_id, 1)
+    trainer = Trainer(fp32, threads=threads)
+    trained = trainer.fit(batches, config, init=start_for(manifest)).adapter
+    scores = {}
+    for name, folder in (("fp32", fp32), ("int8", int8)):
+        session = device_session(folder, threads)
+        session.swap(trained)
+        scores[name] = evaluate(session, client.test)
+    return {"scores": scores, "examples": len(client.test), "steps": METRIC_STEPS}
+
+
+def _adapters(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
+    manifest = read_manifest(fp32)
+    return measure_adapters(case.base, fp32, manifest, turns, threads)
+
+
+def _real_batches(case: DeviceCase, tokenizer: Any, steps: int) -> list[Any]:
+    rows, tokens = case.base.bucket
+    data = load_data(case.base.data, tokenizer=tokenizer, max_length=tokens)
+    client = data.client(data.client_ids[0])
+    config = TrainConfig(local_steps=steps, batch_size=rows)
+    return list(draw_batches(client.train, config, 0, client.client_id, 1))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {name: info.num_bytes for name, info in read_manifest(folder).files.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure the named case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("case")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    print(json.dumps(measure(device_case(options.case), options.turns, options.threads)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
