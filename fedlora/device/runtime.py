@@ -1,0 +1,322 @@
+"""Opens the graphs of a bundle with ONNX Runtime: checked, and with one mapping of the weights.
+
+What is checked is what is used: a graph is read once into memory, compared with its SHA-256 in the
+manifest, searched for external data (`fedlora.device.wire`) and given to ONNX Runtime from those
+bytes. base.onnx.data is opened once, hashed and mapped from that one handle, and its parts are
+given to every session as initializers; sessions of one process share the mapping. A file that is
+replaced afterwards, as an update does it, changes nothing for those who have it open. (One that is
+cut short in place does: the system then ends the process.)
+
+In fast mode ONNX Runtime keeps copies of weights, laid out for its kernels ("prepacked"): a copy
+for each session that uses them. `low_memory` computes from the mapping itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import mmap
+import os
+import stat
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlora.device.manifest import (
+    BASE_DATA,
+    TOKENIZER,
+    FileInfo,
+    Manifest,
+    factor_names,
+    read_manifest,
+)
+from fedlora.device.wire import external_weights
+from fedlora.errors import (
+    ConfigError,
+    DataError,
+    DigestMismatchError,
+    FormatError,
+    MissingExtraError,
+)
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise MissingExtraError("serving a bundle on a device", "device") from error
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["OpenBundle", "open_bundle", "run_graph"]
+
+_FLOAT, _INT64 = "tensor(float)", "tensor(int64)"
+
+
+class OpenBundle:
+    """A bundle whose weights are mapped; its graphs are opened when they are asked for."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        base: _Base,
+        threads: int | None = None,
+        low_memory: bool = False,
+    ) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.threads, self.low_memory = threads, low_memory
+        self._base = base
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._tokenizer: Tokenizer | None = None
+        self._lock = threading.Lock()
+
+    def session(self, name: str) -> ort.InferenceSession:
+        """Return the session of a graph, by its file's name: the same one every time.
+
+        Raises `ConfigError` for a graph that the bundle does not have, `DigestMismatchError` and
+        `FormatError`.
+        """
+        if name not in self.manifest.graphs:
+            raise ConfigError(
+                f"{self.folder}: expected one of the graphs {', '.join(self.manifest.graphs)}, "
+                f"found {name!r}; export the bundle with it"
+            )
+        with self._lock:
+            if name not in self._sessions:
+                self._sessions[name] = self._open(name)
+            return self._sessions[name]
+
+    def close(self, name: str) -> None:
+        """Let go of a graph's session, and of its memory once nobody else holds it."""
+        with self._lock:
+            self._sessions.pop(name, None)
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the bundle's tokenizer. Raises `ConfigError` where there is none."""
+        with self._lock:
+            if self._tokenizer is None:
+                if TOKENIZER not in self.manifest.files:
+                    raise ConfigError(
+                        f"{self.folder}: this bundle has no {TOKENIZER}: give it numbers, not text"
+                    )
+                path = self.folder / TOKENIZER
+                data = _read_checked(path, self.manifest.files[TOKENIZER])
+                self._tokenizer = _parse_tokenizer(data, path)
+            return self._tokenizer
+
+    def _open(self, name: str) -> ort.InferenceSession:
+        path = self.folder / name
+        model = _read_checked(path, self.manifest.files[name])
+        data = self._base.data
+        weights = external_weights(
+            model, location=BASE_DATA, num_bytes=data.nbytes, where=str(path)
+        )
+        values = {w.name: ort.OrtValue.ortvalue_from_numpy(w.view(data)) for w in weights}
+        options = _options(self.folder, self.threads, self.low_memory)
+        try:
+            for weight_name, value in values.items():
+                options.add_initializer(weight_name, value)
+            session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's own classes have no root but this one
+            raise FormatError(f"{path}: ONNX Runtime cannot load it: {one_line(error)}") from None
+        # ONNX Runtime keeps pointers only: what they point to must live as long as the session.
+        session.fedlora_keeps = (self._base, values)
+        _check_ends(session, self.manifest, name, str(path))
+        return session
+
+
+def open_bundle(
+    folder: str | os.PathLike[str] | OpenBundle,
+    *,
+    threads: int | None = None,
+    low_memory: bool = False,
+    verify: bool = True,
+) -> OpenBundle:
+    """Open a bundle; one that is open already comes back as it is.
+
+    threads: of one operator; None lets ONNX Runtime take one for each core. low_memory: no
+    prepacked copies of weights, no memory arena and no memory plan. verify: compare base.onnx.data
+    with its SHA-256; False is for who has just done so. Graphs are always compared.
+
+    Raises `FormatError` and `DigestMismatchError`.
+    """
+    if isinstance(folder, OpenBundle):
+        return folder
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads: expected a number >= 1 or None, found {threads}")
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    base = _open_base(folder / BASE_DATA, manifest.files[BASE_DATA], verify)
+    return OpenBundle(folder, manifest, base, threads, low_memory)
+
+
+def run_graph(
+    session: ort.InferenceSession, names: list[str] | None, feeds: Mapping[str, Any]
+) -> list[Any]:
+    """Run a session whose feeds are arrays or OrtValues; return arrays.
+
+    Raises `DataError` with ONNX Runtime's own words in one line.
+    """
+    try:
+        return list(session.run(names, feeds))
+    except Exception as error:  # as above
+        raise DataError(f"inputs: ONNX Runtime cannot run the graph: {one_line(error)}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of another package's error as one short line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+class _Base:
+    """The mapped bytes of a base.onnx.data; they stay while anyone has it."""
+
+    def __init__(self, data: npt.NDArray[np.uint8]) -> None:
+        self.data = data
+        self.sha256: str | None = None  # once it was computed
+
+
+_mapped: weakref.WeakValueDictionary[tuple[int, ...], _Base] = weakref.WeakValueDictionary()
+
+
+def _open_base(path: Path, info: FileInfo, verify: bool) -> _Base:
+    with _open_plain(path) as file:
+        about = os.fstat(file.fileno())
+        if about.st_size != info.num_bytes:
+            raise _changed(path, info)
+        key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+        base = _mapped.get(key)
+        if base is None:
+            if about.st_size:
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                base = _Base(np.frombuffer(mapping, np.uint8))
+            else:  # an empty file cannot be mapped
+                base = _Base(np.zeros(0, np.uint8))
+            _mapped[key] = base
+        if verify and base.sha256 is None:
+            # Read, not taken from the mapping: its pages would all become this process's memory.
+            base.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if verify and base.sha256 != info.sha256:
+            raise _changed(path, info)
+    return base
+
+
+def _read_checked(path: Path, info: FileInfo) -> bytes:
+    with _open_plain(path) as file:
+        data = file.read(info.num_bytes + 1)
+    if len(data) != info.num_bytes or hashlib.sha256(data).hexdigest() != info.sha256:
+        raise _changed(path, info)
+    return data
+
+
+def _open_plain(path: Path) -> io.BufferedReader:
+    """Open a plain file: a link could lead out of the bundle, a pipe would wait for ever."""
+    flags = os.O_RDONLY
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    try:
+        if path.is_symlink():  # said before the system says it in words of its own
+            raise FormatError(f"{path}: expected a file of the bundle, found none or a link")
+        handle = os.open(path, flags)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise FormatError(f"{path}: expected a file of the bundle, found none or a link")
+    return os.fdopen(handle, "rb")
+
+
+def _changed(path: Path, info: FileInfo) -> DigestMismatchError:
+    return DigestMismatchError(
+        f"{path}: expected {info.num_bytes:,} bytes with SHA-256 {info.sha256[:12]}, found "
+        "others; the bundle is damaged: export or install it again"
+    )
+
+
+def _parse_tokenizer(data: bytes, path: Path) -> Tokenizer:
+    from fedlora.data.text import load_tokenizer
+
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingExtraError("reading text", "text") from error
+    try:
+        return load_tokenizer(Tokenizer.from_str(data.decode("utf-8")))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of its Rust code is no Exception
+        raise FormatError(f"{path}: expected a tokenizer: {one_line(error)}") from None
+
+
+def _options(folder: Path, threads: int | None, low_memory: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # errors come as exceptions; 2 warns of every optional input
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    # Without it, a model from memory has its external files looked for in the working directory.
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder.resolve())
+    )
+    if low_memory:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_mem_pattern = False
+        options.enable_cpu_mem_arena = False
+    return options
+
+
+def _check_ends(session: ort.InferenceSession, manifest: Manifest, name: str, where: str) -> None:
+    """Compare a graph's inputs and outputs with what the manifest's docstring says of its kind."""
+    kind = manifest.graphs[name].kind
+    data = _INT64 if manifest.input_dtype == "int64" else _FLOAT
+    required: dict[str, str] = {"inputs": data}
+    optional: dict[str, str] = {}
+    results = {"logits"}
+    if kind == "train":
+        required["targets"] = _INT64
+        results = {"loss"}
+    for path in manifest.layers:
+        for frozen in (False, True) if kind == "train" else (False,):
+            optional |= dict.fromkeys(factor_names(path, frozen=frozen), _FLOAT)
+        if kind == "train":
+            results |= {f"{name[: -len('weight')]}grad" for name in factor_names(path)}
+    if manifest.web:
+        required, optional = required | optional, {}
+    inputs = {value.name: value for value in session.get_inputs()}
+    defaults = {value.name: value for value in session.get_overridable_initializers()}
+    outputs = {value.name for value in session.get_outputs()}
+    if kind == "decode":
+        for found, word, ends in ((inputs, "past_key_values", required), (outputs, "present", {})):
+            layers = sum(1 for end in found if end.startswith(f"{word}.")) // 2
+            names = [f"{word}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+            ends |= dict.fromkeys(names, _FLOAT)
+            results |= set(names) if word == "present" else set()
+    for expected, found, word in (
+        (required, inputs, "inputs"),
+        (optional, defaults, "optional inputs"),
+    ):
+        types = {end: value.type for end, value in found.items()}
+        if types != expected:
+            end = min(types.items() ^ expected.items())[0]
+            raise FormatError(
+                f"{where}: {word}: expected {end[:80]!r} to be {expected.get(end, 'none')}, found "
+                f"{types.get(end, 'none')}; export the bundle again"
+            )
+    if outputs != results:
+        raise FormatError(
+            f"{where}: outputs: missing or unknown {min(outputs ^ results)[:80]!r}; export the "
+            "bundle again"
+        )
+    for path, spec in manifest.layers.items():
+        A, B = ((inputs | defaults)[end].shape for end in factor_names(path))
+        if list(A[1:]) != list(spec.in_shape) or B[:1] != [spec.out_features] or len(B) != 2:
+            raise FormatError(
+                f"{where}: layer {path!r}: expected A (rank, {spec.in_shape}) and B "
+                f"({spec.out_features}, rank), found {A} and {B}; export the bundle again"
+            )
