@@ -6,6 +6,10 @@ import os
 
 from hypothesis import settings
 
+# One of several test processes: each has a core, and so have the processes that it starts.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples in every run: a failure is that of the change at hand, and happens again.
 # FEDLORA_SEARCH=1 draws new ones.
 settings.register_profile("fixed", derandomize=not os.environ.get("FEDLORA_SEARCH"))
