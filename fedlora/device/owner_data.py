@@ -177,11 +177,12 @@ def _read_arrays(path: Path, manifest: Manifest) -> Examples:
 def _load(path: Path) -> Any:
     """Return the array of an .npy file, or those of an .npz file by name; never a pickle."""
     try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            return found
-        with found:
-            return {name: found[name] for name in found.files}
+        with open(path, "rb") as file:  # NumPy leaves it open when it is not what it expected
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return found
+            with found:
+                return {name: found[name] for name in found.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         text = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: expected NumPy's arrays, found {text}") from None
