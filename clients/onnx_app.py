@@ -82,7 +82,7 @@ def open_trainer(setup: ClientSetup, node_config: Mapping[str, object]) -> OnnxT
     }
     setup = owners_setup(setup, node_config, os.environ, known)
     trainer = _open_bundle(owners_bundle(node_config, os.environ).absolute())
-    data = _open_data(setup.data, trainer.folder, setup.seed)
+    data = _open_data(setup.data, trainer.bundle.folder, setup.seed)
     _require_task(trainer.manifest, setup.data, data)
     return OnnxTrainer(trainer, data, owners_client(data.client_ids, node_config))
 

@@ -108,9 +108,9 @@ def _require_room(longest: int, graphs: Sequence[tuple[str, GraphInfo]], at: Man
         most = max(width for width in widths if width is not None)
         wide = -(-longest // 16) * 16
         raise ConfigError(
-            f"a row has {longest} tokens, and this bundle's train graphs take rows of up to {most}; "
-            f"export it again with a train graph of longer rows, as --train 2x{wide}, or cut the "
-            "texts (max_length)"
+            f"a row has {longest} tokens, and this bundle's train graphs take rows of up to "
+            f"{most}; export it again with a train graph of longer rows, as --train 2x{wide}, or "
+            "cut the texts (max_length)"
         )
 
 
@@ -156,9 +156,7 @@ def _lengths(
     return np.where(used.any(axis=1), last, 1).astype(np.int64)
 
 
-def _checked(
-    batch: Batch, manifest: Manifest
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+def _checked(batch: Batch, manifest: Manifest) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
     inputs, targets = np.asarray(batch["inputs"]), np.asarray(batch["targets"])
     ids = manifest.input_dtype == "int64"
     shape = manifest.input_shape

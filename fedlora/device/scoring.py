@@ -41,7 +41,7 @@ class Scored(Protocol):
 
 
 def evaluate(session: Scored, examples: Examples, who: str = "evaluate") -> dict[str, float]:
-    """Return the measures of what `session` serves on `examples`, as `fedlora.evaluation` names them.
+    """Return the measures of what `session` serves, by the names of `fedlora.evaluation`.
 
     Always ``loss`` (nats per counted target). Next-token: ``perplexity``, ``bits_per_character``,
     ``top1`` and ``top3`` (share of word starts whose next token is the likeliest, or one of the

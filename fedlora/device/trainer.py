@@ -8,23 +8,22 @@ row and write their gradients into another, in place: ONNX Runtime is given view
 from __future__ import annotations
 
 import math
-import threading
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from fedlora.adapter import Adapter, Array
 from fedlora.device.buckets import Batch, Piece, pieces_of
-from fedlora.device.manifest import Manifest, factor_names, factors_of, read_manifest, verify_files
+from fedlora.device.manifest import Manifest, factor_names, factors_of
 from fedlora.device.optimizers import add_proximal, clip, optimizer_of
+from fedlora.device.runtime import OpenBundle, one_line, open_bundle, ort
 from fedlora.errors import (
     BaseMismatchError,
     ConfigError,
+    DataError,
     LayerMismatchError,
     ShapeMismatchError,
     UnsupportedError,
@@ -47,8 +46,8 @@ Progress = Callable[[int, float], None]  # called after each step with its numbe
 class Trainer:
     """Trains adapters on the train graphs of a bundle; sessions are opened when first used.
 
-    threads: of ONNX Runtime within one operation; None: as many as there are cores. low_memory: let
-    its sessions read the base where it is mapped, without copies laid out for speed. Several
+    bundle: its folder; or an open one, which then says threads and low_memory, and whose weights
+    are mapped once for this and for a `Session`. threads, low_memory: see `open_bundle`. Several
     threads may call `fit` at once.
 
     Raises `FormatError` and `DigestMismatchError` for a bundle that is not as its manifest says,
@@ -56,19 +55,23 @@ class Trainer:
     """
 
     def __init__(
-        self, bundle: str | Path, *, threads: int | None = None, low_memory: bool = False
+        self,
+        bundle: str | os.PathLike[str] | OpenBundle,
+        *,
+        threads: int | None = None,
+        low_memory: bool = False,
     ) -> None:
-        self.folder = Path(bundle)
-        self.manifest = read_manifest(self.folder)
+        self.bundle = open_bundle(bundle, threads=threads, low_memory=low_memory)
         if self.manifest.merged is not None:
             raise UnsupportedError(
-                f"{self.folder}: an adapter is merged into this bundle, and what is trained on it "
-                "would fit on no base; export the base without --merge"
+                f"{self.bundle.folder}: an adapter is merged into this bundle, and what is trained "
+                "on it would fit on no base; export the base without --merge"
             )
-        verify_files(self.folder, self.manifest)
-        self._threads, self._low_memory = threads, low_memory
-        self._sessions: dict[str, ort.InferenceSession] = {}
-        self._opening = threading.Lock()
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says."""
+        return self.bundle.manifest
 
     def fit(
         self,
@@ -143,7 +146,8 @@ class Trainer:
         total = np.zeros_like(gradient) if len(pieces) > 1 else gradient
         for piece in pieces:
             if piece.graph not in bound:
-                bound[piece.graph] = _Bound.of(self._session(piece.graph), state)
+                session = self.bundle.session(piece.graph, {"loss", *state.outputs})
+                bound[piece.graph] = _Bound.of(session, state)
             loss += piece.weight * bound[piece.graph].run(piece)
             if total is not gradient:  # each piece overwrites it
                 gradient *= np.float32(piece.weight)
@@ -151,14 +155,6 @@ class Trainer:
         gradient[:] = total
         state.unfold()
         return loss
-
-    def _session(self, graph: str) -> ort.InferenceSession:
-        with self._opening:
-            if graph not in self._sessions:
-                self._sessions[graph] = _open(
-                    self.folder / graph, self._threads, self._low_memory
-                )
-            return self._sessions[graph]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,9 +188,7 @@ class _State:
         for segment in form.segments:
             start, stop = stop, stop + segment.size
             name = factor_names(segment.path)[segment.factor == "B"]
-            value, slope = (
-                whole[start:stop].reshape(segment.shape) for whole in (row, gradient)
-            )
+            value, slope = (whole[start:stop].reshape(segment.shape) for whole in (row, gradient))
             outputs[name.removesuffix("weight") + "grad"] = ort.OrtValue.ortvalue_from_numpy(slope)
             scaling = np.float32(init[segment.path].scaling)
             if segment.factor == "B" and scaling != 1:
@@ -238,7 +232,12 @@ class _Bound:
         """Write the piece's gradient where it belongs, and return its loss."""
         self.binding.bind_cpu_input("inputs", piece.inputs)
         self.binding.bind_cpu_input("targets", piece.targets)
-        self.session.run_with_iobinding(self.binding)
+        try:
+            self.session.run_with_iobinding(self.binding)
+        except Exception as error:  # ONNX Runtime's own classes have no root but this one
+            raise DataError(
+                f"a batch: ONNX Runtime cannot run {piece.graph} on it: {one_line(error)}"
+            ) from None
         return float(self.loss)
 
 
@@ -286,10 +285,3 @@ def _shift(correction: npt.ArrayLike, form: RowForm) -> Array:
             f"Trainer.fit: expected a correction of ({form.size},), found {shift.shape}"
         )
     return shift
-
-
-def _open(path: Path, threads: int | None, low_memory: bool) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

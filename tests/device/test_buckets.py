@@ -105,16 +105,14 @@ def test_features_of_a_fixed_shape_fill_rows_only() -> None:
     batch = {"inputs": inputs, "targets": np.arange(18) % 5}
     pieces = pieces_of(batch, FIXED)
     assert [shape(piece) for piece in pieces] == [("train_4.onnx", 2), ("train_16.onnx", 16)]
-    np.testing.assert_array_equal(
-        np.concatenate([pieces[0].inputs[:2], pieces[1].inputs]), inputs
-    )
+    np.testing.assert_array_equal(np.concatenate([pieces[0].inputs[:2], pieces[1].inputs]), inputs)
     assert [piece.weight for piece in pieces] == pytest.approx([2 / 18, 16 / 18])
 
 
 def test_a_row_longer_than_every_graph_says_what_to_export() -> None:
     text = (
-        "a row has 17 tokens, and this bundle's train graphs take rows of up to 16; export it again "
-        "with a train graph of longer rows, as --train 2x32, or cut the texts (max_length)"
+        "a row has 17 tokens, and this bundle's train graphs take rows of up to 16; export it "
+        "again with a train graph of longer rows, as --train 2x32, or cut the texts (max_length)"
     )
     with raises(ConfigError, text):
         pieces_of(texts([17, 2]), TEXT)

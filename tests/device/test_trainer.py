@@ -11,10 +11,12 @@ import pytest
 
 import fedlora as fl
 from fedlora.adapter import Adapter
+from fedlora.device.runtime import open_bundle
 from fedlora.device.trainer import Trainer
 from fedlora.errors import (
     BaseMismatchError,
     ConfigError,
+    DataError,
     LayerMismatchError,
     NonFiniteError,
     ShapeMismatchError,
@@ -24,7 +26,12 @@ from fedlora.flat import pack, segments_of
 from fedlora.nn import beside, train_local
 from fedlora.targets import initial_adapter
 from fedlora.training import LocalRule, TrainConfig
-from tests.device.hand_made import HandMade, rewrite_manifest, write_classifier, write_language_model
+from tests.device.hand_made import (
+    HandMade,
+    rewrite_manifest,
+    write_classifier,
+    write_language_model,
+)
 from tests.device.twins import examples, twin
 from tests.matching import raises
 
@@ -239,6 +246,22 @@ def test_a_loss_that_is_not_finite_names_the_step(classifier: HandMade) -> None:
         "max_grad_norm, or look for NaN in the client's data",
     ):
         Trainer(classifier.folder, threads=1).fit(batches, SGD)
+
+
+def test_what_a_graph_cannot_run_is_an_error_in_one_line(language: HandMade) -> None:
+    """A token that the base does not have; how many it has, only its graphs know."""
+    (batch,) = examples(language, 1, 4)
+    batch["inputs"][0, 0] = 10_000
+    with pytest.raises(DataError, match=r"^a batch: ONNX Runtime cannot run train_4x16"):
+        Trainer(language.folder, threads=1).fit([batch], SGD)
+
+
+def test_a_trainer_and_others_share_an_open_bundle(classifier: HandMade) -> None:
+    bundle = open_bundle(classifier.folder, threads=1, low_memory=True)
+    batches = examples(classifier, 3, 16)
+    ours = Trainer(bundle).fit(batches, SGD)
+    assert Trainer(bundle).bundle is bundle
+    assert distance(ours.adapter, Trainer(classifier.folder).fit(batches, SGD).adapter) < 1e-6
 
 
 def test_adapters_that_do_not_fit_are_refused(classifier: HandMade) -> None:

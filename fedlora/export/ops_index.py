@@ -1,0 +1,202 @@
+"""Looking up and adding up by index: embeddings, gather, scatter, the loss."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fedlora.export.emit import Emitter, handles, packet_name
+from fedlora.export.ops_linear import untransposed
+from fedlora.export.ops_shape import rolled
+
+__all__: list[str] = []
+
+
+@handles("embedding")
+def _embedding(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
+    table, turned = untransposed(e, a.weight)
+    ids = e.value(a.indices)
+    if not turned:
+        return e.call("Gather", e.value(table), ids, axis=0)
+    # LoRA's A (rank, rows): only the columns that are looked up are turned.
+    columns = e.call("Gather", e.value(table), ids, axis=1)
+    count = a.indices.meta["val"].ndim
+    return e.graph.transpose(columns, [*range(1, count + 1), 0])
+
+
+@handles("embedding_dense_backward")
+def _embedding_backward(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
+    if a.scale_grad_by_freq:
+        raise e.unsupported("an embedding with scale_grad_by_freq")
+    ids, gradient = e.value(a.indices), e.value(a.grad_output)
+    if a.padding_idx >= 0:
+        counted = e.call("Not", e.call("Equal", ids, e.tensor(a.padding_idx, torch.int64)))
+        mask = e.call("Unsqueeze", e.cast(counted, torch.bool, torch.float32), e.graph.axes(-1))
+        gradient = e.call("Mul", gradient, mask)
+    return _added_rows(e, node, ids, gradient)
+
+
+@handles("index_put", "_unsafe_index_put")
+def _index_put(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
+    """Rows of the first axis, replaced or added to."""
+    if len(a.indices) != 1 or a.indices[0] is None or _dtype(a.indices[0]) == torch.bool:
+        raise e.unsupported("aten.index_put other than into whole rows")
+    index, dtype = a.indices[0], _dtype(node)
+    shape = (*e.shape(index), *e.shape(node)[1:])
+    values = e.tensor(a.values, dtype)
+    if e.shape(a.values) != shape:
+        values = e.call("Expand", values, e.shape_tensor(shape))
+    if a.accumulate and _is_zero(e, a.self):
+        return _added_rows(e, node, e.value(index), values)
+    places = e.call("Unsqueeze", e.value(index), e.graph.axes(-1))
+    reduction = "add" if a.accumulate else "none"
+    return e.call("ScatterND", e.tensor(a.self, dtype), places, values, reduction=reduction)
+
+
+def _added_rows(e: Emitter, node: fx.Node, ids: str, values: str) -> str:
+    """Zeros of the node's shape with rows of `values` added at `ids`."""
+    shape = e.shape(node)
+    if len(shape) == 2 and isinstance(shape[0], int) and not isinstance(shape[1], int):
+        # The rank of this very layer: other layers may have another.
+        width = e.call("Shape", values, start=-1)
+        sizes = e.call("Concat", e.graph.axes(shape[0]), width, axis=0)
+    else:
+        sizes = e.shape_tensor(shape)
+    zeros = e.call("Expand", e.tensor(0, _dtype(node)), sizes)
+    places = e.call("Unsqueeze", ids, e.graph.axes(-1))
+    return e.call("ScatterND", zeros, places, values, reduction="add")
+
+
+def _is_zero(e: Emitter, node: fx.Node) -> bool:
+    if node in e.simple.constants:
+        return not bool(e.simple.constants[node].any())
+    if node.op != "call_function":
+        return False
+    name, filled = packet_name(node), node.args[1] if len(node.args) > 1 else None
+    return name in ("zeros", "zeros_like", "new_zeros") or (
+        name in ("full", "full_like") and isinstance(filled, int | float) and filled == 0
+    )
+
+
+@handles("index", "_unsafe_index")
+def _index(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
+    """Index tensors on one axis, or on the first several together."""
+    places = [place for place, index in enumerate(a.indices) if index is not None]
+    indices = [a.indices[place] for place in places]
+    if any(_dtype(index) == torch.bool for index in indices):
+        raise e.unsupported("an index that is a mask: how many it selects is not known before")
+    if len(places) == 1:
+        index = _as_int64(e, indices[0])
+        return _gathered(e, e.value(a.self), places[0], indices[0], index, e.shape(a.self))
+    if places != list(range(len(places))):
+        raise e.unsupported("index tensors on axes that are not the first")
+    count = len(places)
+    rank = node.meta["val"].ndim
+    shape = e.shape(node)[: rank - (a.self.meta["val"].ndim - count)]
+    parts = []
+    for index in indices:
+        name = _as_int64(e, index)
+        if e.shape(index) != shape:
+            name = e.call("Expand", name, e.shape_tensor(shape))
+        parts.append(e.call("Unsqueeze", name, e.graph.axes(-1)))
+    source = e.value(a.self)
+    if _dtype(a.self) != torch.bool:
+        return e.call("GatherND", source, e.call("Concat", *parts, axis=-1))
+    return e.call("GatherND", source, e.call("Concat", *parts, axis=-1))
+
+
+@handles("index_select")
+def _index_select(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
+    axis = a.dim % a.self.meta["val"].ndim
+    return _gathered(e, e.value(a.self), axis, a.index, _as_int64(e, a.index), e.shape(a.self))
+
+
+def _gathered(
+    e: Emitter, name: str, axis: int, index: fx.Node, ids: str, shape: tuple[Any, ...]
+) -> str:
+    """Take places of one axis; places in a row, as `roll` takes them, by slices."""
+    known = e.simple.constants.get(index)
+    if known is not None and known.ndim == 1 and len(known) and isinstance(shape[axis], int):
+        size, start = shape[axis], int(known[0])
+        if len(known) == size and torch.equal(known, (torch.arange(size) + start) % size):
+            return rolled(e, name, axis, size, start)
+    return e.call("Gather", name, ids, axis=axis)
+
+
+@handles("gather")
+def _gather(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
+    axis = a.dim % max(node.meta["val"].ndim, 1)
+    return e.call("GatherElements", e.value(a.self), _as_int64(e, a.index), axis=axis)
+
+
+@handles("scatter", "scatter_add")
+def _scatter(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
+    dtype, axis = _dtype(node), a.dim % node.meta["val"].ndim
+    if hasattr(a, "src"):
+        values = e.tensor(a.src, dtype)
+        if e.shape(a.src) != e.shape(a.index):
+            raise e.unsupported("aten.scatter of a part of the source")
+    else:
+        values = e.call("Expand", e.tensor(a.value, dtype), e.shape_tensor(e.shape(a.index)))
+    reduction = "add" if packet_name(node) == "scatter_add" else "none"
+    return e.call(
+        "ScatterElements", e.tensor(a.self, dtype), _as_int64(e, a.index), values,
+        axis=axis, reduction=reduction,
+    )  # fmt: skip
+
+
+# The loss.
+
+
+@handles("nll_loss_forward")
+def _nll_loss(e: Emitter, node: fx.Node, a: SimpleNamespace) -> tuple[str, ...]:
+    """(loss, how many are counted) of log-likelihoods (n, classes)."""
+    if a.weight is not None:
+        raise e.unsupported("a loss with weights for the classes")
+    counted, wanted, _ = _targets(e, a)
+    nats = e.call("GatherElements", e.value(a.self), wanted, axis=1)
+    nats = e.call("Neg", e.call("Squeeze", nats, e.graph.axes(1)))
+    nats = e.call("Where", counted, nats, e.tensor(0, torch.float32))
+    total = e.call("ReduceSum", e.cast(counted, torch.bool, torch.float32), keepdims=0)
+    if a.reduction == 0:
+        return nats, total
+    loss = e.call("ReduceSum", nats, keepdims=0)
+    return (e.call("Div", loss, total) if a.reduction == 1 else loss), total
+
+
+@handles("nll_loss_backward")
+def _nll_loss_backward(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
+    """-gradient at each counted target, divided by how many there are; (n, classes)."""
+    if a.weight is not None:
+        raise e.unsupported("a loss with weights for the classes")
+    counted, wanted, _ = _targets(e, a)
+    gradient = e.value(a.grad_output)
+    if a.reduction == 1:
+        gradient = e.call("Div", gradient, e.value(a.total_weight))
+    each = e.call("Where", counted, e.call("Neg", gradient), e.tensor(0, torch.float32))
+    each = e.call("Unsqueeze", each, e.graph.axes(1))
+    zeros = e.call("Expand", e.tensor(0, torch.float32), e.shape_tensor(e.shape(node)))
+    return e.call("ScatterElements", zeros, wanted, each, axis=1)
+
+
+def _targets(e: Emitter, a: SimpleNamespace) -> tuple[str, str, str]:
+    """(n,) whether counted; (n, 1) targets with 0 where not; (n,) the same."""
+    if a.self.meta["val"].ndim != 2:
+        raise e.unsupported("a loss of other than (n, classes)")
+    target = e.value(a.target)
+    counted = e.call("Not", e.call("Equal", target, e.tensor(a.ignore_index, torch.int64)))
+    safe = e.call("Where", counted, target, e.tensor(0, torch.int64))
+    return counted, e.call("Unsqueeze", safe, e.graph.axes(1)), safe
+
+
+def _as_int64(e: Emitter, index: fx.Node) -> str:
+    return e.tensor(index, torch.int64)
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value.dtype
