@@ -127,7 +127,9 @@ class OpenBundle:
         try:
             for weight_name, value in values.items():
                 options.add_initializer(weight_name, value)
-            session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as error:  # ONNX Runtime's own classes have no root but this one
             raise FormatError(f"{path}: ONNX Runtime cannot load it: {one_line(error)}") from None
         # ONNX Runtime keeps pointers only: what they point to must live as long as the session.

@@ -284,9 +284,16 @@ class Session:
             raise DataError(
                 f"inputs: expected (batch, {text}), none of them 0, found {array.shape}"
             )
+        if wanted == "int64" and array.min() < 0:  # Gather would count from the end
+            raise DataError(f"inputs: expected token ids >= 0, found {array.min()}")
         return np.ascontiguousarray(array, wanted)
 
     def _prediction(self, logits: Array) -> Prediction:
+        if not np.isfinite(logits).all():
+            raise DataError(
+                "the model's logits are not finite: the inputs, the adapter or the bundle is not "
+                "sound"
+            )
         powers = np.exp(logits.astype(np.float64) - logits.max())
         probabilities = powers / powers.sum()
         index = int(probabilities.argmax())

@@ -6,9 +6,9 @@ different pieces are added up. The text is read once; every step of the beam is 
 starts from its cache. A word that is being typed is taken back to its beginning and its letters are
 demanded of the pieces, since "th" is not the first piece of " the".
 
-The beam gives up a beginning once the k-th best whole word is more probable than it: no word can be
-more probable than its beginning. With a beam of any width the result is exact but for beginnings
-that were not among the `width` best.
+The beam gives up a beginning once the k-th best whole word is more probable than it, since no word
+is more probable than its beginning. What it can miss is little: beginnings that were not among the
+`width` best, and rare ways of writing a word that was found in another.
 """
 
 from __future__ import annotations
@@ -109,10 +109,12 @@ def suggest(
     k: int = 3,
     *,
     width: int | None = None,
+    pieces: int = MAX_PIECES,
 ) -> list[Suggestion]:
     """Return at most k words, the most probable first; see `Session.suggest`.
 
-    width: of the beam, 8 or 2 k unless given. Raises `ConfigError` and `DataError`.
+    width: of the beam, 8 or 2 k unless given. pieces: the most of one word. Raises `ConfigError`
+    and `DataError`.
     """
     if type(k) is not int or k < 1:
         raise ConfigError(f"k: expected a whole number >= 1, found {k!r}")
@@ -123,7 +125,7 @@ def suggest(
     read = decoder.resume(np.array([prompt_ids(tokenizer, before)], np.int64))
     found: dict[str, float] = {}
     spelt, p = [b""], np.ones(1)
-    for _ in range(MAX_PIECES):
+    for piece in range(pieces + 1):
         following = _softmax(read.logits)
         scores, rows, tokens = [], [], []
         for row, done in enumerate(spelt):
@@ -135,6 +137,8 @@ def suggest(
             scores.append(p[row] * following[row, ids])
             rows.append(np.full(len(ids), row, np.intp))
             tokens.append(ids)
+        if piece == pieces:
+            break
         least = sorted(found.values(), reverse=True)[k - 1] if len(found) >= k else 0.0
         score = np.concatenate(scores)
         best = np.argsort(-score, kind="stable")[:width]
