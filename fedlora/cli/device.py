@@ -290,6 +290,7 @@ def personalize(
         fedlora device personalize --state state/ --data watch --client 1_left --steps 40
     """
     from fedlora.device.personal import personalize as train
+    from fedlora.device.runtime import open_bundle
     from fedlora.device.session import Session
     from fedlora.device.trainer import Trainer
 
@@ -297,10 +298,12 @@ def personalize(
     store = Store.open(state)
     with store.lock():
         examples = _owner_data(store, data, client, held_out)
+        # One mapping of the base for both.
+        bundle = open_bundle(store.bundle, threads=threads, low_memory=low_memory)
         done = train(
             store,
-            Session(store.bundle, threads=threads, low_memory=low_memory),
-            Trainer(store.bundle, threads=threads, low_memory=low_memory),
+            Session(bundle),
+            Trainer(bundle),
             examples,
             config,
             from_base=start is Start.base,
