@@ -269,25 +269,14 @@ def _clean(module: fx.GraphModule) -> None:
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """To core aten, and further where a plain form is known."""
     table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
-    table = {op: form for op, form in table.items() if op not in RENAMED}
+    kept = {*RENAMED, aten.roll.default}
+    table = {op: form for op, form in table.items() if op not in kept}
     return table | {
-        aten.roll.default: _roll,
-        aten.convolution_backward.default: _convolution_backward,
         aten.native_group_norm.default: _group_norm,
         aten.native_group_norm_backward.default: _group_norm_backward,
         aten._native_batch_norm_legit_no_training.default: _batch_norm,
         aten.native_batch_norm_backward.default: _batch_norm_backward,
     }
-
-
-def _roll(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Any:
-    """Two slices of one axis, the other way round."""
-    if len(shifts) != 1 or len(dims) != 1:
-        return NotImplemented
-    size = x.shape[dims[0]]
-    start = (size - shifts[0]) % size
-    parts = x.narrow(dims[0], start, size - start), x.narrow(dims[0], 0, start)
-    return torch.cat(parts, dims[0])
 
 
 def _group_norm(
@@ -359,58 +348,3 @@ def _batch_norm_backward(
     if weight is not None:
         scale = scale * weight
     return gradient * scale.view(-1, *(1,) * (x.ndim - 2)), None, None
-
-
-def _convolution_backward(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias_sizes: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    wanted: Sequence[bool],
-) -> Any:
-    """Gradients of a convolution are convolutions.
-
-    Of the input: the transposed one. Of the weight, which is asked for of LoRA's own alone: the
-    input with the output's gradient as its kernel, batch and channels exchanged, stride and
-    dilation exchanged.
-    """
-    dims = x.ndim - 2
-    if transposed or (wanted[1] and groups != 1):
-        return NotImplemented
-    stride, padding, dilation = (
-        list(sizes) if len(sizes) == dims else list(sizes) * dims
-        for sizes in (stride, padding, dilation)
-    )
-    by_input = by_weight = by_bias = None
-    if wanted[0]:
-        # Where the stride does not divide evenly, the last inputs were read by no output.
-        rest = [
-            x.shape[2 + i]
-            - (
-                (gradient.shape[2 + i] - 1) * stride[i]
-                - 2 * padding[i]
-                + dilation[i] * (weight.shape[2 + i] - 1)
-                + 1
-            )
-            for i in range(dims)
-        ]
-        by_input = aten.convolution.default(
-            gradient, weight, None, stride, padding, dilation, True, rest, groups
-        )
-    if wanted[1]:
-        turned = aten.convolution.default(
-            x.transpose(0, 1), gradient.transpose(0, 1), None,
-            dilation, padding, stride, False, [0] * dims, 1,
-        )  # fmt: skip
-        for i in range(dims):
-            turned = turned.narrow(2 + i, 0, weight.shape[2 + i])
-        by_weight = turned.transpose(0, 1)
-    if wanted[2]:
-        by_bias = gradient.sum([0, *range(2, x.ndim)])
-    return by_input, by_weight, by_bias

@@ -174,7 +174,7 @@ class Emitter:
         if isinstance(argument, int | float):
             return self.graph.constant(argument, _numpy_type(dtype))
         size = self.size(argument)
-        if isinstance(size, int):
+        if isinstance(size, int) or not isinstance(size, sympy.Basic):
             return self.graph.constant(size, _numpy_type(dtype))
         scalar = self.call("Squeeze", self.size_tensor(size))
         return self.cast(scalar, torch.int64, dtype)

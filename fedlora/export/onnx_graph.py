@@ -56,7 +56,7 @@ class OnnxGraph:
 
     def constant(self, array: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> str:
         """Return the name of a constant that is written into the graph's own file."""
-        numbers = np.ascontiguousarray(np.array(array, dtype))
+        numbers = np.array(array, dtype, order="C")
         key = ("constant", numbers.dtype.str, numbers.shape, numbers.tobytes())
         if key not in self._found:
             name = f"constant_{len(self.constants)}"

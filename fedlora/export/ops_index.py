@@ -41,19 +41,32 @@ def _embedding_backward(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
 
 @handles("index_put", "_unsafe_index_put")
 def _index_put(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
-    """Rows of the first axis, replaced or added to."""
-    if len(a.indices) != 1 or a.indices[0] is None or _dtype(a.indices[0]) == torch.bool:
-        raise e.unsupported("aten.index_put other than into whole rows")
-    index, dtype = a.indices[0], _dtype(node)
-    shape = (*e.shape(index), *e.shape(node)[1:])
+    """Rows, replaced or added to, by index tensors on one axis or on the first several."""
+    places = _index_places(e, a.indices)
+    dtype, shape = _dtype(node), e.shape(node)
+    indices = [a.indices[place] for place in places]
+    if len(places) == 1:
+        axis, common = places[0], e.shape(indices[0])
+        index = e.call("Unsqueeze", _as_int64(e, indices[0]), e.graph.axes(-1))
+    else:
+        common = e.shape(a.values)[: a.values.meta["val"].ndim - (len(shape) - len(places))]
+        axis, index = 0, _points(e, indices, common)
+    whole = (*shape[:axis], *common, *shape[axis + len(places) :])
     values = e.tensor(a.values, dtype)
-    if e.shape(a.values) != shape:
-        values = e.call("Expand", values, e.shape_tensor(shape))
-    if a.accumulate and _is_zero(e, a.self):
-        return _added_rows(e, node, e.value(index), values)
-    places = e.call("Unsqueeze", e.value(index), e.graph.axes(-1))
+    if e.shape(a.values) != whole:
+        values = e.call("Expand", values, e.shape_tensor(whole))
+    if a.accumulate and axis == 0 and len(places) == 1 and _is_zero(e, a.self):
+        return _added_rows(e, node, _as_int64(e, indices[0]), values)
+    # ScatterND writes rows of the first axis: the indexed one goes there, and back.
+    order = [axis, *(other for other in range(len(shape)) if other != axis)]
+    inner = range(axis, axis + len(common))
+    first = [*inner, *(other for other in range(len(whole)) if other not in inner)]
     reduction = "add" if a.accumulate else "none"
-    return e.call("ScatterND", e.tensor(a.self, dtype), places, values, reduction=reduction)
+    result = e.call(
+        "ScatterND", e.graph.transpose(e.tensor(a.self, dtype), order), index,
+        e.graph.transpose(values, first), reduction=reduction,
+    )  # fmt: skip
+    return e.graph.transpose(result, [order.index(place) for place in range(len(order))])
 
 
 def _added_rows(e: Emitter, node: fx.Node, ids: str, values: str) -> str:
@@ -84,28 +97,35 @@ def _is_zero(e: Emitter, node: fx.Node) -> bool:
 @handles("index", "_unsafe_index")
 def _index(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
     """Index tensors on one axis, or on the first several together."""
-    places = [place for place, index in enumerate(a.indices) if index is not None]
+    places = _index_places(e, a.indices)
     indices = [a.indices[place] for place in places]
-    if any(_dtype(index) == torch.bool for index in indices):
-        raise e.unsupported("an index that is a mask: how many it selects is not known before")
     if len(places) == 1:
         index = _as_int64(e, indices[0])
         return _gathered(e, e.value(a.self), places[0], indices[0], index, e.shape(a.self))
-    if places != list(range(len(places))):
+    unindexed = a.self.meta["val"].ndim - len(places)
+    common = e.shape(node)[: node.meta["val"].ndim - unindexed]
+    return e.call("GatherND", e.value(a.self), _points(e, indices, common))
+
+
+def _index_places(e: Emitter, indices: list[Any]) -> list[int]:
+    """The axes that have an index tensor: one, or the first ones."""
+    places = [place for place, index in enumerate(indices) if index is not None]
+    if any(_dtype(indices[place]) == torch.bool for place in places):
+        raise e.unsupported("an index that is a mask: how many it selects is not known before")
+    if len(places) != 1 and places != list(range(len(places))):
         raise e.unsupported("index tensors on axes that are not the first")
-    count = len(places)
-    rank = node.meta["val"].ndim
-    shape = e.shape(node)[: rank - (a.self.meta["val"].ndim - count)]
+    return places
+
+
+def _points(e: Emitter, indices: list[fx.Node], shape: tuple[Any, ...]) -> str:
+    """Index tensors, broadcast to one shape, as the coordinates of points (*shape, n)."""
     parts = []
     for index in indices:
         name = _as_int64(e, index)
         if e.shape(index) != shape:
             name = e.call("Expand", name, e.shape_tensor(shape))
         parts.append(e.call("Unsqueeze", name, e.graph.axes(-1)))
-    source = e.value(a.self)
-    if _dtype(a.self) != torch.bool:
-        return e.call("GatherND", source, e.call("Concat", *parts, axis=-1))
-    return e.call("GatherND", source, e.call("Concat", *parts, axis=-1))
+    return e.call("Concat", *parts, axis=-1)
 
 
 @handles("index_select")

@@ -85,9 +85,9 @@ def _convolution(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
 @handles("convolution_backward")
 def _convolution_backward(e: Emitter, node: fx.Node, a: SimpleNamespace) -> tuple[str, ...]:
     """Gradients of a convolution's input, weight and bias, those that are asked for."""
-    if a.transposed or a.groups != 1:
-        raise e.unsupported("the gradient of a transposed or grouped convolution")
     wanted = a.output_mask
+    if a.transposed or (wanted[1] and a.groups != 1):
+        raise e.unsupported("the gradient of a transposed convolution, or of a grouped one's kernel")
     to_input = _to_input(e, a) if wanted[0] else ""
     to_weight = _to_weight(e, a) if wanted[1] else ""
     to_bias = ""
@@ -119,7 +119,7 @@ def _to_input(e: Emitter, a: SimpleNamespace) -> str:
     ]
     return e.call(
         "ConvTranspose", e.value(a.grad_output), e.value(a.weight), strides=stride,
-        pads=[*pads, *pads], dilations=dilation, output_padding=unseen,
+        pads=[*pads, *pads], dilations=dilation, output_padding=unseen, group=int(a.groups),
     )  # fmt: skip
 
 

@@ -88,10 +88,11 @@ def _div(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
     if mode is None and isinstance(a.other, int | float) and math.frexp(a.other)[0] == 0.5:
         # A product is several times faster, and by a power of two exactly the same.
         return e.call("Mul", e.tensor(a.self, dtype), e.tensor(1 / a.other, dtype))
-    result = e.call("Div", *_pair(e, node, a.self, a.other, dtype))
+    first, second = _pair(e, node, a.self, a.other, dtype)
+    if mode == "floor" and not dtype.is_floating_point:
+        first = e.call("Sub", first, e.call("Mod", first, second, fmod=0))
+    result = e.call("Div", first, second)
     if mode is None or not dtype.is_floating_point:
-        if mode == "floor":
-            raise e.unsupported("division of integers that rounds down")
         return result
     if mode == "floor":
         return e.call("Floor", result)
@@ -197,6 +198,25 @@ def _norm(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
         raise e.unsupported(f"a norm of order {a.ord}")
     squares = _over(e, "ReduceSumSquare", e.tensor(a.self, _dtype(node)), a)
     return e.call("Sqrt", squares)
+
+
+@handles("var", "var_mean")
+def _variance(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str | tuple[str, ...]:
+    """Mean square of what differs from the mean, times n / (n - correction)."""
+    name, keep = e.value(a.self), SimpleNamespace(**{**vars(a), "keepdim": True})
+    difference = e.call("Sub", name, _over(e, "ReduceMean", name, keep))
+    variance = _over(e, "ReduceMean", e.call("Mul", difference, difference), a)
+    correction = getattr(a, "correction", int(getattr(a, "unbiased", True)))
+    if correction is None or correction != 0:
+        shape, count = e.shape(a.self), 1
+        for axis in range(len(shape)) if not a.dim else a.dim:
+            count = count * shape[axis]
+        n = e.tensor(count, torch.float32)
+        less = e.call("Sub", n, e.tensor(1 if correction is None else correction, torch.float32))
+        variance = e.call("Mul", variance, e.call("Div", n, less))
+    if packet_name(node) == "var":
+        return variance
+    return variance, _over(e, "ReduceMean", name, a)
 
 
 @handles("argmax")

@@ -172,9 +172,13 @@ def _slice_scatter(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
     else:
         start, end, step = a.start or 0, a.end, a.step
     start, end = _place(e, start, size, 0), _place(e, end, size, size)
-    if step != 1:
-        raise e.unsupported("aten.slice_scatter with a step")
     name = e.value(a.self)
+    if step != 1:
+        places = [e.tensor(bound, torch.int64) for bound in (start, end, step)]
+        index = e.call("Range", *places)
+        index = e.reshape(index, (-1, *(1,) * (node.meta["val"].ndim - 1 - axis)))
+        index = e.call("Expand", index, e.shape_tensor(e.shape(a.src)))
+        return e.call("ScatterElements", name, index, part, axis=axis)
     parts = []
     if start != 0:
         parts.append(_between(e, name, axis, 0, start))

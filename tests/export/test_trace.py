@@ -176,7 +176,8 @@ def test_only_core_operations_without_side_effects_are_left(name: str) -> None:
                 continue
             assert node.target.namespace == "aten"
             assert not node.target._schema.is_mutable, node
-            assert not str(node.target).endswith("_backward.default"), node
+            if node.target != torch.ops.aten.convolution_backward.default:
+                assert not str(node.target).endswith("_backward.default"), node
 
 
 @pytest.mark.parametrize("name", CASES)
