@@ -16,6 +16,7 @@ threads: each takes the adapter that is active when it starts, to its end.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -261,10 +262,11 @@ class Session:
         # A scaling can take a factor past float32's largest number; that is looked at below.
         with np.errstate(over="ignore", invalid="ignore"):
             feeds = dict(factors_of(adapter))
-        for name, factor in feeds.items():
+        for path in adapter.layers:  # A was checked when the adapter was made
+            name = factor_names(path)[1]
+            flat = feeds[name].reshape(-1)
             # One reduction instead of a mask; where it is not finite, the slow look decides.
-            flat = factor.reshape(-1)
-            if not np.isfinite(np.vdot(flat, flat)) and not np.isfinite(factor).all():
+            if not math.isfinite(np.vdot(flat, flat)) and not np.isfinite(flat).all():
                 raise NonFiniteError(
                     f"{name}: expected finite numbers once the scaling is multiplied in, found NaN "
                     "or infinity; the adapter cannot be served"

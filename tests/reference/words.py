@@ -1,4 +1,4 @@
-"""The probability of every next word by trying all of them: the slow twin of the keyboard's beam."""
+"""P(next word) by trying all of them: the slow twin of the keyboard's beam."""
 
 from __future__ import annotations
 
