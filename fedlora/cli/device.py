@@ -194,7 +194,7 @@ def predict(
         typer.echo(json.dumps(records, ensure_ascii=False))
         return
     for one in found:
-        typer.echo(f"{one.label}\t{one.probability:.3f}")
+        typer.echo(f"{one.label}\t{one.probability:.3g}")
 
 
 @app.command()
@@ -258,7 +258,7 @@ def suggest(
         typer.echo(json.dumps([asdict(one) for one in found], ensure_ascii=False))
         return
     for one in found:
-        typer.echo(f"{one.word}\t{one.probability:.3f}")
+        typer.echo(f"{one.word}\t{one.probability:.3g}")
 
 
 @app.command()
