@@ -34,12 +34,12 @@ class Simplified:
 def simplify(traced: Traced) -> Simplified:
     """Return a smaller graph that computes the same; the traced module is left as it is.
 
-    Raises `UnsupportedError` where an operation in place changes what a later one reads under
-    another name, since ONNX has no such operations.
+    ONNX has no operations in place: they become plain ones. Raises `UnsupportedError` where one
+    changes what another view of the same memory shows later.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(traced.module.graph, val_map={}))
-    _require_functional(graph)
+    _make_functional(graph)
     _drop_copies(graph)
     constants = _folded(graph, traced)
     _drop_dead(graph)
@@ -59,33 +59,72 @@ def _in_place(node: fx.Node) -> bool:
     return _is_aten(node) and _name(node).endswith("_")
 
 
-def _require_functional(graph: fx.Graph) -> None:
-    """See that each result of an operation in place is read as that operation's result only."""
+def _make_functional(graph: fx.Graph) -> None:
+    """Let what is read after an operation in place be that operation's result.
+
+    Its result under its own name is read so anyway. A tensor that was changed through a view
+    (``x[:, 0] = 1``) becomes one with that part replaced.
+    """
     order = {node: place for place, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if not _in_place(node):
+    for changing in list(graph.nodes):
+        if not _in_place(changing):
             continue
-        root = node.args[0]
-        while _name(root) in _VIEWS or _in_place(root):
-            root = root.args[0]
-        for alias in _aliases(root, without=node):
-            late = [user for user in alias.users if order[user] > order[node]]
-            if late:
-                raise UnsupportedError(
-                    f"export: aten.{_name(node)} changes a tensor in place that {late[0].name} "
-                    "reads later under another name; use the operation that returns a new tensor"
-                )
+        chain = [changing.args[0]]  # from the tensor that is changed up to the one with the memory
+        while _name(chain[-1]) in _VIEWS or _in_place(chain[-1]):
+            chain.append(chain[-1].args[0])
+        aliases = [n for n in _aliases(chain[-1]) if order[n] < order[changing]]
+        late = {
+            alias: [user for user in alias.users if order[user] > order[changing]]
+            for alias in aliases
+        }
+        if not any(late.values()):
+            continue
+        value, place = changing, changing
+        for alias in chain:
+            for user in late.pop(alias, []):
+                user.replace_input_with(alias, value)
+            if alias is not chain[-1] and not _in_place(alias):
+                value = _replaced_part(graph, alias, value, place)
+                order[value], place = order[changing], value
+        others = [user for users in late.values() for user in users]
+        if others:
+            raise UnsupportedError(
+                f"export: aten.{_name(changing)} changes a tensor in place that {others[0].name} "
+                "reads later under another name; use the operation that returns a new tensor"
+            )
 
 
-def _aliases(root: fx.Node, without: fx.Node) -> Iterator[fx.Node]:
-    """The nodes that share the root's memory, not counting what is reached through `without`."""
+def _replaced_part(graph: fx.Graph, view: fx.Node, part: fx.Node, after: fx.Node) -> fx.Node:
+    """What a view was taken of, with that view's numbers replaced."""
+    whole, more = view.args[0], view.args[1:]
+    target: Any = {
+        "select": aten.select_scatter.default,
+        "slice": aten.slice_scatter.default,
+    }.get(_name(view))
+    with graph.inserting_after(after):
+        if target is not None:
+            made = graph.call_function(target, (whole, part, *more))
+        elif _name(view) in ("view", "_unsafe_view", "unsqueeze", "squeeze", "alias", "detach"):
+            made = graph.call_function(aten.view.default, (part, list(whole.meta["val"].shape)))  # type: ignore[union-attr]
+        else:
+            raise UnsupportedError(
+                f"export: a tensor is changed in place through aten.{_name(view)}; "
+                "use the operation that returns a new tensor"
+            )
+    made.meta = dict(whole.meta)  # type: ignore[union-attr]
+    return made
+
+
+def _aliases(root: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that share the root's memory, in no order."""
     queue = [root]
     for node in queue:
         yield node
-        for user in node.users:
-            shares = _name(user) in _VIEWS or (_in_place(user) and user.args[0] is node)
-            if shares and user is not without:
-                queue.append(user)
+        queue += [
+            user
+            for user in node.users
+            if _name(user) in _VIEWS or (_in_place(user) and user.args[0] is node)
+        ]
 
 
 def _drop_copies(graph: fx.Graph) -> None:

@@ -115,15 +115,12 @@ def test_a_keyboard_is_personalized_suggests_and_writes(
     run(
         device, "device", "init", "--bundle", bundles["tiny-chat"], "--state", "state", cwd=tmp_path
     )
-    ids = "from fedlora.data.chitchat import read_messages as r; print(min(r('{}')))"
-    client = run(
-        device.with_name("python"), "-c", ids.format("chitchat_117x1000.jsonl.gz"), cwd=tmp_path
-    ).strip()
-    data = ("--data", "chitchat", "--client", client)
-    done = ask("personalize", *data, "--steps", "24", "--learning-rate", "5e-3")
-    print("chitchat", client, done)
+    data = ("--data", "chitchat", "--client", "2a3c1027")
+    done = ask("personalize", *data)
+    print("chitchat", done)
     assert done["kept"]
-    assert done["after"]["loss"] < done["before"]["loss"]
+    # 0.13 nats when this was written; another order of sums moves it by far less.
+    assert done["after"]["loss"] < done["before"]["loss"] - 0.05
     assert done["after"]["top3"] > 0
     words = ask("suggest", "how are ")
     assert len(words) == 3

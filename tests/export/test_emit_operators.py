@@ -228,7 +228,19 @@ def test_an_unknown_operation_is_named(tmp_path: Path) -> None:
         emitted_function(torch.digamma, A, folder=tmp_path)
 
 
-def test_a_change_in_place_that_a_view_sees_is_refused(tmp_path: Path) -> None:
+def test_a_part_is_changed_in_place(tmp_path: Path) -> None:
+    def changed(x: Tensor) -> tuple[Tensor, Tensor]:
+        used = x > 0
+        used[:, 0] = True
+        y = x * 2
+        y[1:, 1:3].add_(1)
+        y.view(-1)[0] = 5.0
+        return used, y + 1
+
+    check(changed, (A,), emitted_function(changed, A, folder=tmp_path))
+
+
+def test_a_change_in_place_that_another_view_sees_is_refused(tmp_path: Path) -> None:
     def hidden_change(x: Tensor) -> Tensor:
         y = x * 2
         row = y[0]
