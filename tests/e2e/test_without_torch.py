@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
 BUNDLES = {
-    "watch-cnn": ("--train", "16"),
+    "watch-cnn": ("--train", "16", "--target-modules", "conv1,conv2,conv3,hidden,classifier"),
     "tiny-chat": ("--train", "8x32,8x64", "--decode"),
 }
 # Megabytes of a fresh environment, pip and setuptools (24) among them.
@@ -95,7 +95,8 @@ def test_a_watch_is_personalized(device: Path, bundles: dict[str, Path], tmp_pat
     print("watch", done)
     assert done["kept"]
     assert done["before"] == before
-    assert done["after"]["accuracy"] > before["accuracy"]
+    # 0.75 and 0.98 when this was written, of 100 windows.
+    assert done["after"]["accuracy"] > before["accuracy"] + 0.1
     after = ask("evaluate", *data)["adapters"]
     assert after["personal"] == done["after"]
     assert after["base"] == before
