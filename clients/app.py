@@ -1,8 +1,8 @@
 """The one ClientApp of fedlora; it picks the trainer that this device has.
 
 A Flower bundle can name only one ClientApp, and a SuperNode starts a new process for every message.
-So the trainer is chosen here, by the node config's ``trainer``, and only then imported. There is
-one so far: ``torch``.
+So the trainer is chosen here, by the node config's ``trainer`` (``torch`` or ``onnx``; without one
+torch where it is installed, else onnx), and only then imported.
 """
 
 from __future__ import annotations
@@ -31,11 +31,18 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _open(setup: ClientSetup, context: Context) -> Trainer:
-    kind = context.node_config.get("trainer", "torch")
-    if kind != "torch":
-        raise ConfigError(f"node config trainer: expected 'torch', found {kind!r}")
-    if find_spec("torch") is None:
-        raise MissingExtraError("training in torch", "train")
-    from clients.torch_app import open_trainer
+    has_torch = find_spec("torch") is not None
+    kind = context.node_config.get("trainer", "torch" if has_torch else "onnx")
+    if kind == "torch":
+        if not has_torch:
+            raise MissingExtraError("training in torch", "train")
+        from clients import torch_app
 
-    return open_trainer(setup, context.node_config)
+        return torch_app.open_trainer(setup, context.node_config)
+    if kind == "onnx":
+        if find_spec("onnxruntime") is None:
+            raise MissingExtraError("training without torch", "device")
+        from clients import onnx_app
+
+        return onnx_app.open_trainer(setup, context.node_config)
+    raise ConfigError(f"node config trainer: expected 'torch' or 'onnx', found {kind!r}")

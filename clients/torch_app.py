@@ -15,9 +15,9 @@ from fedlora.adapter import Array
 from fedlora.aggregation import Broadcast
 from fedlora.bases import list_bases
 from fedlora.data import draw_batches, list_data
-from fedlora.errors import BaseMismatchError, ConfigError
 from fedlora.federation import ClientSetup
-from fedlora.federation.owner import owners_checkpointing, owners_setup
+from fedlora.federation.client import require_base
+from fedlora.federation.owner import owners_checkpointing, owners_client, owners_setup
 from fedlora.nn import beside, load_adapter_into, train_local
 from fedlora.randomness import rng
 from fedlora.training import LocalRule, TrainConfig, TrainResult
@@ -49,13 +49,7 @@ class TorchTrainer:
         correction: Array | None = None,
     ) -> TrainResult:
         """Load the broadcast factors, and train on this client's keyed batches."""
-        for adapter in (broadcast.trainable, broadcast.frozen):
-            expected = self.world.initial.base
-            if adapter is not None and adapter.base != expected:
-                raise BaseMismatchError(
-                    f"this client's base is {_short(expected)}, the server's adapter is for "
-                    f"{_short(adapter.base)}; install the same base on both"
-                )
+        require_base(broadcast, self.world.initial.base)
         examples = self.world.data.client(self.client_id).train
         load_adapter_into(self.world.model, broadcast.trainable)
         with beside(self.world.model, broadcast.frozen):
@@ -72,10 +66,7 @@ class TorchTrainer:
 
 
 def open_trainer(setup: ClientSetup, node_config: Mapping[str, object]) -> TorchTrainer:
-    """Return this node's trainer; see `fedlora.federation.owner` for what it may open.
-
-    The client is the node config's ``client``, or the one at its ``partition-id``.
-    """
+    """Return this node's trainer; see `fedlora.federation.owner` for what it may open."""
     known = {
         "base": [base.id for base in list_bases()],
         "data": [data.id for data in list_data()],
@@ -84,22 +75,4 @@ def open_trainer(setup: ClientSetup, node_config: Mapping[str, object]) -> Torch
     setup = owners_setup(setup, node_config, os.environ, known)
     checkpointing = owners_checkpointing(node_config, os.environ)
     world = thread_world(setup.base, setup.data, setup.lora, setup.seed, checkpointing)
-    return TorchTrainer(world, _client_id(world.data.client_ids, node_config))
-
-
-def _client_id(client_ids: tuple[str, ...], node_config: Mapping[str, object]) -> str:
-    name, number = node_config.get("client"), node_config.get("partition-id")
-    if name is not None:
-        if name not in client_ids:
-            raise ConfigError(f"node config client: the data has no client {name!r}")
-        return str(name)
-    if not isinstance(number, int) or not 0 <= number < len(client_ids):
-        raise ConfigError(
-            f"node config partition-id: expected 0 to {len(client_ids) - 1}, the clients of the "
-            f"data, found {number!r}"
-        )
-    return client_ids[number]
-
-
-def _short(fingerprint: str | None) -> str:
-    return fingerprint[:12] if fingerprint else "of no name"
+    return TorchTrainer(world, owners_client(world.data.client_ids, node_config))

@@ -18,6 +18,7 @@ from torch import nn
 from fedlora.adapter import Adapter
 from fedlora.data import Examples, collate, eval_batches
 from fedlora.errors import ConfigError, DataError, NonFiniteError
+from fedlora.metrics import means_of
 from fedlora.nn import Batch, Task, load_adapter_into
 from fedlora.nn.batched import LayerStack, batched_layers, why_not_batched
 from fedlora.nn.inject import lora_modules
@@ -225,7 +226,7 @@ def measured(
             f"found {', '.join(sorted(sums)) or 'nothing'}"
         )
     characters = None if examples.characters is None else int(examples.characters.sum())
-    values = _measures(sums, characters)
+    values = means_of(sums, characters)
     if not math.isfinite(values["loss"]):
         raise NonFiniteError(
             f"{who}: the held-out loss is {values['loss']}; lower the learning rate"
@@ -236,21 +237,3 @@ def measured(
             f"{', '.join(sorted(values))}"
         )
     return values
-
-
-def _measures(sums: Mapping[str, float], characters: int | None) -> dict[str, float]:
-    """Turn sums into means; a sum that is not known here is divided by the number of targets."""
-    rest = dict(sums)
-    nats, word_starts = rest.pop("nats"), rest.pop("word_starts", 0)
-    targets = rest.pop("tokens") if "tokens" in rest else rest.pop("examples")
-    values = {"loss": nats / targets}
-    if "tokens" in sums:
-        values["perplexity"] = math.exp(min(values["loss"], 700.0))
-        for name in ("top1", "top3"):
-            if name in rest:
-                values[name] = rest.pop(name) / word_starts if word_starts else 0.0
-        if characters:
-            values["bits_per_character"] = nats / math.log(2) / characters
-    if "correct" in rest:
-        values["accuracy"] = rest.pop("correct") / targets
-    return values | {name: value / targets for name, value in rest.items()}

@@ -28,6 +28,8 @@ from fedlora.aggregation import (
 )
 from fedlora.aggregation import method as find_method
 from fedlora.aggregation.robust import fewest_updates
+from fedlora.data import FederatedData, load_data
+from fedlora.data.text import TokenizerLike
 from fedlora.errors import ConfigError, MissingExtraError, nearest, unknown_name
 from fedlora.training import TrainConfig, require_plain_sgd
 
@@ -41,6 +43,7 @@ __all__ = [
     "app_root",
     "find_experiment",
     "from_plain",
+    "open_data",
     "parse_override",
     "read_table",
     "to_plain",
@@ -86,6 +89,21 @@ class DataConfig:
                 "data.test_share must be over 0, and test_share + validation_share under 1; found "
                 f"{self.test_share!r} and {self.validation_share!r}"
             )
+
+
+def open_data(config: DataConfig, tokenizer: TokenizerLike, seed: int) -> FederatedData:
+    """Return the people of an experiment's data; see `fedlora.data.load_data`."""
+    return load_data(
+        config.id,
+        task=config.task,
+        tokenizer=tokenizer,
+        clients=config.clients,
+        seed=seed,
+        test_share=config.test_share,
+        validation_share=config.validation_share,
+        max_length=config.max_length,
+        partition=config.partition,
+    )
 
 
 @dataclass(frozen=True, slots=True)

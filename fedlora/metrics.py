@@ -1,4 +1,4 @@
-"""Numbers over clients: the summary of every result, and paired gains. NumPy only."""
+"""Numbers of one client and over clients: means, summaries and paired gains. NumPy only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ import numpy as np
 
 from fedlora.errors import DataError
 
-__all__ = ["Gain", "Interval", "Summary", "auc", "gain", "interval", "share_better", "summarize"]
+__all__ = [
+    "Gain",
+    "Interval",
+    "Summary",
+    "auc",
+    "gain",
+    "interval",
+    "means_of",
+    "share_better",
+    "summarize",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +142,28 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
     _, place, times = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(times) - (times - 1) / 2)[place]  # from 1
     return float((ranks[:count].sum() - count * (count + 1) / 2) / (count * others))
+
+
+def means_of(sums: Mapping[str, float], characters: int | None) -> dict[str, float]:
+    """Turn a task's sums over some examples into means.
+
+    sums: "nats" with "tokens" or "examples", and what the task counts; one that is not known here
+    is divided by the number of targets. characters: what the counted targets spell; None: not text.
+    """
+    rest = dict(sums)
+    nats, word_starts = rest.pop("nats"), rest.pop("word_starts", 0)
+    targets = rest.pop("tokens") if "tokens" in rest else rest.pop("examples")
+    values = {"loss": nats / targets}
+    if "tokens" in sums:
+        values["perplexity"] = math.exp(min(values["loss"], 700.0))
+        for name in ("top1", "top3"):
+            if name in rest:
+                values[name] = rest.pop(name) / word_starts if word_starts else 0.0
+        if characters:
+            values["bits_per_character"] = nats / math.log(2) / characters
+    if "correct" in rest:
+        values["accuracy"] = rest.pop("correct") / targets
+    return values | {name: value / targets for name, value in rest.items()}
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from fedlora.adapter import Adapter
-from fedlora.errors import ConfigError
+from fedlora.adapter import Adapter, Array
+from fedlora.errors import ConfigError, NonFiniteError
 
 __all__ = [
     "Correction",
@@ -17,6 +17,8 @@ __all__ = [
     "Optimizer",
     "TrainConfig",
     "TrainResult",
+    "not_finite",
+    "require_correction",
     "require_plain_sgd",
 ]
 
@@ -124,6 +126,29 @@ def require_plain_sgd(config: TrainConfig) -> None:
         "control variates: expected optimizer = 'sgd' without momentum, found "
         f"{found}; a client's control variate is its mean gradient, read off its factors as "
         "(before - after) / (steps * learning_rate), which holds for plain steps only"
+    )
+
+
+def require_correction(
+    who: str, rule: LocalRule, config: TrainConfig, correction: Array | None
+) -> None:
+    """Raise `ConfigError` unless a correction is there if, and only if, the rule asks for one."""
+    if (rule.correction is None) != (correction is None):
+        asked = "none" if rule.correction is None else f"one for {rule.correction!r}"
+        found = "none" if correction is None else "one"
+        raise ConfigError(f"{who}: expected {asked} as its rule's correction, found {found}")
+    if correction is not None:
+        try:
+            require_plain_sgd(config)
+        except ConfigError as error:
+            raise ConfigError(f"{who}: {error}") from None
+
+
+def not_finite(who: str, loss: float, step: int) -> NonFiniteError:
+    """Return the error of a client whose loss at a step (1-based) is not finite."""
+    return NonFiniteError(
+        f"{who}, step {step}: expected a finite loss, found {loss}; lower learning_rate, "
+        "set max_grad_norm, or look for NaN in the client's data"
     )
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from fedlora.adapter import Adapter, LoraConfig
-from fedlora.data import FederatedData, load_data
+from fedlora.data import FederatedData
 from fedlora.errors import ConfigError
-from fedlora.experiment import BaseConfig, DataConfig
+from fedlora.experiment import BaseConfig, DataConfig, open_data
 from fedlora.nn import Base, Task, extract_adapter, get_task, inject_lora, load_base
 from fedlora.nn.checkpointing import checkpoint_blocks
 from fedlora.nn.classifier import NEW_HEAD
@@ -52,17 +52,7 @@ def open_world(
     if base.quantize is not None:
         require(base.quantize)  # before minutes of loading
     loaded = load_base(base.id, num_classes=base.num_classes)
-    population = load_data(
-        data.id,
-        task=data.task,
-        tokenizer=loaded.tokenizer,
-        clients=data.clients,
-        seed=seed,
-        test_share=data.test_share,
-        validation_share=data.validation_share,
-        max_length=data.max_length,
-        partition=data.partition,
-    )
+    population = open_data(data, loaded.tokenizer, seed)
     _require_head(loaded, base, data, population)
     inject_lora(loaded.model, lora, seed, base=loaded.card.fingerprint)
     initial = extract_adapter(loaded.model)

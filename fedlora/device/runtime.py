@@ -22,7 +22,7 @@ import os
 import stat
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ from fedlora.device.manifest import (
     factor_names,
     read_manifest,
 )
-from fedlora.device.wire import external_weights
+from fedlora.device.wire import external_weights, keeping_outputs
 from fedlora.errors import (
     ConfigError,
     DataError,
@@ -54,7 +54,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["OpenBundle", "open_bundle", "run_graph"]
+__all__ = ["OpenBundle", "one_line", "open_bundle", "ort", "run_graph"]
 
 _FLOAT, _INT64 = "tensor(float)", "tensor(int64)"
 
@@ -73,12 +73,15 @@ class OpenBundle:
         self.folder, self.manifest = folder, manifest
         self.threads, self.low_memory = threads, low_memory
         self._base = base
-        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._sessions: dict[str, tuple[frozenset[str] | None, ort.InferenceSession]] = {}
         self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()
 
-    def session(self, name: str) -> ort.InferenceSession:
+    def session(self, name: str, outputs: Collection[str] | None = None) -> ort.InferenceSession:
         """Return the session of a graph, by its file's name: the same one every time.
+
+        outputs: compute these only, as asking for a few of a session's outputs does not (ONNX
+        Runtime runs the whole graph for any of them); None: all. The last choice is kept.
 
         Raises `ConfigError` for a graph that the bundle does not have, `DigestMismatchError` and
         `FormatError`.
@@ -89,9 +92,10 @@ class OpenBundle:
                 f"found {name!r}; export the bundle with it"
             )
         with self._lock:
-            if name not in self._sessions:
-                self._sessions[name] = self._open(name)
-            return self._sessions[name]
+            wanted = None if outputs is None else frozenset(outputs)
+            if name not in self._sessions or self._sessions[name][0] != wanted:
+                self._sessions[name] = wanted, self._open(name, wanted)
+            return self._sessions[name][1]
 
     def close(self, name: str) -> None:
         """Let go of a graph's session, and of its memory once nobody else holds it."""
@@ -111,7 +115,7 @@ class OpenBundle:
                 self._tokenizer = _parse_tokenizer(data, path)
             return self._tokenizer
 
-    def _open(self, name: str) -> ort.InferenceSession:
+    def _open(self, name: str, outputs: frozenset[str] | None) -> ort.InferenceSession:
         path = self.folder / name
         model = _read_checked(path, self.manifest.files[name])
         data = self._base.data
@@ -120,6 +124,8 @@ class OpenBundle:
         )
         values = {w.name: ort.OrtValue.ortvalue_from_numpy(w.view(data)) for w in weights}
         options = _options(self.folder, self.threads, self.low_memory)
+        if outputs is not None:
+            model = keeping_outputs(model, outputs, where=str(path))
         try:
             for weight_name, value in values.items():
                 options.add_initializer(weight_name, value)
@@ -130,7 +136,7 @@ class OpenBundle:
             raise FormatError(f"{path}: ONNX Runtime cannot load it: {one_line(error)}") from None
         # ONNX Runtime keeps pointers only: what they point to must live as long as the session.
         session.fedlora_keeps = (self._base, values)
-        _check_ends(session, self.manifest, name, str(path))
+        _check_ends(session, self.manifest, name, str(path), outputs)
         return session
 
 
@@ -275,7 +281,13 @@ def _options(folder: Path, threads: int | None, low_memory: bool) -> ort.Session
     return options
 
 
-def _check_ends(session: ort.InferenceSession, manifest: Manifest, name: str, where: str) -> None:
+def _check_ends(
+    session: ort.InferenceSession,
+    manifest: Manifest,
+    name: str,
+    where: str,
+    kept: frozenset[str] | None,
+) -> None:
     """Compare a graph's inputs and outputs with what the manifest's docstring says of its kind."""
     kind = manifest.graphs[name].kind
     data = _INT64 if manifest.input_dtype == "int64" else _FLOAT
@@ -312,6 +324,8 @@ def _check_ends(session: ort.InferenceSession, manifest: Manifest, name: str, wh
                 f"{where}: {word}: expected {end[:80]!r} to be {expected.get(end, 'none')}, found "
                 f"{types.get(end, 'none')}; export the bundle again"
             )
+    if kept is not None:
+        results &= kept
     if outputs != results:
         raise FormatError(
             f"{where}: outputs: missing or unknown {min(outputs ^ results)[:80]!r}; export the "

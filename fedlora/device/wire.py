@@ -12,7 +12,7 @@ is refused: what is read here must be what ONNX Runtime sees.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from fedlora.errors import FormatError
 
-__all__ = ["ExternalWeight", "external_weights"]
+__all__ = ["ExternalWeight", "external_weights", "keeping_outputs"]
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 MAX_DEPTH = 64  # of messages in messages; protobuf itself stops at 100
@@ -83,6 +83,51 @@ def external_weights(
                 _message(body, wire, where), _LEADS["ModelProto"][number], where, depth=1
             )
     return tuple(found.values())
+
+
+def keeping_outputs(model: bytes, outputs: Collection[str], *, where: str) -> bytes:
+    """Return a serialized ModelProto whose graph has only some of its outputs.
+
+    ONNX Runtime leaves out what nothing needs any more. Raises `FormatError` on what is not a
+    model.
+    """
+    parts = []
+    for number, wire, value, body in _fields(memoryview(model), where):
+        if number == 7:
+            kept = []
+            for field in _fields(_message(body, wire, where), where):
+                if field[0] != 12 or _value_name(field, where) in outputs:
+                    kept.append(_written(*field, where))
+            body = memoryview(b"".join(kept))
+        parts.append(_written(number, wire, value, body, where))
+    return b"".join(parts)
+
+
+def _value_name(field: _Field, where: str) -> str:
+    """Return the name in a ValueInfoProto."""
+    name = ""
+    for number, wire, _, body in _fields(_message(field[3], field[1], where), where):
+        if number == 1:
+            name = _text(_message(body, wire, where), where)
+    return name
+
+
+def _written(number: int, wire: int, value: int, body: memoryview, where: str) -> bytes:
+    """Return a field as protobuf writes it; models and graphs have none of fixed width."""
+    tag = _varint_bytes(number << 3 | wire)
+    if wire == VARINT:
+        return tag + _varint_bytes(value)
+    data = _message(body, wire, where)
+    return tag + _varint_bytes(len(data)) + bytes(data)
+
+
+def _varint_bytes(value: int) -> bytes:
+    digits = bytearray()
+    while value >= 128:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    digits.append(value)
+    return bytes(digits)
 
 
 def _main_graph(

@@ -18,7 +18,13 @@ from flwr.app import Error, Message, RecordDict
 
 from fedlora.adapter import Adapter, Array
 from fedlora.aggregation import Broadcast
-from fedlora.errors import AdapterError, FederationError, FedloraError, UsageError
+from fedlora.errors import (
+    AdapterError,
+    BaseMismatchError,
+    FederationError,
+    FedloraError,
+    UsageError,
+)
 from fedlora.federation._flower_private import CLIENT_ERROR
 from fedlora.federation.control import next_control, read_own_control, write_own_control
 from fedlora.federation.private import (
@@ -33,7 +39,15 @@ from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_
 from fedlora.flat import pack
 from fedlora.training import LocalRule, TrainConfig, TrainResult
 
-__all__ = ["OpenTrainer", "Trainer", "error_reply", "handle_query", "handle_train", "one_line"]
+__all__ = [
+    "OpenTrainer",
+    "Trainer",
+    "error_reply",
+    "handle_query",
+    "handle_train",
+    "one_line",
+    "require_base",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -92,11 +106,25 @@ def one_line(text: str, limit: int = 300) -> str:
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
+def require_base(broadcast: Broadcast, base: str | None) -> None:
+    """Raise `BaseMismatchError` unless what was sent is for this client's base."""
+    for adapter in (broadcast.trainable, broadcast.frozen):
+        if adapter is not None and adapter.base != base:
+            raise BaseMismatchError(
+                f"this client's base is {_short(base)}, the server's adapter is for "
+                f"{_short(adapter.base)}; install the same base on both"
+            )
+
+
 def error_reply(message: Message, error: Exception) -> Message:
     """Return the reply that says of `error` what may leave this client, and log the rest here."""
     known = isinstance(error, FedloraError)
     _log.warning("no reply: %s", one_line(str(error)), exc_info=None if known else error)
     return Message(Error(CLIENT_ERROR, _reason(error)), reply_to=message)
+
+
+def _short(fingerprint: str | None) -> str:
+    return fingerprint[:12] if fingerprint else "of no name"
 
 
 def _query(content: RecordDict, open_trainer: OpenTrainer) -> RecordDict:

@@ -12,18 +12,27 @@ device. The rule is therefore:
 
 How a device computes is its owner's word alone: gradient checkpointing is on with
 ``checkpointing="true"`` in the node config (``FEDLORA_CHECKPOINTING``), and no message asks for it.
+So is the bundle with which a device without torch trains: ``bundle="DIR"`` (``FEDLORA_BUNDLE``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from fedlora.errors import FederationError
+from fedlora.errors import ConfigError, FederationError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.records import ClientSetup
 
-__all__ = ["owner_environment", "owner_node_config", "owners_checkpointing", "owners_setup"]
+__all__ = [
+    "owner_environment",
+    "owner_node_config",
+    "owners_bundle",
+    "owners_checkpointing",
+    "owners_client",
+    "owners_setup",
+]
 
 _KEYS = ("base", "data", "task")
 
@@ -66,6 +75,35 @@ def owners_checkpointing(node_config: Mapping[str, object], environment: Mapping
     if str(word).lower() not in known:
         raise FederationError(f"node config checkpointing: expected true or false, found {word!r}")
     return known[str(word).lower()]
+
+
+def owners_bundle(node_config: Mapping[str, object], environment: Mapping[str, str]) -> Path:
+    """Return the folder of this device's bundle. Raises `ConfigError` when none is named."""
+    found = node_config.get("bundle") or environment.get("FEDLORA_BUNDLE")
+    if not found:
+        raise ConfigError(
+            "node config bundle: expected the folder of a bundle to train with, found none; make "
+            "one with fedlora export"
+        )
+    return Path(str(found))
+
+
+def owners_client(client_ids: Sequence[str], node_config: Mapping[str, object]) -> str:
+    """Return the node config's ``client``, or the one at its ``partition-id``.
+
+    Raises `ConfigError` when the data has no such client.
+    """
+    name, number = node_config.get("client"), node_config.get("partition-id")
+    if name is not None:
+        if name not in client_ids:
+            raise ConfigError(f"node config client: the data has no client {name!r}")
+        return str(name)
+    if not isinstance(number, int) or not 0 <= number < len(client_ids):
+        raise ConfigError(
+            f"node config partition-id: expected 0 to {len(client_ids) - 1}, the clients of the "
+            f"data, found {number!r}"
+        )
+    return client_ids[number]
 
 
 def owner_node_config(config: ExperimentConfig) -> dict[str, str]:

@@ -64,14 +64,14 @@ class Classifier(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Map token ids (b, T) int64 to logits (b, num_classes)."""
         used = input_ids != 0
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
         if self.is_encoder:
-            used[:, 0] = True  # whatever is there: a mean over no token would be NaN
+            used = used | (places == 0)  # whatever is there: a mean over no token would be NaN
             hidden = self._states(input_ids, used.long())
             weights = used.to(hidden.dtype)[:, :, None]
             pooled = (hidden * weights).sum(1) / weights.sum(1)
         else:
             hidden = self._states(input_ids, None)
-            places = torch.arange(input_ids.shape[1], device=input_ids.device)
             last = (places * used).amax(dim=1)
             pooled = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
         logits: Tensor = self.zero_head(pooled)

@@ -37,12 +37,19 @@ from fedlora.nn.inject import (
     lora_modules,
     require_fitting,
 )
-from fedlora.nn.local import evaluating, not_finite, require_correction, train_local
+from fedlora.nn.local import evaluating, train_local
 from fedlora.nn.precision import Precision, computing_in
 from fedlora.nn.prefix import cached_prefix
 from fedlora.nn.probe import find_leak
 from fedlora.nn.tasks import Batch, Task, packs_texts
-from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
+from fedlora.training import (
+    Factor,
+    LocalRule,
+    TrainConfig,
+    TrainResult,
+    not_finite,
+    require_correction,
+)
 
 __all__ = [
     "Job",
@@ -425,7 +432,7 @@ class _Group:
         for k, loss in enumerate(losses.detach().tolist()):
             self.losses[k].append(loss)
             if not math.isfinite(loss) and self.errors[k] is None:
-                self.errors[k] = not_finite(loss, step + 1)
+                self.errors[k] = not_finite("train_local", loss, step + 1)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step(len(batches))
 

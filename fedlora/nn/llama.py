@@ -12,7 +12,7 @@ and so it also traces under `torch.func` and `make_fx`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Llama", "LlamaConfig", "load_llama"]
+__all__ = ["Llama", "LlamaConfig", "RMSNorm", "load_llama"]
 
 TIED = "lm_head.weight"  # the same tensor as model.embed_tokens.weight, left out of files
 
@@ -155,6 +155,33 @@ class Llama(nn.Module):
         logits: Tensor = self.lm_head(hidden)
         return logits
 
+    def step(
+        self, input_ids: Tensor, past: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Go on with texts whose earlier positions are known.
+
+        input_ids: (batch, time) int64, the next tokens. past: of each layer the keys and values
+        (batch, key_value_heads, past, head_size), past >= 0. Returns the logits (batch,
+        vocab_size) of the last position, and the keys and values of all positions so far.
+        """
+        cache = [_Cached(keys, values) for keys, values in past]
+        hidden: Tensor = self.model(input_ids, cache=cache)
+        logits: Tensor = self.lm_head(hidden[:, -1])
+        return logits, [(layer.keys, layer.values) for layer in cache]
+
+
+@dataclass(slots=True)
+class _Cached:
+    """One layer's keys and values (batch, key_value_heads, time, head_size), which grow."""
+
+    keys: Tensor
+    values: Tensor
+
+    def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys = torch.cat((self.keys, keys), 2)
+        self.values = torch.cat((self.values, values), 2)
+        return self.keys, self.values
+
 
 class LlamaModel(nn.Module):
     """Embedding, decoder layers, final norm."""
@@ -166,13 +193,19 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        segments: Tensor | None = None,
+        cache: Sequence[_Cached] | None = None,
+    ) -> Tensor:
         """(batch, time) int64 to (batch, time, hidden_size)."""
         x: Tensor = self.embed_tokens(input_ids)
         x = _dropped(x, self.config.dropout, self.training)
-        places = _Places.of(input_ids.shape[1], self.config, x, segments)
-        for layer in self.layers:
-            x = layer(x, places)
+        past = cache[0].keys.shape[2] if cache else 0
+        places = _Places.of(input_ids.shape[1], self.config, x, segments, past)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, places) if cache is None else layer(x, places, cache[i])
         normalized: Tensor = self.norm(x)
         return normalized
 
@@ -183,19 +216,27 @@ class _Places:
 
     cosine: Tensor  # (time, head_size)
     sine: Tensor  # (time, head_size); the first half negated, see _rotated
-    hidden: Tensor  # (time, time) or (batch, 1, time, time): 0 where visible, else -inf
+    # (time, past + time) or (batch, 1, time, time): 0 where visible, else -inf
+    hidden: Tensor
 
     @classmethod
-    def of(cls, time: int, config: LlamaConfig, like: Tensor, segments: Tensor | None) -> _Places:
-        """Tables for `time` positions (RoFormer, arXiv 2104.09864, eq. 34)."""
+    def of(
+        cls,
+        time: int,
+        config: LlamaConfig,
+        like: Tensor,
+        segments: Tensor | None,
+        past: int = 0,
+    ) -> _Places:
+        """Tables for `time` positions behind `past` ones (RoFormer, arXiv 2104.09864, eq. 34)."""
         size = config.head_size
         halves = torch.arange(0, size, 2, dtype=torch.float32, device=like.device) / size
-        steps = torch.arange(time, dtype=torch.float32, device=like.device)
+        steps = torch.arange(past, past + time, dtype=torch.float32, device=like.device)
         angles = torch.outer(steps, 1.0 / config.rope_theta**halves)
         cosine, sine = angles.cos(), angles.sin()
         exact = torch.promote_types(like.dtype, torch.float32)
-        hidden = torch.full((time, time), float("-inf"), dtype=exact, device=like.device)
-        hidden = hidden.triu(1)
+        hidden = torch.full((time, past + time), float("-inf"), dtype=exact, device=like.device)
+        hidden = hidden.triu(past + 1)
         if segments is not None:
             others = segments[:, None, :, None] != segments[:, None, None, :]
             hidden = hidden.expand(len(segments), 1, time, time).masked_fill(others, float("-inf"))
@@ -227,9 +268,9 @@ class LlamaLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, places: _Places) -> Tensor:
+    def forward(self, x: Tensor, places: _Places, cached: _Cached | None = None) -> Tensor:
         """(batch, time, hidden_size) to the same."""
-        attended = self.self_attn(self.input_layernorm(x), places)
+        attended = self.self_attn(self.input_layernorm(x), places, cached)
         x = x + _dropped(attended, self.dropout, self.training)
         fed = self.mlp(self.post_attention_layernorm(x))
         return x + _dropped(fed, self.dropout, self.training)
@@ -253,7 +294,7 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.shared_heads * size, bias=False)
         self.o_proj = nn.Linear(self.heads * size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, places: _Places) -> Tensor:
+    def forward(self, x: Tensor, places: _Places, cached: _Cached | None = None) -> Tensor:
         """(batch, time, hidden_size) to the same; float32 at least between the projections."""
         batch, time, _ = x.shape
         exact = places.hidden.dtype
@@ -261,6 +302,8 @@ class LlamaAttention(nn.Module):
         k = self._split(self.k_proj(x), self.shared_heads).to(exact)
         v = self._split(self.v_proj(x), self.shared_heads).to(exact)
         q, k = _rotated(q * self.head_size**-0.5, places), _rotated(k, places)
+        if cached is not None:
+            k, v = cached.extended(k, v)
         if self.shared_heads != self.heads:
             times = self.heads // self.shared_heads
             k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)

@@ -15,15 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import Array
-from fedlora.errors import ConfigError, NonFiniteError, ShapeMismatchError
+from fedlora.errors import ConfigError, ShapeMismatchError
 from fedlora.nn.inject import extract_adapter, lora_modules
 from fedlora.nn.layers import LoraModule
 from fedlora.nn.precision import Precision, computing_in
 from fedlora.nn.prefix import Measure, cached_prefix
 from fedlora.nn.tasks import Batch, Task, get_task
-from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult, require_plain_sgd
+from fedlora.training import (
+    Factor,
+    LocalRule,
+    TrainConfig,
+    TrainResult,
+    not_finite,
+    require_correction,
+)
 
-__all__ = ["evaluating", "not_finite", "require_correction", "seeded", "train_local"]
+__all__ = ["evaluating", "seeded", "train_local"]
 
 
 def train_local(
@@ -89,7 +96,7 @@ def train_local(
                 )
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
-                raise not_finite(losses[-1], len(losses))
+                raise not_finite("train_local", losses[-1], len(losses))
             loss.backward()  # type: ignore[no-untyped-call]
             if shifts:
                 # What this pass did not call has gradient zero, and is corrected all the same.
@@ -112,21 +119,6 @@ def train_local(
         loss=math.fsum(losses) / len(losses) if losses else math.nan,
         steps=len(losses),
     )
-
-
-def require_correction(
-    who: str, rule: LocalRule, config: TrainConfig, correction: Array | None
-) -> None:
-    """Raise `ConfigError` unless a correction is there if, and only if, the rule asks for one."""
-    if (rule.correction is None) != (correction is None):
-        asked = "none" if rule.correction is None else f"one for {rule.correction!r}"
-        found = "none" if correction is None else "one"
-        raise ConfigError(f"{who}: expected {asked} as its rule's correction, found {found}")
-    if correction is not None:
-        try:
-            require_plain_sgd(config)
-        except ConfigError as error:
-            raise ConfigError(f"{who}: {error}") from None
 
 
 def _shifts(model: nn.Module, rule: LocalRule, row: Array) -> list[Tensor]:
@@ -228,11 +220,3 @@ def _factors(layer: LoraModule) -> list[tuple[Factor, nn.Parameter]]:
     if layer.magnitude is not None:
         found.append(("magnitude", layer.magnitude))
     return found
-
-
-def not_finite(loss: float, step: int) -> NonFiniteError:
-    """Return the error of a client whose loss at a step (1-based) is not finite."""
-    return NonFiniteError(
-        f"train_local, step {step}: expected a finite loss, found {loss}; lower learning_rate, "
-        "set max_grad_norm, or look for NaN in the client's data"
-    )

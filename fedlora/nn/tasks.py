@@ -24,7 +24,16 @@ from fedlora.imports import import_function, is_function
 from fedlora.nn.cross_entropy import head_cross_entropy
 from fedlora.nn.layers import LoraModule, is_bare_linear
 
-__all__ = ["Batch", "Task", "get_task", "logits_of", "packs_texts", "scored_positions"]
+__all__ = [
+    "NOT_COUNTED",
+    "Batch",
+    "Task",
+    "get_task",
+    "hidden_and_head",
+    "logits_of",
+    "packs_texts",
+    "scored_positions",
+]
 
 Batch: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
@@ -295,7 +304,7 @@ def _logits_at(model: nn.Module, inputs: Tensor, counted: Tensor) -> Tensor:
 def _counted_logits(
     model: nn.Module, inputs: Tensor, counted: Tensor, rows: dict[str, Tensor]
 ) -> Tensor:
-    split = _hidden(model, inputs, rows)
+    split = hidden_and_head(model, inputs, rows)
     if split is None:
         # Padding is on the right, where a causal model does not look: no mask.
         return _at(logits_of(model, inputs, masked=False), counted)
@@ -306,7 +315,7 @@ def _nats(
     model: nn.Module, inputs: Tensor, counted: Tensor, wanted: Tensor, rows: dict[str, Tensor]
 ) -> Tensor:
     """Nats (n,) of the targets (n,) at the counted positions of the flattened batch."""
-    split = _hidden(model, inputs, rows)
+    split = hidden_and_head(model, inputs, rows)
     if split is None:
         logits = _at(logits_of(model, inputs, masked=False), counted)
         return F.cross_entropy(logits, wanted, reduction="none")
@@ -334,7 +343,7 @@ def _at(values: Tensor, counted: Tensor) -> Tensor:
     return flat if bool(counted.all()) else flat[counted]
 
 
-def _hidden(
+def hidden_and_head(
     model: nn.Module, inputs: Tensor, rows: dict[str, Tensor]
 ) -> tuple[Tensor, nn.Module] | None:
     """Hidden states (rows, time, features), and the head that would read them.

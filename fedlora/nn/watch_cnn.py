@@ -20,6 +20,7 @@ class WatchCNNConfig:
     hidden: int = 64
     classes: int = 7
     groups: int = 8
+    window: int = 100  # samples of the watch's windows; any other length works as well
 
 
 class WatchCNN(nn.Module):
@@ -32,6 +33,7 @@ class WatchCNN(nn.Module):
     def __init__(self, config: WatchCNNConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or WatchCNNConfig()
+        self.input_shape = (config.axes, config.window)  # of one example
         first, second, third = config.channels
         self.conv1 = _conv(config.axes, first, config.kernels[0])
         self.conv2 = _conv(first, second, config.kernels[1])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from fedlora.errors import FederationError
+from fedlora.errors import ConfigError, FederationError
 from fedlora.federation import ClientSetup
 from fedlora.federation.owner import (
     owner_environment,
     owner_node_config,
+    owners_bundle,
     owners_checkpointing,
+    owners_client,
     owners_setup,
 )
 from tests.federation.fakes import experiment, raises
@@ -80,3 +84,16 @@ def test_a_device_checkpoints_only_by_its_owners_word() -> None:
     )
     with raises(FederationError, "node config checkpointing: expected true or false, found 'yes'"):
         owners_checkpointing({"checkpointing": "yes"}, {})
+
+
+def test_the_bundle_and_the_client_are_the_owners() -> None:
+    with raises(
+        ConfigError,
+        "node config bundle: expected the folder of a bundle to train with, found none; make one "
+        "with fedlora export",
+    ):
+        owners_bundle({}, {})
+    assert owners_bundle({}, {"FEDLORA_BUNDLE": "b"}) == Path("b")
+    assert owners_bundle({"bundle": "a"}, {"FEDLORA_BUNDLE": "b"}) == Path("a")
+    assert owners_client(("x", "y"), {"partition-id": 1}) == "y"
+    assert owners_client(("x", "y"), {"partition-id": 1, "client": "x"}) == "x"

@@ -1,0 +1,298 @@
+"""Write a device bundle: trace, emit, compare with torch, and only then say what it is.
+
+A bundle is written whole or not at all, the same bytes for the same base, layers, graphs and
+versions; where such a one is there already, nothing is done.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from fedlora.adapter import Adapter, LoraConfig
+from fedlora.device.manifest import (
+    MANIFEST,
+    TOKENIZER,
+    FileInfo,
+    GraphInfo,
+    Manifest,
+    Precision,
+    read_manifest,
+    sha256_of,
+    verify_files,
+    write_manifest,
+)
+from fedlora.errors import ConfigError, FormatError, RunError, UnsupportedError
+from fedlora.export.capture import tensors_of
+from fedlora.export.decode import decode_graph
+from fedlora.export.emit import emit
+from fedlora.export.merged import merged_into
+from fedlora.export.parity import decode_difference, infer_difference, train_difference
+from fedlora.export.trace import Subject, infer_graph, subject_of, train_graph
+from fedlora.export.traced import Traced
+from fedlora.export.weights import BaseWeights
+from fedlora.files import replace_folder
+from fedlora.nn.load import Base, load_base
+from fedlora.targets import select_targets
+
+__all__ = ["export_bundle"]
+
+Report = Callable[[str], None]
+ManifestTask = Literal["next-token", "classification"]
+
+TEXT_BUCKETS, FIXED_BUCKETS = ("8x32", "8x64"), ("16",)
+# The largest differences to torch that a float32 bundle may have; see fedlora.export.parity.
+INFER_LIMIT, TRAIN_LIMIT = 1e-5, 5e-5
+PACKAGES = ("fedlora", "onnx", "onnxruntime", "torch", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A graph to write."""
+
+    file: str
+    info: GraphInfo
+    trace: Callable[[Subject], Traced]
+
+
+def export_bundle(
+    base: str | Base,
+    out: Path | str,
+    *,
+    lora: LoraConfig | None = None,
+    train: Sequence[str] | None = None,
+    precision: Precision = "fp32",
+    decode: bool | None = None,
+    web: bool = False,
+    merge: Adapter | None = None,
+    task: ManifestTask | None = None,
+    num_classes: int | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    again: bool = False,
+    report: Report = lambda line: None,
+) -> Manifest:
+    """Write the bundle of a base into the folder `out` and return its manifest.
+
+    base: what `load_base` takes, or what it returned. lora: the layers that take factors, and how
+    an adapter starts. train: train graphs, "8x32" for 8 rows of 32 tokens, "16" for 16 rows of a
+    fixed shape; None: 8x32 and 8x64, or 16; (): none. decode: a graph that writes text. web:
+    factors are required inputs. merge: an adapter that goes into the weights. task, num_classes,
+    input_shape (of one example that is not text): where the base does not say them. again: even
+    if the bundle is there already. report is given lines about the progress.
+
+    Raises `UnsupportedError` for DoRA, whose graphs would need the whole weight, and for what has
+    no translation; `ConfigError` for options that do not fit the base; `RunError` when a graph of
+    a float32 bundle is further from torch than 1e-5 (loss and gradients: 5e-5).
+    """
+    lora, out = lora or LoraConfig(), Path(out)
+    if lora.uses_dora:
+        raise UnsupportedError(
+            f"export: variant {lora.variant!r} divides by the norm of the whole weight, which "
+            "changes with every adapter, and a graph takes A and B alone; put a DoRA adapter into "
+            "the weights with --merge, or train another variant"
+        )
+    loaded = base if isinstance(base, Base) else load_base(base, num_classes=num_classes)
+    task = task or _task_of(loaded)
+    shape = _input_shape(loaded.model, input_shape, task)
+    model, fingerprint = loaded.model, loaded.card.fingerprint
+    subject = subject_of(model, select_targets(loaded.card.layers, lora), task, shape)
+    plans = _plans(subject, train, bool(decode))
+    planned = Manifest(
+        base=fingerprint,
+        base_id=loaded.card.id,
+        task=task,
+        layers=subject.layers,
+        lora=lora,
+        graphs={plan.file: plan.info for plan in plans},
+        files={},
+        input_dtype="int64" if subject.is_text else "float32",
+        input_shape=shape,
+        labels=loaded.card.labels,
+        precision=precision,
+        web=web,
+        merged=None if merge is None else merge.fingerprint(),
+        made_by=_versions(),
+    )
+    tokenizer = loaded.tokenizer if isinstance(loaded.tokenizer, Path) else None
+    if not again and (there := _already(out, planned, tokenizer)) is not None:
+        report(f"{out} is this bundle already; --again writes it anew")
+        return there
+    made: list[Manifest] = []
+
+    def build(folder: Path) -> None:
+        with ExitStack() as stack:
+            if merge is not None:
+                stack.enter_context(merged_into(model, merge, fingerprint))
+            made.append(_build(folder, subject, plans, planned, tokenizer, report))
+
+    # Graphs that the new bundle does not have are an old bundle's, if there is one.
+    owned = ("*.onnx", TOKENIZER) if (out / MANIFEST).is_file() else ()
+    replace_folder(out, build, owned=owned)
+    return made[0]
+
+
+def _build(
+    folder: Path,
+    subject: Subject,
+    plans: Sequence[_Plan],
+    planned: Manifest,
+    tokenizer: Path | None,
+    report: Report,
+) -> Manifest:
+    arrays = {name: tensor.numpy() for name, tensor in tensors_of(subject.model).items()}
+    weights = BaseWeights(arrays)
+    ends: dict[str, _Ends] = {}
+    for plan in plans:
+        report(f"{plan.file}: tracing")
+        traced = plan.trace(subject)
+        graph = emit(
+            traced, weights, precision=planned.precision, required_factors=planned.web
+        )
+        data = graph.SerializeToString(deterministic=True)
+        (folder / plan.file).write_bytes(data)
+        report(f"{plan.file}: {len(graph.graph.node):,} nodes, {len(data):,} bytes")
+        ends[plan.file] = traced.examples, traced.defaults
+        outputs = traced.module.graph.output_node().args[0]
+        if plan.info.kind == "infer":
+            planned = replace(planned, outputs=int(outputs[0].meta["val"].shape[-1]))  # type: ignore[index,union-attr]
+    weights.write(folder)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+    graphs = {}
+    for plan in plans:
+        found = _difference(folder / plan.file, plan, subject, ends[plan.file], planned.web)
+        report(f"{plan.file}: differs from torch by {found:.1e}")
+        limit = TRAIN_LIMIT if plan.info.kind == "train" else INFER_LIMIT
+        if not found <= limit and planned.precision == "fp32":
+            raise RunError(
+                f"{plan.file}: expected at most {limit:g} between ONNX Runtime and torch, found "
+                f"{found:.2g}; the bundle is not written"
+            )
+        # One digit: the last ones of a sum depend on the machine.
+        graphs[plan.file] = replace(plan.info, difference=float(f"{found:.0e}"))
+    files = {
+        path.name: FileInfo(sha256_of(path), path.stat().st_size)
+        for path in sorted(folder.iterdir())
+    }
+    manifest = replace(planned, graphs=graphs, files=files)
+    write_manifest(manifest, folder)
+    return manifest
+
+
+_Ends: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # examples and defaults
+
+
+def _difference(path: Path, plan: _Plan, subject: Subject, ends: _Ends, web: bool) -> float:
+    examples, zeros = ends
+    defaults = {name: value.numpy() for name, value in zeros.items()} if web else {}
+    if plan.info.kind == "infer":
+        return infer_difference(path, subject, defaults)
+    if plan.info.kind == "train":
+        rows = plan.info.rows or 0
+        return train_difference(path, subject, rows, plan.info.positions, defaults)
+    empty = {
+        name: example[:1, :, :0].numpy()
+        for name, example in examples.items()
+        if name.startswith("past_key_values")
+    }
+    return decode_difference(path, subject, empty, defaults)
+
+
+def _plans(subject: Subject, train: Sequence[str] | None, decode: bool) -> list[_Plan]:
+    plans = [_Plan("infer.onnx", GraphInfo("infer"), infer_graph)]
+    if decode:
+        plans.append(_Plan("decode.onnx", GraphInfo("decode"), decode_graph))
+    if train is None:
+        train = TEXT_BUCKETS if subject.is_text else FIXED_BUCKETS
+    for bucket in dict.fromkeys(train):
+        rows, positions = _bucket(bucket, subject.is_text)
+        plans.append(
+            _Plan(
+                f"train_{bucket}.onnx",
+                GraphInfo("train", rows, positions),
+                lambda subject, rows=rows, positions=positions: train_graph(
+                    subject, rows, positions
+                ),
+            )
+        )
+    return plans
+
+
+def _bucket(text: str, is_text: bool) -> tuple[int, int | None]:
+    form = r"([1-9]\d{0,5})x([1-9]\d{0,5})" if is_text else r"([1-9]\d{0,5})"
+    match = re.fullmatch(form, text)
+    if match is None:
+        expected = "ROWSxTOKENS such as 8x32" if is_text else "a number of rows such as 16"
+        raise ConfigError(f"--train: expected {expected} for this base, found {text!r}")
+    rows, *positions = (int(number) for number in match.groups())
+    return rows, positions[0] if positions else None
+
+
+def _task_of(base: Base) -> ManifestTask:
+    task = base.card.task
+    if task == "next-token":
+        return "next-token"
+    if task == "classification":
+        return "classification"
+    raise ConfigError(
+        f"export: base {base.card.id!r} has no head (its task is {task!r}): put one on with "
+        "--num-classes"
+    )
+
+
+def _input_shape(
+    model: nn.Module, given: tuple[int, ...] | None, task: ManifestTask
+) -> tuple[int, ...]:
+    """Return () for text, else one example's shape: as given, as the model says, or as it reads."""
+    if given is not None:
+        return given
+    stated = getattr(model, "input_shape", None)
+    if isinstance(stated, tuple):
+        return stated
+    if task == "next-token" or any(isinstance(m, nn.Embedding) for m in model.modules()):
+        return ()
+    first = next((m for m in model.modules() if not list(m.children())), None)
+    if isinstance(first, nn.Linear):
+        return (first.in_features,)
+    raise ConfigError(
+        f"export: {type(model).__name__} does not say what one example's shape is: give "
+        "--input-shape, such as 6,100, or the model an attribute input_shape"
+    )
+
+
+def _already(out: Path, planned: Manifest, tokenizer: Path | None) -> Manifest | None:
+    """Return the manifest of the bundle in `out` if it is what would be written, and undamaged."""
+    try:
+        there = read_manifest(out)
+        verify_files(out, there)
+    except (FormatError, OSError):
+        return None
+    graphs = {name: replace(graph, difference=0.0) for name, graph in there.graphs.items()}
+    digest = there.files[TOKENIZER].sha256 if TOKENIZER in there.files else None
+    same = digest == (None if tokenizer is None else sha256_of(tokenizer))
+    plain = replace(there, graphs=graphs, files={}, outputs=0)
+    # A config that went through JSON has lists where tuples were.
+    return there if same and _plain(plain) == _plain(planned) else None
+
+
+def _plain(manifest: Manifest) -> dict[str, Any]:
+    fields = {name: getattr(manifest, name) for name in Manifest.__dataclass_fields__}
+    return fields | {name: dict(fields[name]) for name in ("layers", "graphs", "files", "made_by")}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # transformers, which not every base needs
+            continue
+    return found

@@ -1,0 +1,448 @@
+"""From a traced graph of aten operations to an ONNX model, written node by node.
+
+Weights of the base stay in torch's layout and outside the model, in the bundle's base.onnx.data: a
+product with a transposed weight is a ``Gemm`` with transB, its backward pass a ``MatMul`` with the
+same tensor, and so no graph holds or makes a transposed copy.
+
+Shapes: a size is fixed, or free. A free size is either symbolic in the trace or, where tracing
+fixed it (the rank, in a train graph), a number that no other axis has; both are computed from the
+inputs' shapes while the model runs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+import numpy.typing as npt
+import onnx
+import sympy  # type: ignore[import-untyped]  # torch depends on it
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, fx
+
+from fedlora.device.manifest import Precision
+from fedlora.errors import UnsupportedError
+from fedlora.export.onnx_graph import MICROSOFT, OnnxGraph, Size
+from fedlora.export.simplify import Simplified, simplify
+from fedlora.export.traced import Traced
+from fedlora.export.weights import BaseWeights
+
+__all__ = ["OPSET", "Emitter", "Handler", "emit", "handles", "onnx_type"]
+
+OPSET, IR_VERSION = 21, 10  # of ONNX 1.16; what every ONNX Runtime since 1.18 reads
+
+_TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float64: TensorProto.DOUBLE,
+    torch.int64: TensorProto.INT64,
+    torch.int32: TensorProto.INT32,
+    torch.int8: TensorProto.INT8,
+    torch.uint8: TensorProto.UINT8,
+    torch.bool: TensorProto.BOOL,
+}
+
+Handler: TypeAlias = Callable[["Emitter", fx.Node, SimpleNamespace], str | tuple[str, ...]]
+HANDLERS: dict[str, Handler] = {}  # by the name of the aten operation, without an overload
+
+
+def handles(*names: str) -> Callable[[Handler], Handler]:
+    """Register what turns calls of aten operations into ONNX nodes.
+
+    A handler is given the emitter, the node and its arguments by the names of the schema, defaults
+    included; it returns the name of its result, or a tuple of them.
+    """
+
+    def register(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return register
+
+
+def emit(
+    traced: Traced,
+    weights: BaseWeights,
+    *,
+    precision: Precision = "fp32",
+    required_factors: bool = False,
+) -> onnx.ModelProto:
+    """Turn a traced function into an ONNX model; the same trace gives the same bytes.
+
+    Inputs and outputs have the names of `traced`. Inputs with a default are optional (a graph input
+    and an initializer of one name), unless `required_factors`, for runtimes that do not take that.
+    Weights point into the file that `weights` writes.
+
+    Raises `UnsupportedError`, which names the operation, for one that has no translation here.
+    """
+    _load_handlers()
+    emitter = Emitter(traced, weights, precision)
+    results = emitter.run()
+    graph = emitter.graph
+    ends = dict.fromkeys(results)
+    nodes, used = graph.reachable(list(ends))
+    nodes, outputs = _with_outputs(nodes, results, emitter)
+    defaults = [] if required_factors else _defaults(traced)
+    constants = [tensor for name, tensor in graph.constants.items() if name in used]
+    stored = [tensor for name, tensor in emitter.initializers.items() if name in used]
+    made = helper.make_graph(
+        nodes, "fedlora", _inputs(traced), outputs, [*stored, *constants, *defaults]
+    )
+    domains = sorted({node.domain for node in nodes} | {""})
+    opsets = [helper.make_opsetid(name, OPSET if name == "" else 1) for name in domains]
+    assert set(domains) <= {"", MICROSOFT}
+    return helper.make_model(
+        made, opset_imports=opsets, ir_version=IR_VERSION, producer_name="fedlora"
+    )
+
+
+class Emitter:
+    """The state of one translation: which FX node became which ONNX value."""
+
+    def __init__(self, traced: Traced, weights: BaseWeights, precision: Precision) -> None:
+        self.traced, self.weights, self.precision = traced, weights, precision
+        self.graph = OnnxGraph()
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.simple: Simplified = simplify(traced)
+        self.values: dict[fx.Node, str | tuple[str, ...]] = {}
+        self.sources = _free_sizes(traced)
+        self._current: fx.Node | None = None
+
+    # The walk.
+
+    def run(self) -> list[str]:
+        """Translate the whole graph; return the names of the outputs' values."""
+        placeholders = iter(self.traced.inputs)
+        for node in self.simple.graph.nodes:
+            self._current = node
+            if node.op == "placeholder":
+                self._set(node, next(placeholders))
+            elif node in self.simple.constants:
+                self._set(node, self.constant(self.simple.constants[node]))
+            elif node.op == "get_attr":
+                self._set(node, self.weight(self.traced.weights[str(node.target)]))
+            elif node.op == "call_function" and isinstance(
+                node.meta.get("val"), Tensor | tuple | list
+            ):
+                self._set(node, self._translated(node))
+            elif node.op == "output":
+                return [self.value(result) for result in node.args[0]]
+        raise UnsupportedError("export: the traced graph has no output")
+
+    def _translated(self, node: fx.Node) -> str | tuple[str, ...]:
+        if node.target is operator.getitem:
+            of, place = node.args
+            return self.values[of][place]  # type: ignore[index]
+        name = packet_name(node)
+        handler = HANDLERS.get(name)
+        if handler is None:
+            raise self.unsupported(f"operator aten.{name}")
+        return handler(self, node, _bound(node))
+
+    def _set(self, node: fx.Node, value: str | tuple[str, ...]) -> None:
+        self.values[node] = value
+        if isinstance(value, str) and isinstance(node.meta.get("val"), Tensor):
+            self.graph.shapes.setdefault(value, self.shape(node))
+
+    def unsupported(self, what: str) -> UnsupportedError:
+        """Build the error for something that cannot be translated, and say near which weights."""
+        node = self._current
+        near = "" if node is None else _near(node, self.traced)
+        return UnsupportedError(
+            f"export{near}: {what} has no translation to ONNX; "
+            "write that part of the model with other operations, or ask for it to be added"
+        )
+
+    # Values.
+
+    def value(self, node: Any) -> str:
+        """Return the name of a node's value."""
+        value = self.values[node]
+        assert isinstance(value, str)
+        return value
+
+    def constant(self, tensor: Tensor) -> str:
+        """Return the name of an inline constant."""
+        return self.graph.constant(tensor.detach().contiguous().numpy())
+
+    def tensor(self, argument: Any, dtype: torch.dtype) -> str:
+        """Return an argument (a node, a number or a size) as a value of this dtype."""
+        if isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), Tensor):
+            return self.cast(self.value(argument), argument.meta["val"].dtype, dtype)
+        if isinstance(argument, int | float):
+            return self.graph.constant(argument, _numpy_type(dtype))
+        size = self.size(argument)
+        if isinstance(size, int) or not isinstance(size, sympy.Basic):
+            return self.graph.constant(size, _numpy_type(dtype))
+        scalar = self.call("Squeeze", self.size_tensor(size))
+        return self.cast(scalar, torch.int64, dtype)
+
+    def cast(self, name: str, found: torch.dtype, wanted: torch.dtype) -> str:
+        """Return a value in another dtype."""
+        if found == wanted:
+            return name
+        result = self.call("Cast", name, to=onnx_type(wanted))
+        if name in self.graph.shapes:
+            self.graph.shapes[result] = self.graph.shapes[name]
+        return result
+
+    def weight(self, name: str) -> str:
+        """Return the name of a base's tensor as it is stored."""
+        name = self.weights.name_of(name)
+        if name not in self.initializers:
+            self.initializers[name] = self.weights.initializer(name)
+        return name
+
+    def call(self, op: str, *inputs: str, **attributes: Any) -> str:
+        """Add an ONNX node with one output."""
+        return self.graph.call(op, *inputs, **attributes)
+
+    # Sizes.
+
+    def size(self, value: Any) -> Size:
+        """Return an int or a symbolic expression for a size of the trace."""
+        if isinstance(value, fx.Node):
+            value = value.meta["val"]
+        if isinstance(value, torch.SymInt):
+            expression = value.node.expr
+            value = int(expression) if expression.is_Integer else expression
+        if isinstance(value, int) and not isinstance(value, bool):
+            return _baked(value) if _baked(value) in self.sources else value
+        return value
+
+    def shape(self, node: Any) -> tuple[Size, ...]:
+        """Return the shape of a node's tensor, sizes as `size` gives them."""
+        return tuple(self.size(size) for size in node.meta["val"].shape)
+
+    def size_tensor(self, size: Size) -> str:
+        """Return a size as an int64 (1,) tensor."""
+        if isinstance(size, int) or getattr(size, "is_Integer", False):
+            return self.graph.axes(int(size))
+        if isinstance(size, sympy.Symbol):
+            name, axis = self._source(size)
+            return self.call("Shape", name, start=axis, end=axis + 1)
+        kind = type(size).__name__
+        op = {"Add": "Add", "Mul": "Mul", "Max": "Max", "Min": "Min"}.get(kind)
+        if op is not None:
+            first, *rest = (self.size_tensor(part) for part in _ordered(size))
+            for part in rest:
+                first = self.call(op, first, part)
+            return first
+        op = {"FloorDiv": "Div", "CleanDiv": "Div", "PythonMod": "Mod", "Mod": "Mod"}.get(kind)
+        if op is not None:  # of sizes, which are not negative
+            return self.call(op, *(self.size_tensor(part) for part in size.args))
+        raise self.unsupported(f"the size {size}")
+
+    def _source(self, symbol: sympy.Symbol) -> tuple[str, int]:
+        """Where a free size can be read: an input's name and axis.
+
+        Adapters may have other ranks in other layers, though the trace had one for all: the input
+        that the current node is computed from, or with, is the right one.
+        """
+        if symbol not in self.sources:
+            raise self.unsupported(f"a size that is no input's ({symbol})")
+        places = self.sources[symbol]
+        if len(places) == 1 or not all(name in self.traced.defaults for name in places):
+            return next(iter(places.items()))
+        assert self._current is not None
+        name = _nearest_input(
+            self._current,
+            dict(zip(self._placeholders(), self.traced.inputs, strict=True)),
+            set(places),
+        )
+        if name is None:
+            raise self.unsupported("a size that is the rank of several layers")
+        return name, places[name]
+
+    def _placeholders(self) -> list[fx.Node]:
+        return [node for node in self.simple.graph.nodes if node.op == "placeholder"]
+
+    def reshape(self, name: str, shape: Any) -> str:
+        """Return a value in another shape."""
+        return self.graph.reshape(name, shape, self.size_tensor)
+
+    def shape_tensor(self, shape: Any) -> str:
+        """Return a shape as an int64 tensor."""
+        return self.graph.shape_tensor(shape, self.size_tensor)
+
+
+def onnx_type(dtype: torch.dtype) -> int:
+    """Return ONNX's number of a torch dtype."""
+    if dtype not in _TYPES:
+        raise UnsupportedError(
+            f"export: expected float32, integers or booleans, found {dtype}; "
+            "load the base as float32"
+        )
+    return int(_TYPES[dtype])
+
+
+def _numpy_type(dtype: torch.dtype) -> npt.DTypeLike:
+    return helper.tensor_dtype_to_np_dtype(onnx_type(dtype))
+
+
+def packet_name(node: fx.Node) -> str:
+    """Return the aten operation's name; an operation in place has the name of its plain twin."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    name = target._schema.name.removeprefix("aten::")
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def _bound(node: fx.Node) -> SimpleNamespace:
+    """Return a call's arguments by name, with the schema's defaults."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    bound: dict[str, Any] = {}
+    for place, argument in enumerate(node.target._schema.arguments):
+        if place < len(node.args):
+            bound[argument.name] = node.args[place]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value if argument.has_default_value() else None
+    return SimpleNamespace(**bound)
+
+
+# Free sizes.
+
+
+def _baked(size: int) -> sympy.Symbol:
+    """The symbol of a free size that tracing has fixed to this number."""
+    return sympy.Symbol(f"size_{size}", integer=True, positive=True)
+
+
+def _free_sizes(traced: Traced) -> dict[sympy.Symbol, dict[str, int]]:
+    """For each free size, the inputs that have it, with their axis."""
+    found: dict[sympy.Symbol, dict[str, int]] = {}
+    taken: dict[int, str] = {}
+    placeholders = [node for node in traced.module.graph.nodes if node.op == "placeholder"]
+    for name, node in zip(traced.inputs, placeholders, strict=True):
+        for axis, size in enumerate(node.meta["val"].shape):
+            free = axis in traced.axes.get(name, {})
+            symbolic = isinstance(size, torch.SymInt) and not size.node.expr.is_Integer
+            if symbolic and isinstance(size.node.expr, sympy.Symbol):
+                found.setdefault(size.node.expr, {}).setdefault(name, axis)
+            elif not symbolic and free:
+                found.setdefault(_baked(int(size)), {}).setdefault(name, axis)
+            elif not symbolic:
+                taken.setdefault(int(size), f"{name}, axis {axis}")
+    for name in traced.weights:
+        weight: Any = operator.attrgetter(name)(traced.module)
+        for axis, size in enumerate(weight.shape):
+            taken.setdefault(int(size), f"{traced.weights[name]}, axis {axis}")
+    for size, where in taken.items():
+        if _baked(size) in found:
+            name = next(iter(found[_baked(size)]))
+            raise UnsupportedError(
+                f"export: {name} was traced with a free axis of size {size}, which {where} has too;"
+                " trace with a size that nothing else has"
+            )
+    return found
+
+
+def _ordered(size: Any) -> list[Any]:
+    """The terms of a sum or product in an order that does not depend on hashes."""
+    return sorted(size.args, key=str)
+
+
+def _nearest_input(node: fx.Node, names: Mapping[fx.Node, str], wanted: set[str]) -> str | None:
+    """Find one of the wanted inputs among what a node, then its users, are computed from."""
+    for start in (node, *node.users):
+        queue, seen = [start], {start}
+        for found in queue:
+            if names.get(found) in wanted:
+                return names[found]
+            for source in found.all_input_nodes:
+                if source not in seen:
+                    seen.add(source)
+                    queue.append(source)
+    return None
+
+
+def _near(node: fx.Node, traced: Traced) -> str:
+    """Say where in the model a node is: its module, or the nearest weights before it."""
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        return f", module {next(reversed(stack.values()))[0]!r}"
+    queue, seen = [node], {node}
+    for found in queue:
+        if found.op == "get_attr" and str(found.target) in traced.weights:
+            return f", after {traced.weights[str(found.target)]!r}"
+        for source in found.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                queue.append(source)
+    return ""
+
+
+# The model around the nodes.
+
+
+def _inputs(traced: Traced) -> list[onnx.ValueInfoProto]:
+    made = []
+    for name in traced.inputs:
+        tensor, axes = traced.examples[name], traced.axes.get(name, {})
+        # Optional inputs of several layers may differ in rank though the axis has one name, and
+        # ONNX Runtime reuses memory where it takes two sizes for equal: the input's name is added.
+        own = f" of {name}" if name in traced.defaults else ""
+        shape = [
+            f"{axes[axis]}{own}" if axis in axes else size for axis, size in enumerate(tensor.shape)
+        ]
+        made.append(helper.make_tensor_value_info(name, onnx_type(tensor.dtype), shape))
+    return made
+
+
+def _defaults(traced: Traced) -> list[onnx.TensorProto]:
+    return [
+        numpy_helper.from_array(tensor.detach().contiguous().numpy(), name)
+        for name, tensor in traced.defaults.items()
+    ]
+
+
+def _with_outputs(
+    nodes: list[onnx.NodeProto], results: list[str], e: Emitter
+) -> tuple[list[onnx.NodeProto], list[onnx.ValueInfoProto]]:
+    """Give the results their names; one that is an input or named twice is copied."""
+    traced = e.traced
+    made = {name for node in nodes for name in node.output}
+    renamed: dict[str, str] = {}
+    copies = []
+    for name, result in zip(traced.outputs, results, strict=True):
+        if result in made and result not in renamed:
+            renamed[result] = name
+        else:
+            copies.append((name, result))
+    named = []
+    for node in nodes:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.input[:] = [renamed.get(name, name) for name in node.input]
+        copy.output[:] = [renamed.get(name, name) for name in node.output]
+        named.append(copy)
+    for name, result in copies:
+        named.append(helper.make_node("Identity", [renamed.get(result, result)], [name]))
+    output = next(node for node in traced.module.graph.nodes if node.op == "output")
+    infos = [
+        helper.make_tensor_value_info(
+            name, onnx_type(node.meta["val"].dtype), [_named(size, e) for size in e.shape(node)]
+        )
+        for name, node in zip(traced.outputs, output.args[0], strict=True)
+    ]
+    return named, infos
+
+
+def _named(size: Size, e: Emitter) -> int | str | None:
+    """A fixed size, the name of a free axis, or None: free, and not the size of one input."""
+    if isinstance(size, int):
+        return size
+    for name, axis in e.sources.get(size, {}).items():
+        if name not in e.traced.defaults:
+            return e.traced.axes.get(name, {}).get(axis)
+    return None
+
+
+def _load_handlers() -> None:
+    """Import the modules that register handlers; they import this one."""
+    from fedlora.export import ops_index, ops_linear, ops_math, ops_shape  # noqa: F401
