@@ -80,8 +80,8 @@ class OpenBundle:
     def session(self, name: str, outputs: Collection[str] | None = None) -> ort.InferenceSession:
         """Return the session of a graph, by its file's name: the same one every time.
 
-        outputs: compute these only, as asking for a few of a session's outputs does not (ONNX
-        Runtime runs the whole graph for any of them); None: all. The last choice is kept.
+        outputs: compute these only: ONNX Runtime runs the whole graph whichever of a session's
+        outputs are asked for. None: all. The last choice is kept.
 
         Raises `ConfigError` for a graph that the bundle does not have, `DigestMismatchError` and
         `FormatError`.

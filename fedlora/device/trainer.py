@@ -20,14 +20,8 @@ from fedlora.device.buckets import Batch, Piece, pieces_of
 from fedlora.device.manifest import Manifest, factor_names, factors_of
 from fedlora.device.optimizers import add_proximal, clip, optimizer_of
 from fedlora.device.runtime import OpenBundle, one_line, open_bundle, ort
-from fedlora.errors import (
-    BaseMismatchError,
-    ConfigError,
-    DataError,
-    LayerMismatchError,
-    ShapeMismatchError,
-    UnsupportedError,
-)
+from fedlora.device.session import check_adapter
+from fedlora.errors import AdapterError, ConfigError, DataError, ShapeMismatchError
 from fedlora.flat import RowForm, pack
 from fedlora.targets import initial_adapter
 from fedlora.training import (
@@ -50,8 +44,7 @@ class Trainer:
     are mapped once for this and for a `Session`. threads, low_memory: see `open_bundle`. Several
     threads may call `fit` at once.
 
-    Raises `FormatError` and `DigestMismatchError` for a bundle that is not as its manifest says,
-    and `UnsupportedError` for one with an adapter merged into it.
+    Raises `FormatError` and `DigestMismatchError` for a bundle that is not as its manifest says.
     """
 
     def __init__(
@@ -62,11 +55,6 @@ class Trainer:
         low_memory: bool = False,
     ) -> None:
         self.bundle = open_bundle(bundle, threads=threads, low_memory=low_memory)
-        if self.manifest.merged is not None:
-            raise UnsupportedError(
-                f"{self.bundle.folder}: an adapter is merged into this bundle, and what is trained "
-                "on it would fit on no base; export the base without --merge"
-            )
 
     @property
     def manifest(self) -> Manifest:
@@ -94,17 +82,18 @@ class Trainer:
         call gives the same bytes as long as `threads` is the same.
 
         Raises `BaseMismatchError`, `LayerMismatchError`, `ShapeMismatchError` and
-        `UnsupportedError` (DoRA) for an adapter that does not fit; `ConfigError` when there is
-        nothing to train, no graph holds a row, or a correction is missing, not asked for or not for
-        plain SGD; `DataError` for a batch that is not of the base's kind; and `NonFiniteError` with
-        the step when a loss is not finite.
+        `UnsupportedError` (DoRA) for an adapter that does not fit, and `BaseMismatchError` where
+        one is merged into the bundle; `ConfigError` when there is nothing to train, no graph holds
+        a row, or a correction is missing, not asked for or not for plain SGD; `DataError` for a
+        batch that is not of the base's kind; and `NonFiniteError` with the step when a loss is not
+        finite.
         """
         if init is None:
             about = self.manifest
             init = initial_adapter(about.layers, about.lora, seed, about.base)
-        require_fitting(self.manifest, init, "the adapter to train")
+        _require_fitting(init, self.manifest, "the adapter to train")
         if frozen is not None:
-            require_fitting(self.manifest, frozen, "the frozen adapter")
+            _require_fitting(frozen, self.manifest, "the frozen adapter")
         require_correction("Trainer.fit", rule, config, correction)
         state = _State.of(self.manifest, init, frozen, rule)
         shift = None if correction is None else _shift(correction, state.form)
@@ -241,32 +230,11 @@ class _Bound:
         return float(self.loss)
 
 
-def require_fitting(manifest: Manifest, adapter: Adapter, who: str) -> None:
-    """Raise unless `adapter` is for this base, and on layers of it; `who` opens the text."""
-    if adapter.base is not None and adapter.base != manifest.base:
-        raise BaseMismatchError(
-            f"{who} is for base {adapter.base[:12]}, this bundle's is {manifest.base[:12]}; "
-            "install the same base on both"
-        )
-    if adapter.config.uses_dora:
-        raise UnsupportedError(
-            f"{who} is of variant {adapter.config.variant!r}, which normalizes the base's weights "
-            "and cannot be fed to a graph; use variant 'lora'"
-        )
-    unknown = adapter.layers.keys() - manifest.layers.keys()
-    if unknown:
-        raise LayerMismatchError(
-            f"{who} has {len(unknown)} layer(s) that this bundle has not, such as "
-            f"{min(unknown)!r}; export the base with the adapter's target_modules"
-        )
-    for path, layer in adapter.layers.items():
-        spec = manifest.layers[path]
-        found = (layer.kind, layer.in_shape, layer.out_features)
-        if found != (spec.kind, spec.in_shape, spec.out_features):
-            raise ShapeMismatchError(
-                f"{who}, layer {path!r}: expected {spec.kind} {spec.in_shape} -> "
-                f"{spec.out_features}, found {layer.kind} {layer.in_shape} -> {layer.out_features}"
-            )
+def _require_fitting(adapter: Adapter, manifest: Manifest, who: str) -> None:
+    try:
+        check_adapter(adapter, manifest)
+    except AdapterError as error:
+        raise type(error)(f"{who}: {error}") from None
 
 
 def _defaults(manifest: Manifest) -> Iterable[tuple[str, Array]]:

@@ -86,30 +86,67 @@ def external_weights(
 
 
 def keeping_outputs(model: bytes, outputs: Collection[str], *, where: str) -> bytes:
-    """Return a serialized ModelProto whose graph has only some of its outputs.
+    """Return a serialized ModelProto whose graph has some of its outputs, and what they need.
 
-    ONNX Runtime leaves out what nothing needs any more. Raises `FormatError` on what is not a
-    model.
+    ONNX Runtime 1.31 leaves out nothing by itself: it runs a node whose result nobody reads, also
+    with `only_execute_path_to_fetches`. Raises `FormatError` on what is not a model.
     """
     parts = []
     for number, wire, value, body in _fields(memoryview(model), where):
         if number == 7:
-            kept = []
-            for field in _fields(_message(body, wire, where), where):
-                if field[0] != 12 or _value_name(field, where) in outputs:
-                    kept.append(_written(*field, where))
-            body = memoryview(b"".join(kept))
+            body = memoryview(_cut_graph(_message(body, wire, where), set(outputs), where))
         parts.append(_written(number, wire, value, body, where))
     return b"".join(parts)
 
 
+def _cut_graph(graph: memoryview, needed: set[str], where: str) -> bytes:
+    """`needed`: names of values, to which those are added that they are computed from."""
+    kept = []
+    fields = list(_fields(graph, where))
+    outputs = frozenset(needed)
+    for field in reversed(fields):  # a graph's nodes stand behind what they read
+        number, wire, _, body = field
+        if number == 12 and _value_name(field, where) not in outputs:
+            continue
+        if number == 1:
+            made = _texts(_message(body, wire, where), 2, where)
+            if needed.isdisjoint(made):
+                continue
+            needed |= _read_names(body, where, depth=2)
+        kept.append(_written(*field, where))
+    return b"".join(reversed(kept))
+
+
+def _read_names(node: memoryview, where: str, depth: int) -> set[str]:
+    """Return what a node reads, and the nodes of graphs inside it."""
+    if depth > MAX_DEPTH:
+        raise FormatError(f"{where}: expected at most {MAX_DEPTH} messages in one another")
+    names = set(_texts(node, 1, where))
+    for number, wire, _, attribute in _fields(node, where):
+        if number != 5:
+            continue
+        for kind, kind_wire, _, graph in _fields(_message(attribute, wire, where), where):
+            if kind not in (6, 11):
+                continue
+            for inner, inner_wire, _, body in _fields(_message(graph, kind_wire, where), where):
+                if inner == 1:
+                    names |= _read_names(_message(body, inner_wire, where), where, depth + 3)
+                elif inner == 12:  # it may hand on a value of the graph around it
+                    names |= set(_texts(_message(body, inner_wire, where), 1, where))
+    return names
+
+
+def _texts(message: memoryview, wanted: int, where: str) -> list[str]:
+    return [
+        _text(_message(body, wire, where), where)
+        for number, wire, _, body in _fields(message, where)
+        if number == wanted
+    ]
+
+
 def _value_name(field: _Field, where: str) -> str:
     """Return the name in a ValueInfoProto."""
-    name = ""
-    for number, wire, _, body in _fields(_message(field[3], field[1], where), where):
-        if number == 1:
-            name = _text(_message(body, wire, where), where)
-    return name
+    return next(iter(_texts(_message(field[3], field[1], where), 1, where)), "")
 
 
 def _written(number: int, wire: int, value: int, body: memoryview, where: str) -> bytes:

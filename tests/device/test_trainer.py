@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,6 +192,16 @@ def test_the_same_training_gives_the_same_bytes(language: HandMade) -> None:
     assert init.fingerprint() == before != found[0]
 
 
+def test_trainings_at_once_do_not_meet(language: HandMade) -> None:
+    trainer = Trainer(language.folder, threads=1)
+    batches = examples(language, 6, 5)
+    inits = [language.adapter(rank=2, seed=seed) for seed in range(4)]
+    alone = [trainer.fit(batches, ADAMW, init=init).adapter for init in inits]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda init: trainer.fit(batches, ADAMW, init=init).adapter, inits))
+    assert found == alone
+
+
 def test_no_batches_give_the_adapter_back(classifier: HandMade) -> None:
     init = classifier.adapter(rank=2)
     result = Trainer(classifier.folder, threads=1).fit([], SGD, init=init, num_examples=12)
@@ -274,30 +286,18 @@ def test_adapters_that_do_not_fit_are_refused(classifier: HandMade) -> None:
         config=replace(mine.config, variant="dora"),
     )
     cases: list[tuple[Adapter, Any, str]] = [
-        (
-            replace(mine, base="f" * 64), BaseMismatchError,
-            " is for base ffffffffffff, this bundle's is c1c1c1c1c1c1; install the same base on "
-            "both",
-        ),
-        (
-            dora, UnsupportedError,
-            " is of variant 'dora', which normalizes the base's weights and cannot be fed to a "
-            "graph; use variant 'lora'",
-        ),
-        (
-            replace(mine, layers={"fc9": layer}), LayerMismatchError,
-            " has 1 layer(s) that this bundle has not, such as 'fc9'; export the base with the "
-            "adapter's target_modules",
-        ),
+        (replace(mine, base="f" * 64), BaseMismatchError, "found one of ffffffffffff"),
+        (dora, UnsupportedError, "a DoRA adapter normalizes the base's weights"),
+        (replace(mine, layers={"fc9": layer}), LayerMismatchError, "no factors for layer 'fc9'"),
         (
             replace(mine, layers={"fc1": layer}), ShapeMismatchError,
-            ", layer 'fc1': expected linear (6,) -> 8, found linear (8,) -> 3",
+            "layer 'fc1': expected linear (6,) -> 8, found linear (8,) -> 3",
         ),
     ]  # fmt: skip
     for adapter, error, text in cases:
-        with raises(error, "the adapter to train" + text):
+        with pytest.raises(error, match=rf"^the adapter to train: .*{re.escape(text)}"):
             trainer.fit([], SGD, init=adapter)
-        with raises(error, "the frozen adapter" + text):
+        with pytest.raises(error, match=rf"^the frozen adapter: .*{re.escape(text)}"):
             trainer.fit([], SGD, init=mine, frozen=adapter)
 
 
@@ -327,5 +327,5 @@ def test_rules_that_cannot_be_are_refused(classifier: HandMade) -> None:
 def test_a_bundle_with_an_adapter_merged_into_it_does_not_train(tmp_path: Path) -> None:
     made = write_classifier(tmp_path / "merged")
     rewrite_manifest(made.folder, replace(made.manifest, merged="d" * 64))
-    with pytest.raises(UnsupportedError, match="an adapter is merged into this bundle"):
-        Trainer(made.folder)
+    with pytest.raises(BaseMismatchError, match=r"is merged into this bundle's weights"):
+        Trainer(made.folder).fit([], SGD)
