@@ -16,7 +16,8 @@
     ├── DataError                  a data set or one client's part of it cannot be used
     ├── FederationError            a round, a client's reply or a message is wrong
     │   └── TooFewUpdatesError     a rule needs more clients than this round has left
-    └── RunError                   a run folder cannot be written, or cannot be resumed
+    ├── RunError                   a run folder cannot be written, or cannot be resumed
+    └── StoreError                 a device's state folder is missing, taken or in use
 
 A message is one line: where, what was expected, what was found, what to do. The command line prints
 it and nothing else; `exit_code` says which code it ends with.
@@ -41,6 +42,7 @@ __all__ = [
     "NonFiniteError",
     "RunError",
     "ShapeMismatchError",
+    "StoreError",
     "TooFewUpdatesError",
     "UnknownNameError",
     "UnsupportedError",
@@ -125,6 +127,10 @@ class TooFewUpdatesError(FederationError):
 
 class RunError(FedloraError):
     """A run folder cannot be written, or cannot be resumed."""
+
+
+class StoreError(FedloraError):
+    """The state folder of a device is missing, taken or in use."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

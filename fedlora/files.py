@@ -4,7 +4,7 @@ A file is written beside its target, flushed to the disk, and renamed over it, w
 atomic. A folder cannot be renamed over a full one, so `replace_folder` takes two steps: the old one
 is renamed to ``.NAME.old``, then the new one takes its place. A crash between the two leaves no
 NAME, but the whole old one as ``.NAME.old``. The next `replace_folder` puts it back first; by hand:
-``mv .NAME.old NAME``. There is one writer at a time for a target.
+``mv .NAME.old NAME``. There is one writer at a time for a target; `lock_file` keeps others out.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import contextlib
 import fnmatch
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from fedlora.errors import RunError
 
-__all__ = ["interrupted_folder", "replace_folder", "write_atomic"]
+__all__ = ["interrupted_folder", "lock_file", "replace_folder", "sync_folder", "write_atomic"]
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], data: bytes, *, mode: int | None = None) -> None:
     """Write `data` to `path`, whose folder is made if need be; an old file stays until it is done.
+
+    mode: permissions such as 0o600; None: those of the old file, else what the umask leaves.
 
     Raises `RunError` when the file system refuses.
     """
@@ -38,13 +41,13 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, _file_mode(target))
+            os.chmod(temporary, _file_mode(target) if mode is None else mode)
             os.replace(temporary, target)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
 
 def replace_folder(
@@ -52,11 +55,14 @@ def replace_folder(
     build: Callable[[Path], None],
     *,
     owned: Collection[str] = (),
+    mode: int | None = None,
 ) -> None:
     """Let ``build(folder)`` fill a new folder, and put it in the place of `target`.
 
     A target that exists is only replaced when nothing is lost that was not ours: each of its
     entries must be a plain file that the new folder has too, or match a pattern of `owned`.
+    mode: permissions of the new folder, such as 0o700; None: what the umask leaves.
+
     Raises `RunError` otherwise, and when the file system refuses.
     """
     target = Path(os.path.realpath(target))  # not the link, but what it points to
@@ -70,7 +76,7 @@ def replace_folder(
             build(fresh)
             _check_owned(target, {entry.name for entry in fresh.iterdir()}, owned)
             _sync_tree(fresh)
-            fresh.chmod(0o777 & ~_umask())
+            fresh.chmod(0o777 & ~_umask() if mode is None else mode)
             old = interrupted_folder(target)
             if target.exists():
                 os.rename(target, old)
@@ -79,7 +85,7 @@ def replace_folder(
             shutil.rmtree(fresh, ignore_errors=True)
             _recover(target)
             raise
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -87,6 +93,32 @@ def interrupted_folder(target: str | os.PathLike[str]) -> Path:
     """Return where an interrupted `replace_folder` keeps the old folder."""
     target = Path(target)
     return target.with_name(f".{target.name}.old")
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's entries on the disk: what was created, renamed and removed in it."""
+    if os.name == "nt":  # a folder cannot be opened there, and renames are flushed by the system
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def lock_file(descriptor: int) -> None:
+    """Lock an open file for this process alone, or raise `OSError` at once.
+
+    The lock ends when the file is closed, so also with the process, however that ends.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _recover(target: Path) -> None:
@@ -127,17 +159,7 @@ def _sync_tree(folder: Path) -> None:
         for name in names:
             with open(os.path.join(parent, name), "r+b") as file:
                 os.fsync(file.fileno())
-        _sync_folder(Path(parent))
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # a folder cannot be opened there, and renames are flushed by the system
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_folder(Path(parent))
 
 
 def _file_mode(target: Path) -> int:

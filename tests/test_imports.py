@@ -31,6 +31,7 @@ BESIDE: dict[str, set[str]] = {
     "adapter": {"patterns"},
     "flat": {"adapter", "training"},
     "training": {"adapter"},
+    "store": {"formats"},
     "simulation": {"federation"},
     "export": {"device"},
     "mixing": {"evaluation", "nn", "data"},

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fedlora import __version__
-from fedlora.cli import adapters, budget, compare, data, export, models, simulate
+from fedlora.cli import adapters, budget, compare, data, device, export, models, simulate
 from fedlora.errors import FedloraError, MissingExtraError
 
 __all__ = ["app", "main"]
@@ -32,6 +32,7 @@ app.command()(budget.budget)
 app.command()(export.export)
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
+app.add_typer(device.app, name="device")
 
 # Which extra brings a package that fedlora imports only where it is needed.
 _EXTRAS = {

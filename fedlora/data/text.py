@@ -108,7 +108,8 @@ def encode_messages(
         if len(row) >= length:  # cut: the end is not among the targets
             offsets = tokenizer.encode(messages[index], add_special_tokens=False).offsets
             characters[index] = offsets[length - 1][1]
-    word_starts = starts[np.where(targets == separator, 0, targets)] & (targets >= 0)
+    counted = (targets >= 0) & (targets != separator)
+    word_starts = starts[np.where(counted, targets, 0)] & counted
     word_starts[:, 0] = True
     word_starts &= targets != separator
     return Examples(inputs, targets, word_starts, characters)

@@ -1,6 +1,6 @@
 """On the device: a bundle served and trained with ONNX Runtime alone, without torch.
 
-`Session` serves it. The names below are imported when they are asked for, so that what is here and
+`Session` serves it, `Trainer` trains on it. The names below are imported when they are asked for, so that what is here and
 needs no ONNX Runtime, the manifest, can be imported without it.
 """
 
@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from fedlora.device.runtime import OpenBundle, open_bundle
     from fedlora.device.session import Prediction, Session
     from fedlora.device.suggest import Suggestion
+    from fedlora.device.trainer import Trainer
 
-__all__ = ["OpenBundle", "Prediction", "Session", "Suggestion", "open_bundle"]
+__all__ = ["OpenBundle", "Prediction", "Session", "Suggestion", "Trainer", "open_bundle"]
 
 _WHERE = {
     "OpenBundle": "runtime",
     "Prediction": "session",
     "Session": "session",
     "Suggestion": "suggest",
+    "Trainer": "trainer",
     "open_bundle": "runtime",
 }
 

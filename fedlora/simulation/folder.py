@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedlora.errors import RunError
-from fedlora.files import write_atomic
+from fedlora.files import lock_file, write_atomic
 
 __all__ = [
     "EXPERIMENT",
@@ -81,7 +80,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as file:
         try:
-            _lock(file.fileno())
+            lock_file(file.fileno())
         except OSError:
             raise RunError(f"{folder}: another process is running this run; wait for it") from None
         yield
@@ -121,15 +120,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 "the file was changed by hand: start a new run"
             ) from None
     return rows
-
-
-def _lock(descriptor: int) -> None:
-    """Lock a file or raise `OSError` at once."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,25 @@
+"""A device's state folder: its bundle, the installed global adapter, and the owner's own.
+
+    STATE/                     0700; every file in it 0600
+      state.json               what is installed: the one commit point
+      bundle/                  a copy of the device bundle, unless it is used where it is
+      adapters/DIGEST.safetensors   packed files, each named by its SHA-256
+      cache/                   whatever was made of the owner's data and can be made again
+      .lock
+
+A commit writes the new adapter beside the others, puts it on the disk, and only then renames a new
+`state.json` into place; what that no longer names is removed afterwards. So after a crash at any
+instant `state.json` names whole files, those of before the commit or those of after it, and the
+next process that takes the lock removes what the crash left over. Whoever only reads takes no lock.
+
+Files are unlinked, not overwritten: on flash and on copying file systems overwriting would promise
+what they do not do. Where deleted bytes must not be found again, encrypt the disk.
+
+An updater can keep more than one global adapter here: `state.json` has a version, and nothing in
+this module relies on there being two adapters at most.
+"""
+
+from fedlora.store.status import BundleEntry, GlobalEntry, PersonalEntry, Status
+from fedlora.store.store import Store
+
+__all__ = ["BundleEntry", "GlobalEntry", "PersonalEntry", "Status", "Store"]
