@@ -151,9 +151,7 @@ def _factors(adapter: Adapter | None, defaults: Mapping[str, Any]) -> Values:
     return dict(defaults) | ({} if adapter is None else dict(factors_of(adapter)))
 
 
-def _inputs(
-    subject: Subject, rows: int, time: int, *, padded: bool = True
-) -> npt.NDArray[Any]:
+def _inputs(subject: Subject, rows: int, time: int, *, padded: bool = True) -> npt.NDArray[Any]:
     generator = rng(rows, "parity inputs", time)
     if not subject.is_text:
         return generator.normal(size=(rows, *subject.input_shape)).astype(np.float32)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers import LlamaConfig as HFLlamaConfig
-from transformers import LlamaForCausalLM
 
 from fedlora.adapter import Adapter, LoraConfig, LoraLayer
 from fedlora.device.manifest import factors_of
