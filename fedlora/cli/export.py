@@ -72,7 +72,7 @@ def export(
 
         fedlora export tiny-chat --out bundle/ --decode
 
-        fedlora export minilm --out bundle/ --num-classes 4 --target-modules query,value --train 8x32
+        fedlora export minilm --num-classes 4 --target-modules query,value,zero_head --train 8x32
 
         fedlora export --experiment watch --out watch-bundle/
     """

@@ -5,8 +5,10 @@
     python -m simulations.bench cohort --quick --no-ray
     python -m simulations.bench cohort --profile minilm-b4-qv
     python -m simulations.bench scale --clients 1000 10000 100000
+    python -m simulations.bench device --quick
 
-`simulations.bench.sides` says what is compared, `simulations.bench.work` what is counted.
+`simulations.bench.sides` says what is compared, `simulations.bench.work` what is counted;
+`simulations.bench.device` has the device's side.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ QUICK_CLIENTS = 8
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit code: 1 when a case failed."""
     options = _parser().parse_args(arguments)
-    run = {"cohort": _cohort, "scale": _scale}[options.benchmark]
+    run = {"cohort": _cohort, "scale": _scale, "device": _device}[options.benchmark]
     try:
         return run(options)
     except FedloraError as error:
@@ -63,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         "--side", nargs="+", default=["cohort", "engine"],
         choices=["sequential", "cohort", "engine"],
     )  # fmt: skip
-    for command in (cohort, scale):
+    device = which.add_parser("device", help="the device in ONNX Runtime against torch")
+    add_device(device)
+    for command in (cohort, scale, device):
         command.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     return parser
 
@@ -108,6 +112,17 @@ def _scale(options: argparse.Namespace) -> int:
     return _report(failed)
 
 
+def _device(options: argparse.Namespace) -> int:
+    for package in ("onnx", "onnxruntime"):
+        _require(package, "export")
+    from simulations.bench.device import run_device  # needs onnxruntime
+
+    results, failed = run_device(options)
+    if options.json is not None:
+        _write(options.json, results)
+    return _report(failed)
+
+
 def _require(package: str, extra: str) -> None:
     if find_spec(package) is None:
         raise MissingExtraError(f"this benchmark ({package})", extra)
@@ -143,7 +158,7 @@ def _report(failed: list[str]) -> int:
 def _write(file: Path, results: list[dict[str, Any]]) -> None:
     packages = [
         name
-        for name in ("torch", "flwr", "ray", "peft", "transformers", "numpy")
+        for name in ("torch", "flwr", "ray", "peft", "transformers", "numpy", "onnx", "onnxruntime")
         if find_spec(name) is not None
     ]
     table = {
