@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy.typing as npt
 import onnx
@@ -45,6 +45,7 @@ _TYPES = {
 }
 
 Handler: TypeAlias = Callable[["Emitter", fx.Node, SimpleNamespace], str | tuple[str, ...]]
+Found = TypeVar("Found")
 HANDLERS: dict[str, Handler] = {}  # by the name of the aten operation, without an overload
 
 
@@ -68,17 +69,24 @@ def emit(
     *,
     precision: Precision = "fp32",
     required_factors: bool = False,
+    training: bool | None = None,
 ) -> onnx.ModelProto:
     """Turn a traced function into an ONNX model; the same trace gives the same bytes.
 
     Inputs and outputs have the names of `traced`. Inputs with a default are optional (a graph input
     and an initializer of one name), unless `required_factors`, for runtimes that do not take that.
-    Weights point into the file that `weights` writes.
+    Weights point into the file that `weights` writes. With a precision of "int8" those of linear
+    layers and embeddings are quantized, see `fedlora.export.quantized`; `training` says which of
+    the two forms that module has is wanted (None: training where an output is a gradient).
 
     Raises `UnsupportedError`, which names the operation, for one that has no translation here.
     """
     _load_handlers()
-    emitter = Emitter(traced, weights, precision)
+    if precision not in ("fp32", "int8"):
+        raise UnsupportedError(f"export: precision {precision!r} has no translation; use 'int8'")
+    if training is None:
+        training = any(name.endswith(".grad") for name in traced.outputs)
+    emitter = Emitter(traced, weights, precision, training)
     results = emitter.run()
     graph = emitter.graph
     ends = dict.fromkeys(results)
@@ -86,7 +94,8 @@ def emit(
     nodes, outputs = _with_outputs(nodes, results, emitter)
     defaults = [] if required_factors else _defaults(traced)
     constants = [tensor for name, tensor in graph.constants.items() if name in used]
-    stored = [tensor for name, tensor in emitter.initializers.items() if name in used]
+    # Only now, since whatever asks for an initializer has its numbers written to the file.
+    stored = [weights.initializer(name) for name in emitter.stored if name in used]
     made = helper.make_graph(
         nodes, "fedlora", _inputs(traced), outputs, [*stored, *constants, *defaults]
     )
@@ -101,14 +110,18 @@ def emit(
 class Emitter:
     """The state of one translation: which FX node became which ONNX value."""
 
-    def __init__(self, traced: Traced, weights: BaseWeights, precision: Precision) -> None:
-        self.traced, self.weights, self.precision = traced, weights, precision
+    def __init__(
+        self, traced: Traced, weights: BaseWeights, precision: Precision, training: bool
+    ) -> None:
+        self.traced, self.weights = traced, weights
+        self.precision, self.training = precision, training
         self.graph = OnnxGraph()
-        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.stored: dict[str, None] = {}  # names of weights that were read, in order
         self.simple: Simplified = simplify(traced)
         self.values: dict[fx.Node, str | tuple[str, ...]] = {}
         self.sources = _free_sizes(traced)
         self._current: fx.Node | None = None
+        self._found: dict[str, Any] = {}
 
     # The walk.
 
@@ -121,8 +134,6 @@ class Emitter:
                 self._set(node, next(placeholders))
             elif node in self.simple.constants:
                 self._set(node, self.constant(self.simple.constants[node]))
-            elif node.op == "get_attr":
-                self._set(node, self.weight(self.traced.weights[str(node.target)]))
             elif node.op == "call_function" and isinstance(
                 node.meta.get("val"), Tensor | tuple | list
             ):
@@ -158,7 +169,9 @@ class Emitter:
     # Values.
 
     def value(self, node: Any) -> str:
-        """Return the name of a node's value."""
+        """Return the name of a node's value; a weight is asked for when it is first read."""
+        if node.op == "get_attr" and node not in self.values:
+            self._set(node, self.weight(self.traced.weights[str(node.target)]))
         value = self.values[node]
         assert isinstance(value, str)
         return value
@@ -188,11 +201,17 @@ class Emitter:
             self.graph.shapes[result] = self.graph.shapes[name]
         return result
 
+    def cached(self, name: str, find: Callable[[Emitter], Found]) -> Found:
+        """Return what a function finds out about the whole graph, asking it once."""
+        if name not in self._found:
+            self._found[name] = find(self)
+        found: Found = self._found[name]
+        return found
+
     def weight(self, name: str) -> str:
         """Return the name of a base's tensor as it is stored."""
         name = self.weights.name_of(name)
-        if name not in self.initializers:
-            self.initializers[name] = self.weights.initializer(name)
+        self.stored[name] = None
         return name
 
     def call(self, op: str, *inputs: str, **attributes: Any) -> str:
