@@ -27,6 +27,7 @@ from typing import Any
 
 from fedlora.errors import ConfigError, FedloraError, MissingExtraError
 from simulations.bench.cases import BASES, DEFAULT, QUICK, case_named
+from simulations.bench.device import add_device, run_device
 from simulations.bench.tables import ratio_table, scale_table, time_table
 
 CASE_SECONDS = 3600.0
@@ -115,8 +116,6 @@ def _scale(options: argparse.Namespace) -> int:
 def _device(options: argparse.Namespace) -> int:
     for package in ("onnx", "onnxruntime"):
         _require(package, "export")
-    from simulations.bench.device import run_device  # needs onnxruntime
-
     results, failed = run_device(options)
     if options.json is not None:
         _write(options.json, results)

@@ -17,26 +17,25 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from simulations.bench.device_bundles import bundle_of
 from simulations.bench.device_cases import (
     DEFAULT,
     KINDS,
+    MAPPING_SIDES,
     QUICK,
+    TRAIN_SIDES,
     DeviceCase,
     device_case,
     is_here,
 )
-from simulations.bench.device_memory import MAPPING_SIDES
 from simulations.bench.device_tables import device_tables
 
 __all__ = ["add_device", "run_device"]
 
 Result = dict[str, Any]
 CASE_SECONDS = 3600.0
-TRAIN_SIDES = ("torch", "fast", "low", "int8", "int8-low")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +67,7 @@ def run_device(options: argparse.Namespace) -> tuple[list[Result], list[str]]:
             print(f"{case.name}: left out: run fedlora models fetch {case.base.id}")
             continue
         bundle_of(case.base_name, "fp32")
-        result = _measured(case, turns, options.threads)
+        result = _measured(case, turns, options.threads, options.quick)
         if result is None:
             failed.append(case.name)
         elif result.get("skipped"):
@@ -81,20 +80,24 @@ def run_device(options: argparse.Namespace) -> tuple[list[Result], list[str]]:
     return results, failed
 
 
-def _measured(case: DeviceCase, turns: int, threads: int) -> Result | None:
-    """Times by one process, memory by one for each side; None if one of them failed."""
+def _measured(case: DeviceCase, turns: int, threads: int, quick: bool) -> Result | None:
+    """Times by one process, memory by one for each side; None if one of them failed.
+
+    quick: only what needs no bundle but the fp32 one.
+    """
     more = ("--threads", str(threads))
     result: Result | None = {
         "case": case.name, "kind": case.kind, "base": case.base_name, "threads": threads,
         "load": os.getloadavg()[0],
     }  # fmt: skip
     if case.kind != "mapping":
-        result = _child("device_measure", case.name, "--turns", str(turns), *more)
+        only = ("--only",) if quick else ()
+        result = _child("device_measure", case.name, "--turns", str(turns), *more, *only)
         if result is None or result.get("skipped"):
             return result
     sides = {"train": TRAIN_SIDES, "mapping": MAPPING_SIDES}.get(case.kind, ())
     result["memory"] = {}
-    for side in sides:
+    for side in (side for side in sides if not (quick and "int8" in side)):
         memory = _child("device_memory", case.name, side, *more)
         if memory is None:
             return None

@@ -60,7 +60,7 @@ def measure_adapters(
     full = [_over_all(a, manifest, base) for a in (first, second)]
     turn = cycle(full)
     found["us"]["torch: load_adapter_into"] = _each(lambda: torch_side.load(next(turn)), LOADS)
-    found["requests"] = _requests(session, base, turns)
+    found["requests"] = _requests(session, base, min(REQUESTS, 150 * turns))
     return found
 
 
@@ -84,19 +84,19 @@ def _each(run: Callable[[], object], times: int) -> list[float]:
     return [float(np.percentile(found[times // 10 :], q)) for q in (50, 5, 95)]
 
 
-def _requests(session: Any, base: DeviceBase, turns: int) -> dict[str, Any]:
+def _requests(session: Any, base: DeviceBase, count: int) -> dict[str, Any]:
     """Requests of mixed lengths, to one adapter or to two in turn, in blocks in turn."""
     generator = rng(0, "bench device requests")
     requests = [
         base.batch(1, int(length), seed=seed)["inputs"]
-        for seed, length in enumerate(generator.integers(*LENGTHS, REQUESTS, endpoint=True))
+        for seed, length in enumerate(generator.integers(*LENGTHS, count, endpoint=True))
     ]
     sides = {"one": ("first", "first"), "two": ("first", "second")}
     wall: dict[str, list[float]] = {name: [] for name in sides}
     cpu: dict[str, list[float]] = {name: [] for name in sides}
-    for name, which in sides.items():
+    for which in sides.values():
         _serve(session, requests[:BLOCK], which)
-    for start in range(0, REQUESTS, BLOCK):
+    for start in range(0, count, BLOCK):
         order = list(sides) if (start // BLOCK) % 2 else list(reversed(sides))
         for name in order:
             began, used = time.perf_counter(), time.process_time()
@@ -104,7 +104,7 @@ def _requests(session: Any, base: DeviceBase, turns: int) -> dict[str, Any]:
             wall[name].append(time.perf_counter() - began)
             cpu[name].append(time.process_time() - used)
     return {
-        "count": REQUESTS,
+        "count": count,
         "wall": {name: sum(values) for name, values in wall.items()},
         "cpu": {name: sum(values) for name, values in cpu.items()},
         # Throughput of two against one, block by block.

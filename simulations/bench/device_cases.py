@@ -22,13 +22,16 @@ from fedlora.randomness import rng
 from fedlora.targets import LayerSpec
 
 __all__ = [
-    "BASES", "DEFAULT", "KINDS", "QUICK", "DeviceBase", "DeviceCase", "device_case", "is_here",
-    "random_adapter",
+    "BASES", "DEFAULT", "KINDS", "MAPPING_SIDES", "QUICK", "TOKENS", "TRAIN_SIDES", "DeviceBase",
+    "DeviceCase", "device_case", "is_here", "random_adapter",
 ]  # fmt: skip
 
 RANK = 8
 TOKENS = 32  # of a row that is inferred
 EFFECT = 0.1  # of a random adapter's B: the logits move by about as much as by training
+TRAIN_SIDES = ("torch", "fast", "low", "int8", "int8-low")
+# What is open at once; with "-low" in low-memory mode.
+MAPPING_SIDES = ("infer", "train", "both", "infer-low", "train-low", "both-low")
 KINDS = ("train", "infer", "loss", "adapters", "mapping", "metric")
 
 
@@ -77,7 +80,7 @@ DEFAULT = tuple(
     for kind in KINDS
     if (kind, base) != ("adapters", "smollm2")
 )  # fmt: skip
-QUICK = ("train-tiny-chat", "infer-tiny-chat", "adapters-tiny-chat", "loss-tiny-chat")
+QUICK = ("train-tiny-chat", "infer-tiny-chat", "adapters-tiny-chat")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +26,7 @@ from fedlora.device.scoring import evaluate
 from fedlora.device.trainer import Trainer
 from fedlora.training import TrainConfig
 from simulations.bench.device_adapters import measure_adapters
-from simulations.bench.device_bundles import bundle_of, export_seconds, skipped
+from simulations.bench.device_bundles import Variant, bundle_of, export_seconds, skipped
 from simulations.bench.device_cases import TOKENS, DeviceCase, device_case
 from simulations.bench.device_sides import (
     TorchSide,
@@ -40,12 +40,17 @@ from simulations.bench.spent import Spent, spent
 __all__ = ["by_turns", "main", "measure"]
 
 Result = dict[str, Any]
+Variants = Sequence[Variant]
+VARIANTS: Variants = ("merged", "int8")
 TURN_SECONDS = 0.2  # of one side; short calls are repeated
 LOSS_STEPS, METRIC_STEPS = 20, 60
 
 
-def measure(case: DeviceCase, turns: int, threads: int) -> Result:
-    """Measure one case but its memory, and say how busy the machine was."""
+def measure(case: DeviceCase, turns: int, threads: int, only: Variants = VARIANTS) -> Result:
+    """Measure one case but its memory, and say how busy the machine was.
+
+    only: the bundles that take part, besides the fp32 one.
+    """
     fp32 = bundle_of(case.base_name, "fp32")
     about = {"case": case.name, "kind": case.kind, "base": case.base_name, "threads": threads}
     if fp32 is None:
@@ -54,7 +59,7 @@ def measure(case: DeviceCase, turns: int, threads: int) -> Result:
         "train": _train, "infer": _infer, "loss": _loss, "metric": _metric,
         "adapters": _adapters,
     }  # fmt: skip
-    found = kinds[case.kind](case, fp32, turns, threads)
+    found = kinds[case.kind](case, fp32, turns, threads, only)
     return {**about, "load": os.getloadavg()[0], **found}
 
 
@@ -86,7 +91,7 @@ def by_turns(
     return found, calls
 
 
-def _train(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
+def _train(case: DeviceCase, fp32: Path, turns: int, threads: int, only: Variants) -> Result:
     manifest = read_manifest(fp32)
     start = start_for(manifest)
     steps = {
@@ -94,8 +99,7 @@ def _train(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
         "fast": device_step(fp32, start, threads),
         "low": device_step(fp32, start, threads, low_memory=True),
     }
-    int8 = bundle_of(case.base_name, "int8")
-    if int8 is not None:
+    if (int8 := _other(case, "int8", only)) is not None:
         steps["int8"] = device_step(int8, start, threads)
         steps["int8-low"] = device_step(int8, start, threads, low_memory=True)
     batch = case.base.batch(*case.base.bucket)
@@ -114,7 +118,7 @@ def _train(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
     }  # fmt: skip
 
 
-def _infer(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
+def _infer(case: DeviceCase, fp32: Path, turns: int, threads: int, only: Variants) -> Result:
     manifest = read_manifest(fp32)
     adapter = adapter_for(case.base_name, manifest)
     torch_side = TorchSide(case.base, manifest, threads)
@@ -126,12 +130,11 @@ def _infer(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
         "base": lambda x: session.run(x, adapter=None),
         "adapter": lambda x: session.run(x, adapter="own"),
     }
-    files = {"fp32": _sizes(fp32)}
-    seconds = {"fp32": export_seconds(case.base_name, "fp32")}
-    if (merged := bundle_of(case.base_name, "merged")) is not None:
+    files: dict[Variant, dict[str, int]] = {"fp32": _sizes(fp32)}
+    if (merged := _other(case, "merged", only)) is not None:
         runs["merged"] = device_session(merged, threads).run
         files["merged"] = _sizes(merged)
-    if (int8 := bundle_of(case.base_name, "int8")) is not None:
+    if (int8 := _other(case, "int8", only)) is not None:
         small = device_session(int8, threads)
         small.add("own", adapter)
         runs["int8"] = lambda x: small.run(x, adapter="own")
@@ -148,11 +151,12 @@ def _infer(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
         batches[rows], _ = by_turns(sides, turns)
     return {
         "batches": batches, "differences": differences, "tokens": TOKENS, "files": files,
-        "export_cpu": seconds, "skipped_int8": skipped(case.base_name, "int8"),
+        "export_cpu": {name: export_seconds(case.base_name, name) for name in files},
+        "skipped_int8": skipped(case.base_name, "int8"),
     }  # fmt: skip
 
 
-def _loss(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
+def _loss(case: DeviceCase, fp32: Path, turns: int, threads: int, only: Variants) -> Result:
     manifest = read_manifest(fp32)
     start = start_for(manifest)
     side = TorchSide(case.base, manifest, threads)
@@ -162,7 +166,7 @@ def _loss(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
         "fast": device_step(fp32, start, threads)(batches),
         "low": device_step(fp32, start, threads, low_memory=True)(batches),
     }
-    if (int8 := bundle_of(case.base_name, "int8")) is not None:
+    if (int8 := _other(case, "int8", only)) is not None:
         losses["int8"] = device_step(int8, start, threads)(batches)
     difference = {
         name: max(abs(a - b) for a, b in zip(values, losses["torch"], strict=True))
@@ -172,9 +176,9 @@ def _loss(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
     return {"losses": losses, "difference": difference, "steps": LOSS_STEPS}
 
 
-def _metric(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
+def _metric(case: DeviceCase, fp32: Path, turns: int, threads: int, only: Variants) -> Result:
     """Train on the fp32 bundle, then score its held-out examples on either."""
-    int8 = bundle_of(case.base_name, "int8")
+    int8 = _other(case, "int8", only)
     if int8 is None:
         return {"skipped": skipped(case.base_name, "int8")}
     manifest = read_manifest(fp32)
@@ -195,9 +199,13 @@ def _metric(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
     return {"scores": scores, "examples": len(client.test), "steps": METRIC_STEPS}
 
 
-def _adapters(case: DeviceCase, fp32: Path, turns: int, threads: int) -> Result:
+def _adapters(case: DeviceCase, fp32: Path, turns: int, threads: int, only: Variants) -> Result:
     manifest = read_manifest(fp32)
     return measure_adapters(case.base, fp32, manifest, turns, threads)
+
+
+def _other(case: DeviceCase, variant: Variant, only: Variants) -> Path | None:
+    return bundle_of(case.base_name, variant) if variant in only else None
 
 
 def _real_batches(case: DeviceCase, tokenizer: Any, steps: int) -> list[Any]:
@@ -218,8 +226,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("case")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="*", choices=VARIANTS, default=VARIANTS)
     options = parser.parse_args(arguments)
-    print(json.dumps(measure(device_case(options.case), options.turns, options.threads)))
+    case = device_case(options.case)
+    print(json.dumps(measure(case, options.turns, options.threads, options.only)))
     return 0
 
 

@@ -25,9 +25,7 @@ from simulations.bench.device_bundles import Variant, bundle_of
 from simulations.bench.device_cases import TOKENS, DeviceCase, device_case
 from simulations.bench.device_sides import TorchSide, start_for, train_losses
 
-__all__ = ["MAPPING_SIDES", "main", "memory_of"]
-
-MAPPING_SIDES = tuple(f"{what}{mode}" for mode in ("", "-low") for what in ("infer", "train", "both"))
+__all__ = ["main", "memory_of"]
 
 
 def memory_of(case: DeviceCase, side: str, threads: int) -> dict[str, Any]:

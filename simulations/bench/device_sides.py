@@ -11,17 +11,23 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.adapter import Adapter
+from fedlora.device.manifest import Manifest
 from fedlora.device.runtime import open_bundle
 from fedlora.device.session import Session
 from fedlora.device.trainer import Trainer
-from fedlora.device.manifest import Manifest
 from fedlora.targets import initial_adapter
 from fedlora.training import TrainConfig
 from simulations.bench.device_cases import BASES, DeviceBase, random_adapter
 
 __all__ = [
-    "MERGED_SEED", "TorchSide", "Step", "adapter_for", "device_session", "device_step",
-    "start_for", "train_losses",
+    "MERGED_SEED",
+    "Step",
+    "TorchSide",
+    "adapter_for",
+    "device_session",
+    "device_step",
+    "start_for",
+    "train_losses",
 ]  # fmt: skip
 
 Batch = Mapping[str, npt.NDArray[Any]]
@@ -80,9 +86,7 @@ class TorchSide:
         return np.asarray(found)
 
 
-def device_step(
-    folder: Path, start: Adapter, threads: int, *, low_memory: bool = False
-) -> Step:
+def device_step(folder: Path, start: Adapter, threads: int, *, low_memory: bool = False) -> Step:
     """Return what trains `start` on batches with a `Trainer`."""
     trainer = Trainer(folder, threads=threads, low_memory=low_memory)
     return lambda batches: train_losses(trainer, start, list(batches))
@@ -90,9 +94,7 @@ def device_step(
 
 def train_losses(trainer: Trainer, start: Adapter, batches: list[Batch]) -> list[float]:
     losses: list[float] = []
-    trainer.fit(
-        batches, _config(batches), init=start, progress=lambda _, loss: losses.append(loss)
-    )
+    trainer.fit(batches, _config(batches), init=start, progress=lambda _, loss: losses.append(loss))
     return losses
 
 

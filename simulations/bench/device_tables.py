@@ -244,4 +244,9 @@ def _most(what: str, limit: float, value: float) -> tuple[str, str, str, str]:
 
 
 def _verdict(what: str, limit: str, value: float, holds: bool) -> tuple[str, str, str, str]:
-    return what, limit, f"{value:.2g}" if value < 1e-2 else f"{value:.3g}", "" if holds else "**not reached**"
+    return (
+        what,
+        limit,
+        f"{value:.2g}" if value < 1e-2 else f"{value:.3g}",
+        "" if holds else "**not reached**",
+    )
