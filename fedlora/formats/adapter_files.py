@@ -122,7 +122,7 @@ def _read(target: Path, sha256: str | None) -> AdapterFile:
                 "file that was announced, do not use it"
             )
         file = parse_tensors(data, str(target))
-    packed = decode_packed(file, str(target))
+    packed = decode_packed(file, str(target), verified=sha256 is not None)
     return AdapterFile(
         packed.adapter,
         "packed",

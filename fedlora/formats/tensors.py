@@ -9,12 +9,11 @@ bytes for the same tensors.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -56,7 +55,7 @@ class TensorFile:
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
-    data: bytes
+    data: bytes | memoryview
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """Return a read-only float32, float16, int8 or uint8 array; bfloat16 becomes float32.
@@ -78,12 +77,19 @@ class TensorFile:
 def read_tensors(path: Path) -> TensorFile:
     """Read and check a file. Raises `FormatError`."""
     with _opened(path, MAX_FILE_BYTES) as (file, size):
-        return _read(file, size, str(path))
+        return _read(file.read, size, str(path))
 
 
 def parse_tensors(data: bytes, where: str = "safetensors") -> TensorFile:
-    """Check a file that is in memory. Raises `FormatError`."""
-    return _read(io.BytesIO(data), len(data), where)
+    """Check a file that is in memory, of which the tensors are views. Raises `FormatError`."""
+    view, done = memoryview(data).toreadonly(), 0
+
+    def read(size: int) -> memoryview:
+        nonlocal done
+        done += size
+        return view[done - size : done]
+
+    return _read(read, len(data), where)
 
 
 def dump_tensors(
@@ -113,8 +119,8 @@ def dump_tensors(
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """Return a regular file of at most `limit` bytes. Raises `FormatError`."""
-    with _opened(path, limit) as (file, _):
-        return file.read(limit)
+    with _opened(path, limit) as (file, size):
+        return file.read(size)  # a larger number would be allocated first
 
 
 @contextlib.contextmanager
@@ -132,8 +138,8 @@ def _opened(path: Path, limit: int) -> Iterator[tuple[IO[bytes], int]]:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _read(file: IO[bytes], size: int, where: str) -> TensorFile:
-    length = int.from_bytes(file.read(8), "little")
+def _read(read: Callable[[int], bytes | memoryview], size: int, where: str) -> TensorFile:
+    length = int.from_bytes(read(8), "little")
     if size < 8 or not 2 <= length <= size - 8:
         raise FormatError(
             f"{where}: expected a safetensors file, found {size:,} bytes of which the first eight "
@@ -143,13 +149,13 @@ def _read(file: IO[bytes], size: int, where: str) -> TensorFile:
         raise FormatError(
             f"{where}: expected a header of at most {MAX_HEADER_BYTES:,} bytes, found {length:,}"
         )
-    header = parse_json(file.read(length), f"{where}, header", max_depth=None)
+    header = parse_json(bytes(read(length)), f"{where}, header", max_depth=None)
     if not isinstance(header, dict):
         raise FormatError(f"{where}, header: expected an object, found {type(header).__name__}")
     metadata = _metadata(header.pop("__metadata__", {}), where)
     entries = {name: _entry(name, fields, where) for name, fields in header.items()}
     _check_tiling(entries, size - 8 - length, where)
-    data = file.read(size - 8 - length)
+    data = read(size - 8 - length)
     if len(data) != size - 8 - length:
         raise FormatError(f"{where}: the file changed while it was read; read it again")
     return TensorFile(entries, metadata, data)
