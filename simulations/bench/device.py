@@ -86,15 +86,16 @@ def _measured(case: DeviceCase, turns: int, threads: int, quick: bool) -> Result
     quick: only what needs no bundle but the fp32 one.
     """
     more = ("--threads", str(threads))
-    result: Result | None = {
+    result: Result = {
         "case": case.name, "kind": case.kind, "base": case.base_name, "threads": threads,
         "load": os.getloadavg()[0],
     }  # fmt: skip
     if case.kind != "mapping":
         only = ("--only",) if quick else ()
-        result = _child("device_measure", case.name, "--turns", str(turns), *more, *only)
-        if result is None or result.get("skipped"):
-            return result
+        times = _child("device_measure", case.name, "--turns", str(turns), *more, *only)
+        if times is None or times.get("skipped"):
+            return times
+        result = times
     sides = {"train": TRAIN_SIDES, "mapping": MAPPING_SIDES}.get(case.kind, ())
     result["memory"] = {}
     for side in (side for side in sides if not (quick and "int8" in side)):

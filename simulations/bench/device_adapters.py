@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def measure_adapters(
             save_adapter(first, path, codec=codec)
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             label = f"load from a file, checks and SHA-256, {codec}"
-            found["us"][label] = _each(lambda p=path, d=digest: session.load(p, sha256=d), LOADS)
+            found["us"][label] = _each(partial(session.load, path, sha256=digest), LOADS)
             found[f"{codec}_file_bytes"] = path.stat().st_size
     torch_side = TorchSide(base, manifest, threads)
     full = [_over_all(a, manifest, base) for a in (first, second)]

@@ -57,7 +57,7 @@ def operator_times(case: DeviceCase, folder: Path, low_memory: bool) -> tuple[Co
     for event in kernels[len(kernels) // (1 + RUNS) :]:  # the first run warms up
         found[event["args"]["op_name"]] += event["dur"]
         nodes += 1
-    return Counter({name: value / RUNS for name, value in found.items()}), nodes // RUNS  # type: ignore[arg-type]
+    return Counter({name: value // RUNS for name, value in found.items()}), nodes // RUNS
 
 
 def _run(case: DeviceCase, bundle: OpenBundle) -> str:
