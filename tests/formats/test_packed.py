@@ -143,6 +143,19 @@ def test_whole_digest_is_checked_first(tmp_path):
         load_adapter(path, sha256="0" * 64)
 
 
+def test_a_file_is_hashed_once_where_its_whole_digest_is_known(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    save_adapter(small_adapter(), path)
+    hashed = []
+    sha256 = hashlib.sha256
+    digest = sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(hashlib, "sha256", lambda data: hashed.append(len(data)) or sha256(data))
+    load_adapter(path, sha256=digest)
+    assert hashed == [path.stat().st_size]
+    load_adapter(path)  # then the digest of its tensors is all that tells of damage
+    assert len(hashed) == 2
+
+
 def test_damaged_tensors_are_refused(tmp_path):
     data = bytearray(encode_packed(small_adapter()))
     data[-1] ^= 1
