@@ -208,11 +208,11 @@ def _metric_table(results: Iterable[Result]) -> str:
 def _required(results: Sequence[Result]) -> Iterable[tuple[str, str, str, str]]:
     found = {result["case"]: result for result in results}
     for name, side, what, limit in LIMITS:
-        result = found.get(name, {"sides": {}})
-        if what == "time" and side in result["sides"]:
-            value = median(ratio(result["sides"], side, "torch"))
+        measured = found.get(name, {"sides": {}})
+        if what == "time" and side in measured["sides"]:
+            value = median(ratio(measured["sides"], side, "torch"))
             yield _most(f"{name}, {SIDES[side]}: CPU time / torch's", limit, value)
-        memory = result.get("memory", {})
+        memory = measured.get("memory", {})
         if what == "memory" and side in memory:
             value = memory[side]["peak"] / memory["torch"]["peak"]
             yield _most(f"{name}, {SIDES[side]}: peak RSS / torch's", limit, value)
