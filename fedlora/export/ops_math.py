@@ -118,6 +118,9 @@ def _pow(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
     base, power = e.tensor(a.self, dtype), a.exponent
     if isinstance(power, fx.Node) or power not in (1, 2, 3, 0.5, -0.5, -1):
         return e.call("Pow", base, e.tensor(power, dtype))
+    made = e.graph.maker_of(base)
+    if power == 2 and made is not None and made.op_type == "Sqrt":  # a norm's
+        return str(made.input[0])
     if power == 2:
         return e.call("Mul", base, base)
     if power == 3:
