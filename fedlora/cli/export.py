@@ -72,11 +72,11 @@ def export(
 
         fedlora export tiny-chat --out bundle/ --decode
 
-        fedlora export minilm --out bundle/ --num-classes 4 --target-modules query,value --train 8x32
+        fedlora export minilm --num-classes 4 --target-modules query,value,zero_head --train 8x32
 
         fedlora export --experiment watch --out watch-bundle/
     """
-    config = None if experiment is None else ExperimentConfig.load(find_experiment(experiment))
+    config = None if experiment is None else ExperimentConfig.from_toml(find_experiment(experiment))
     if (base is None) == (config is None):
         raise UsageError("fedlora export: name a base, or an experiment with --experiment")
     if quantize not in (None, "int8", "int4"):

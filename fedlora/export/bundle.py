@@ -11,10 +11,12 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import onnx
 from torch import Tensor, nn
 
 from fedlora.adapter import Adapter, LoraConfig
@@ -40,6 +42,7 @@ from fedlora.export.trace import Subject, infer_graph, subject_of, train_graph
 from fedlora.export.traced import Traced
 from fedlora.export.weights import BaseWeights
 from fedlora.files import replace_folder
+from fedlora.nn.classifier import NEW_HEAD, Classifier
 from fedlora.nn.load import Base, load_base
 from fedlora.targets import select_targets
 
@@ -51,6 +54,9 @@ ManifestTask = Literal["next-token", "classification"]
 TEXT_BUCKETS, FIXED_BUCKETS = ("8x32", "8x64"), ("16",)
 # The largest differences to torch that a float32 bundle may have; see fedlora.export.parity.
 INFER_LIMIT, TRAIN_LIMIT = 1e-5, 5e-5
+QUANTIZED = {
+    onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4,
+}  # fmt: skip
 PACKAGES = ("fedlora", "onnx", "onnxruntime", "torch", "transformers")
 
 
@@ -104,6 +110,7 @@ def export_bundle(
     shape = _input_shape(loaded.model, input_shape, task)
     model, fingerprint = loaded.model, loaded.card.fingerprint
     subject = subject_of(model, select_targets(loaded.card.layers, lora), task, shape)
+    _require_head(subject, merge)
     plans = _plans(subject, train, bool(decode))
     planned = Manifest(
         base=fingerprint,
@@ -153,9 +160,12 @@ def _build(
     for plan in plans:
         report(f"{plan.file}: tracing")
         traced = plan.trace(subject)
-        graph = emit(
-            traced, weights, precision=planned.precision, required_factors=planned.web
-        )
+        graph = emit(traced, weights, precision=planned.precision, required_factors=planned.web)
+        if planned.precision != "fp32" and not _is_quantized(graph):
+            raise UnsupportedError(
+                f"{plan.file}: expected {planned.precision} weights, found none that could be "
+                "quantized; leave --quantize out"
+            )
         data = graph.SerializeToString(deterministic=True)
         (folder / plan.file).write_bytes(data)
         report(f"{plan.file}: {len(graph.graph.node):,} nodes, {len(data):,} bytes")
@@ -187,6 +197,13 @@ def _build(
     return manifest
 
 
+def _is_quantized(graph: onnx.ModelProto) -> bool:
+    return any(
+        tensor.data_location == onnx.TensorProto.EXTERNAL and tensor.data_type in QUANTIZED
+        for tensor in graph.graph.initializer
+    )
+
+
 _Ends: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # examples and defaults
 
 
@@ -214,15 +231,8 @@ def _plans(subject: Subject, train: Sequence[str] | None, decode: bool) -> list[
         train = TEXT_BUCKETS if subject.is_text else FIXED_BUCKETS
     for bucket in dict.fromkeys(train):
         rows, positions = _bucket(bucket, subject.is_text)
-        plans.append(
-            _Plan(
-                f"train_{bucket}.onnx",
-                GraphInfo("train", rows, positions),
-                lambda subject, rows=rows, positions=positions: train_graph(
-                    subject, rows, positions
-                ),
-            )
-        )
+        trace = partial(train_graph, rows=rows, positions=positions)
+        plans.append(_Plan(f"train_{bucket}.onnx", GraphInfo("train", rows, positions), trace))
     return plans
 
 
@@ -246,6 +256,17 @@ def _task_of(base: Base) -> ManifestTask:
         f"export: base {base.card.id!r} has no head (its task is {task!r}): put one on with "
         "--num-classes"
     )
+
+
+def _require_head(subject: Subject, merge: Adapter | None) -> None:
+    """Raise for a new head of zeros without LoRA: all logits and gradients would be 0."""
+    if not isinstance(subject.model, Classifier) or NEW_HEAD in subject.layers:
+        return
+    if merge is None and not subject.model.zero_head.weight.any():
+        raise ConfigError(
+            f"export: the new head is zero, and LoRA on it is the head: add {NEW_HEAD} to "
+            "--target-modules"
+        )
 
 
 def _input_shape(

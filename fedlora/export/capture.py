@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,7 +37,7 @@ IDENTITIES = {
 
 def _permuted(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
     """Write t and transpose as a permutation."""
-    x, *exchanged = node.args
+    x, *exchanged = cast(tuple[Any, ...], node.args)
     order = list(range(node.meta["val"].ndim))
     if exchanged or len(order) == 2:
         one, other = exchanged or (0, 1)
@@ -83,7 +83,7 @@ def capture(
         sizes = [
             DimDynamic.DYNAMIC if axis in free else DimDynamic.STATIC for axis in range(tensor.ndim)
         ]
-        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         source = ConstantSource(label)
         return mode.from_tensor(tensor.detach(), source=source, symbolic_context=context)
 
@@ -194,7 +194,8 @@ def _as_arguments(
     pairs: dict[int, tuple[Tensor, Tensor]] = {}
     held: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in model.modules():
-        for holder in (module._parameters, module._buffers):
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for holder in holders:
             for name, tensor in holder.items():
                 if tensor is None:
                     continue
@@ -214,7 +215,7 @@ def _check_axes(fakes: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str
     found: dict[Any, str] = {}
     for name, free in axes.items():
         for axis, label in free.items():
-            size = fakes[name].shape[axis]
+            size: Any = fakes[name].shape[axis]
             expression = size.node.expr if isinstance(size, torch.SymInt) else size
             if isinstance(size, int) or expression.is_number:
                 raise UnsupportedError(

@@ -92,9 +92,10 @@ def _step_transformers(model: Any, inputs: Tensor, past: Cache) -> tuple[Tensor,
 def _cache_of(past: Sequence[tuple[Tensor, Tensor]]) -> Any:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
+    kind: Any = DynamicLayer
     cache = DynamicCache()
     for keys, values in past:
-        layer = DynamicLayer()
+        layer = kind()
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
         cache.layers.append(layer)

@@ -93,7 +93,9 @@ def _convolution_backward(e: Emitter, node: fx.Node, a: SimpleNamespace) -> tupl
     """Gradients of a convolution's input, weight and bias, those that are asked for."""
     wanted = a.output_mask
     if a.transposed or (wanted[1] and a.groups != 1):
-        raise e.unsupported("the gradient of a transposed convolution, or of a grouped one's kernel")
+        raise e.unsupported(
+            "the gradient of a transposed convolution, or of a grouped one's kernel"
+        )
     to_input = _to_input(e, a) if wanted[0] else ""
     to_weight = _to_weight(e, a) if wanted[1] else ""
     to_bias = ""

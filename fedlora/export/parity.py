@@ -27,7 +27,7 @@ Values: TypeAlias = dict[str, npt.NDArray[Any]]
 RANKS = (1, 4, 8, 16)
 # Rows and tokens of a batch for each of these; the base alone comes first.
 SIZES = ((2, 5), (1, 1), (3, 8), (2, 16), (4, 3))
-EFFECT = 0.1  # of a random adapter's factor B: the logits move by about as much as by training
+EFFECT = 0.05  # of a random adapter: B is about as large as trained ones, its scaling folded in
 
 
 def infer_difference(path: Path, subject: Subject, defaults: Mapping[str, Any]) -> float:
@@ -151,9 +151,7 @@ def _factors(adapter: Adapter | None, defaults: Mapping[str, Any]) -> Values:
     return dict(defaults) | ({} if adapter is None else dict(factors_of(adapter)))
 
 
-def _inputs(
-    subject: Subject, rows: int, time: int, *, padded: bool = True
-) -> npt.NDArray[Any]:
+def _inputs(subject: Subject, rows: int, time: int, *, padded: bool = True) -> npt.NDArray[Any]:
     generator = rng(rows, "parity inputs", time)
     if not subject.is_text:
         return generator.normal(size=(rows, *subject.input_shape)).astype(np.float32)

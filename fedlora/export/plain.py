@@ -22,7 +22,9 @@ __all__ = ["plain_forms"]
 @contextmanager
 def plain_forms(model: nn.Module) -> Iterator[None]:
     """Let the model compute with plain operations inside this block; the numbers are the same."""
-    norms = {module: _Norm(module) for module in model.modules() if isinstance(module, RMSNorm)}
+    norms: dict[nn.Module, nn.Module] = {
+        module: _Norm(module) for module in model.modules() if isinstance(module, RMSNorm)
+    }
     # In evaluation torch's own encoder layer would read its children's weights in one call.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:

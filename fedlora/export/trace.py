@@ -93,12 +93,12 @@ def factor_inputs(subject: Subject, *, frozen: bool = False) -> Factors:
     word, rank = ("frozen_rank", FROZEN_RANK) if frozen else ("rank", RANK)
     for path, spec in subject.layers.items():
         name_A, name_B = factor_names(path, frozen=frozen)
-        for name, axis, shape in (
-            (name_A, 0, lambda r, s=spec: (r, *s.in_shape)),
-            (name_B, 1, lambda r, s=spec: (s.out_features, r)),
+        for name, axis, before, after in (
+            (name_A, 0, (), spec.in_shape),
+            (name_B, 1, (spec.out_features,), ()),
         ):
-            examples[name] = torch.zeros(shape(rank))
-            defaults[name] = torch.zeros(shape(1))
+            examples[name] = torch.zeros((*before, rank, *after))
+            defaults[name] = torch.zeros((*before, 1, *after))
             axes[name] = {axis: f"{path}.{word}"}
     return Factors(examples, axes, defaults)
 

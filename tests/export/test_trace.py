@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedlora.adapter import Adapter, LoraConfig, stack
+from fedlora.adapter import Adapter, stack
 from fedlora.bases.registry import cache_home
 from fedlora.errors import ConfigError, UnsupportedError
 from fedlora.export.trace import infer_graph, subject_of, train_graph
@@ -180,7 +180,7 @@ def test_only_core_operations_without_side_effects_are_left(name: str) -> None:
                 assert not str(node.target).endswith("_backward.default"), node
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["many", "tied", "bert"])  # a model of each kind of layer
 def test_tracing_leaves_the_model_as_it_was(name: str) -> None:
     case = CASES[name]
     subject = case.subject()
@@ -274,9 +274,3 @@ def test_fetched_bases(id: str, rows: int, positions: int) -> None:
     for key, gradient in gradients.items():
         limit = 1e-4 * float(gradient.norm())
         assert float((given[key] - gradient).norm()) <= limit, key
-
-
-def test_a_config_for_lora_takes_any_layer_kind() -> None:
-    kinds = {spec.kind for case in CASES.values() for spec in case.subject().layers.values()}
-    assert kinds == {"linear", "conv", "embedding"}
-    assert LoraConfig().target_modules == "all-linear"
