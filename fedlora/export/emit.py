@@ -12,9 +12,9 @@ inputs' shapes while the model runs.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy.typing as npt
 import onnx
@@ -25,6 +25,13 @@ from torch import Tensor, fx
 
 from fedlora.device.manifest import Precision
 from fedlora.errors import UnsupportedError
+from fedlora.export.free_sizes import (
+    fixed_symbol,
+    free_sizes,
+    near_weights,
+    nearest_input,
+    ordered,
+)
 from fedlora.export.onnx_graph import MICROSOFT, OnnxGraph, Size
 from fedlora.export.simplify import Simplified, simplify
 from fedlora.export.traced import Traced
@@ -45,6 +52,7 @@ _TYPES = {
 }
 
 Handler: TypeAlias = Callable[["Emitter", fx.Node, SimpleNamespace], str | tuple[str, ...]]
+Found = TypeVar("Found")
 HANDLERS: dict[str, Handler] = {}  # by the name of the aten operation, without an overload
 
 
@@ -68,17 +76,24 @@ def emit(
     *,
     precision: Precision = "fp32",
     required_factors: bool = False,
+    training: bool | None = None,
 ) -> onnx.ModelProto:
     """Turn a traced function into an ONNX model; the same trace gives the same bytes.
 
     Inputs and outputs have the names of `traced`. Inputs with a default are optional (a graph input
     and an initializer of one name), unless `required_factors`, for runtimes that do not take that.
-    Weights point into the file that `weights` writes.
+    Weights point into the file that `weights` writes. With a precision of "int8" those of linear
+    layers and embeddings are quantized, see `fedlora.export.quantized`; `training` says which of
+    the two forms that module has is wanted (None: training where an output is a gradient).
 
     Raises `UnsupportedError`, which names the operation, for one that has no translation here.
     """
     _load_handlers()
-    emitter = Emitter(traced, weights, precision)
+    if precision not in ("fp32", "int8"):
+        raise UnsupportedError(f"export: precision {precision!r} has no translation; use 'int8'")
+    if training is None:
+        training = any(name.endswith(".grad") for name in traced.outputs)
+    emitter = Emitter(traced, weights, precision, training)
     results = emitter.run()
     graph = emitter.graph
     ends = dict.fromkeys(results)
@@ -86,7 +101,8 @@ def emit(
     nodes, outputs = _with_outputs(nodes, results, emitter)
     defaults = [] if required_factors else _defaults(traced)
     constants = [tensor for name, tensor in graph.constants.items() if name in used]
-    stored = [tensor for name, tensor in emitter.initializers.items() if name in used]
+    # Only now, since whatever asks for an initializer has its numbers written to the file.
+    stored = [weights.initializer(name) for name in emitter.stored if name in used]
     made = helper.make_graph(
         nodes, "fedlora", _inputs(traced), outputs, [*stored, *constants, *defaults]
     )
@@ -101,14 +117,18 @@ def emit(
 class Emitter:
     """The state of one translation: which FX node became which ONNX value."""
 
-    def __init__(self, traced: Traced, weights: BaseWeights, precision: Precision) -> None:
-        self.traced, self.weights, self.precision = traced, weights, precision
+    def __init__(
+        self, traced: Traced, weights: BaseWeights, precision: Precision, training: bool
+    ) -> None:
+        self.traced, self.weights = traced, weights
+        self.precision, self.training = precision, training
         self.graph = OnnxGraph()
-        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.stored: dict[str, None] = {}  # names of weights that were read, in order
         self.simple: Simplified = simplify(traced)
         self.values: dict[fx.Node, str | tuple[str, ...]] = {}
-        self.sources = _free_sizes(traced)
+        self.sources = free_sizes(traced)
         self._current: fx.Node | None = None
+        self._found: dict[str, Any] = {}
 
     # The walk.
 
@@ -121,8 +141,6 @@ class Emitter:
                 self._set(node, next(placeholders))
             elif node in self.simple.constants:
                 self._set(node, self.constant(self.simple.constants[node]))
-            elif node.op == "get_attr":
-                self._set(node, self.weight(self.traced.weights[str(node.target)]))
             elif node.op == "call_function" and isinstance(
                 node.meta.get("val"), Tensor | tuple | list
             ):
@@ -149,7 +167,7 @@ class Emitter:
     def unsupported(self, what: str) -> UnsupportedError:
         """Build the error for something that cannot be translated, and say near which weights."""
         node = self._current
-        near = "" if node is None else _near(node, self.traced)
+        near = "" if node is None else near_weights(node, self.traced)
         return UnsupportedError(
             f"export{near}: {what} has no translation to ONNX; "
             "write that part of the model with other operations, or ask for it to be added"
@@ -158,7 +176,9 @@ class Emitter:
     # Values.
 
     def value(self, node: Any) -> str:
-        """Return the name of a node's value."""
+        """Return the name of a node's value; a weight is asked for when it is first read."""
+        if node.op == "get_attr" and node not in self.values:
+            self._set(node, self.weight(self.traced.weights[str(node.target)]))
         value = self.values[node]
         assert isinstance(value, str)
         return value
@@ -188,11 +208,17 @@ class Emitter:
             self.graph.shapes[result] = self.graph.shapes[name]
         return result
 
+    def cached(self, name: str, find: Callable[[Emitter], Found]) -> Found:
+        """Return what a function finds out about the whole graph, asking it once."""
+        if name not in self._found:
+            self._found[name] = find(self)
+        found: Found = self._found[name]
+        return found
+
     def weight(self, name: str) -> str:
         """Return the name of a base's tensor as it is stored."""
         name = self.weights.name_of(name)
-        if name not in self.initializers:
-            self.initializers[name] = self.weights.initializer(name)
+        self.stored[name] = None
         return name
 
     def call(self, op: str, *inputs: str, **attributes: Any) -> str:
@@ -209,7 +235,7 @@ class Emitter:
             expression = value.node.expr
             value = int(expression) if expression.is_Integer else expression
         if isinstance(value, int) and not isinstance(value, bool):
-            return _baked(value) if _baked(value) in self.sources else value
+            return fixed_symbol(value) if fixed_symbol(value) in self.sources else value
         return value
 
     def shape(self, node: Any) -> tuple[Size, ...]:
@@ -226,7 +252,7 @@ class Emitter:
         kind = type(size).__name__
         op = {"Add": "Add", "Mul": "Mul", "Max": "Max", "Min": "Min"}.get(kind)
         if op is not None:
-            first, *rest = (self.size_tensor(part) for part in _ordered(size))
+            first, *rest = (self.size_tensor(part) for part in ordered(size))
             for part in rest:
                 first = self.call(op, first, part)
             return first
@@ -247,7 +273,7 @@ class Emitter:
         if len(places) == 1 or not all(name in self.traced.defaults for name in places):
             return next(iter(places.items()))
         assert self._current is not None
-        name = _nearest_input(
+        name = nearest_input(
             self._current,
             dict(zip(self._placeholders(), self.traced.inputs, strict=True)),
             set(places),
@@ -303,78 +329,6 @@ def _bound(node: fx.Node) -> SimpleNamespace:
         else:
             bound[argument.name] = argument.default_value if argument.has_default_value() else None
     return SimpleNamespace(**bound)
-
-
-# Free sizes.
-
-
-def _baked(size: int) -> sympy.Symbol:
-    """The symbol of a free size that tracing has fixed to this number."""
-    return sympy.Symbol(f"size_{size}", integer=True, positive=True)
-
-
-def _free_sizes(traced: Traced) -> dict[sympy.Symbol, dict[str, int]]:
-    """For each free size, the inputs that have it, with their axis."""
-    found: dict[sympy.Symbol, dict[str, int]] = {}
-    taken: dict[int, str] = {}
-    placeholders = [node for node in traced.module.graph.nodes if node.op == "placeholder"]
-    for name, node in zip(traced.inputs, placeholders, strict=True):
-        for axis, size in enumerate(node.meta["val"].shape):
-            free = axis in traced.axes.get(name, {})
-            symbolic = isinstance(size, torch.SymInt) and not size.node.expr.is_Integer
-            if symbolic and isinstance(size.node.expr, sympy.Symbol):
-                found.setdefault(size.node.expr, {}).setdefault(name, axis)
-            elif not symbolic and free:
-                found.setdefault(_baked(int(size)), {}).setdefault(name, axis)
-            elif not symbolic:
-                taken.setdefault(int(size), f"{name}, axis {axis}")
-    for name in traced.weights:
-        weight: Any = operator.attrgetter(name)(traced.module)
-        for axis, size in enumerate(weight.shape):
-            taken.setdefault(int(size), f"{traced.weights[name]}, axis {axis}")
-    for size, where in taken.items():
-        if _baked(size) in found:
-            name = next(iter(found[_baked(size)]))
-            raise UnsupportedError(
-                f"export: {name} was traced with a free axis of size {size}, which {where} has too;"
-                " trace with a size that nothing else has"
-            )
-    return found
-
-
-def _ordered(size: Any) -> list[Any]:
-    """The terms of a sum or product in an order that does not depend on hashes."""
-    return sorted(size.args, key=str)
-
-
-def _nearest_input(node: fx.Node, names: Mapping[fx.Node, str], wanted: set[str]) -> str | None:
-    """Find one of the wanted inputs among what a node, then its users, are computed from."""
-    for start in (node, *node.users):
-        queue, seen = [start], {start}
-        for found in queue:
-            if names.get(found) in wanted:
-                return names[found]
-            for source in found.all_input_nodes:
-                if source not in seen:
-                    seen.add(source)
-                    queue.append(source)
-    return None
-
-
-def _near(node: fx.Node, traced: Traced) -> str:
-    """Say where in the model a node is: its module, or the nearest weights before it."""
-    stack = node.meta.get("nn_module_stack")
-    if stack:
-        return f", module {next(reversed(stack.values()))[0]!r}"
-    queue, seen = [node], {node}
-    for found in queue:
-        if found.op == "get_attr" and str(found.target) in traced.weights:
-            return f", after {traced.weights[str(found.target)]!r}"
-        for source in found.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                queue.append(source)
-    return ""
 
 
 # The model around the nodes.

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fedlora.export.emit import Emitter, handles, packet_name
 from fedlora.export.ops_linear import untransposed
 from fedlora.export.ops_shape import rolled
+from fedlora.export.quantized import is_quantized, looked_up
 
 __all__: list[str] = []
 
@@ -18,12 +19,13 @@ __all__: list[str] = []
 @handles("embedding")
 def _embedding(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
     table, turned = untransposed(e, a.weight)
-    ids = e.value(a.indices)
+    ids, count = e.value(a.indices), a.indices.meta["val"].ndim
+    if not turned and is_quantized(e, table):
+        return looked_up(e, table, ids, count)
     if not turned:
         return e.call("Gather", e.value(table), ids, axis=0)
     # LoRA's A (rank, rows): only the columns that are looked up are turned.
     columns = e.call("Gather", e.value(table), ids, axis=1)
-    count = a.indices.meta["val"].ndim
     return e.graph.transpose(columns, [*range(1, count + 1), 0])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from fedlora.export.emit import emit
 from fedlora.nn.llama import Llama, LlamaConfig
 from fedlora.nn.watch_cnn import WatchCNN
 from tests.export.traces import (
+    base,
     base_weights,
     drawn_factors,
     emitted,
@@ -62,21 +64,21 @@ def llama() -> nn.Module:
     return Llama(LlamaConfig(97, 32, 2, 4, 2, 48))
 
 
-def bert() -> nn.Module:
+def bert(size: int = 32) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": size, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = BertConfig(
         vocab_size=97, intermediate_size=48, num_labels=3, attn_implementation="eager", **sizes
     )
     return BertForSequenceClassification(config)
 
 
-def gpt2() -> nn.Module:
+def gpt2(size: int = 32) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=97, n_positions=32, n_embd=32, n_layer=2, n_head=4, use_cache=False,
+        vocab_size=97, n_positions=32, n_embd=size, n_layer=2, n_head=4, use_cache=False,
         attn_implementation="eager", bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return Causal(GPT2LMHeadModel(config))
@@ -251,3 +253,70 @@ def test_nothing_of_the_machine_is_in_the_model() -> None:
     assert not any(node.metadata_props or node.doc_string for node in proto.graph.node)
     assert not proto.doc_string
     assert b".py" not in proto.SerializeToString()
+
+
+QUANTIZED = {
+    "bert": Case(lambda: bert(128), ["query", "value"], TEXT),
+    "gpt-2": Case(lambda: gpt2(128), ["c_attn", "c_fc"], TEXT),
+    "llama": Case(lambda: Llama(LlamaConfig(97, 128, 2, 4, 2, 160)), ["q_proj"], TEXT),
+}
+
+
+def rounded_weights(model: nn.Module, stored: set[str]) -> None:
+    """The slow twin: put the numbers that the integers stand for into torch's model."""
+    for name, weight in base(model).items():
+        if f"{name}.int8" not in stored:
+            continue
+        conv1d = ".c_" in name
+        by_output = weight.T if conv1d else weight
+        scale = by_output.abs().amax(1, keepdim=True) / 127
+        weight.copy_(
+            ((by_output / scale).round() * scale).T
+            if conv1d
+            else (by_output / scale).round() * scale
+        )
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_training_on_int8_is_training_on_the_rounded_base(name: str, tmp_path: Path) -> None:
+    case = QUANTIZED[name]
+    model = case.model()
+    inputs = case.inputs(2, 6)
+    targets = case.labels(model, inputs)
+    path = emitted(model, traced_step(model, inputs, targets), tmp_path, precision="int8")
+    names = {tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer}
+    assert any(name.endswith(".int8") for name in names)
+    running = session(path)
+    rounded_weights(model, names)
+    given = drawn_factors(model, 8)
+    feed = {"inputs": inputs.numpy(), "targets": targets.numpy(), **given}
+    loss, *gradients = running.run(None, feed)
+    tensors = [torch.from_numpy(value) for value in given.values()]
+    expected, *wanted = step_of(model, list(factors(model)), inputs, targets, tensors)
+    assert loss == pytest.approx(expected.item(), rel=FORWARD)
+    scale = max(float(gradient.abs().max()) for gradient in wanted)
+    for found, gradient in zip(gradients, wanted, strict=True):
+        assert np.abs(found - gradient.numpy()).max() <= GRADIENT * scale
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_inference_on_int8_is_near_the_base(name: str, tmp_path: Path) -> None:
+    case = QUANTIZED[name]
+    model = case.model()
+    traced = traced_forward(model, case.inputs(3, 5), case.free)
+    weights = base_weights(model)
+    path = emitted(model, traced, tmp_path, precision="int8")
+    running = session(path)
+    full = sum(array.nbytes for array in weights._arrays.values())
+    stored = sum(
+        int(entry.value)
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "length"
+    )
+    assert stored < 0.4 * full  # a quarter, and scales, biases, norms, a tied table
+    given, inputs = drawn_factors(model, 4), case.inputs(4, 7)
+    (found,) = running.run(None, {"inputs": inputs.numpy(), **given})
+    expected = torch_logits(model, inputs, given)
+    # Weights and activations in 127 steps: errors of about 1/127 of a number's scale, averaged.
+    assert np.abs(found - expected).mean() <= 0.03 * np.abs(expected - expected.mean()).mean()

@@ -1,0 +1,155 @@
+"""A base's weights as int8: stored so, and the products and look-ups that read them.
+
+Symmetric, one scale for each output of a linear layer or row of an embedding: ``w = scale * q``
+with q in -127..127. Weights of products are stored (in, out), whichever way torch has them, since
+that is what an integer product reads; the backward pass reads the same numbers with transB.
+
+Inference quantizes the activations as well, each row by its own largest number, and multiplies
+integers. Training multiplies by the float32 weights that the integers stand for: exact gradients of
+the quantized base. Those weights exist while they are used; the backward pass makes them anew, with
+an explicit zero point, without which ONNX Runtime would see the same computation and keep the first
+result, all weights in float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import fx
+
+from fedlora.export.emit import Emitter, packet_name
+from fedlora.export.onnx_graph import MICROSOFT
+
+__all__ = ["is_quantized", "looked_up", "product"]
+
+LARGEST = 127
+SMALLEST = 1 << 12  # numbers of a weight that is worth it
+TINY = 1e-30  # instead of the largest number of a row of zeros
+
+
+def is_quantized(e: Emitter, node: fx.Node) -> bool:
+    """Return whether a node is a weight that is stored as int8: a matrix of a product, or a table.
+
+    A table that is a head too (tied embeddings) stays float32: it would be needed both ways, and
+    the logits are what its rounding would hurt.
+    """
+    if e.precision != "int8" or node.op != "get_attr":
+        return False
+    name = e.traced.weights.get(str(node.target))
+    if name is None:
+        return False
+    array = e.weights.array(name)
+    if array.ndim != 2 or array.size < SMALLEST or array.dtype != np.float32:
+        return False
+    tables, factors = e.cached("uses", _uses)
+    stored = _stored_name(e, node)
+    return (stored in tables) != (stored in factors)
+
+
+def product(
+    e: Emitter, x: str, weight: fx.Node, turned: int, bias: str = "", *, beta: float = 1.0
+) -> str:
+    """``x @ W + beta * bias`` for rows x and a quantized W; turned: ``x @ W.T``."""
+    quantized, scale = _stored(e, weight)
+    # As it is stored, (in, out), in a forward pass; its transposition in a backward one.
+    forward = bool(turned) != _is_conv1d(e, weight)
+    if e.training or not forward:
+        zero = "" if forward else _zeros(e, scale)
+        inputs = (quantized, scale, zero) if zero else (quantized, scale)
+        whole = e.call("DequantizeLinear", *inputs, axis=1)
+        if bias and beta != 1.0:
+            bias = e.call("Mul", bias, e.tensor(beta, torch.float32))
+        if not forward:
+            return e.call("Gemm", x, whole, *((bias,) if bias else ()), transB=1)
+        # Not MatMul or Gemm: after DequantizeLinear ONNX Runtime (1.31) turns those into a product
+        # that rounds the activations too, and keeps a copy of the weights for it.
+        result = e.call("FusedMatMul", x, whole, domain=MICROSOFT)
+        return e.call("Add", result, bias) if bias else result
+    last, one = e.graph.axes(-1), torch.float32
+    largest = e.call("ReduceMax", e.call("Abs", x), last, keepdims=1)
+    largest = e.call("Max", largest, e.tensor(TINY, one))
+    rows, step, zero = e.graph.call_many(
+        "DynamicQuantizeLinear", e.call("Div", x, largest), outputs=3
+    )
+    whole_numbers = e.call("MatMulInteger", rows, quantized, zero)
+    scaled = e.call("Mul", e.cast(whole_numbers, torch.int32, one), e.call("Mul", step, scale))
+    result = e.call("Mul", scaled, largest)
+    if bias and beta != 1.0:
+        bias = e.call("Mul", bias, e.tensor(beta, one))
+    return e.call("Add", result, bias) if bias else result
+
+
+def looked_up(e: Emitter, weight: fx.Node, ids: str, ids_rank: int) -> str:
+    """Rows (*ids, size) of a quantized table, in float32."""
+    quantized, scale = _stored(e, weight)
+    is_head = not _is_table(e, weight)  # whose rows the loss looks up
+    rows = e.call("Gather", quantized, ids, axis=int(is_head))
+    if is_head:
+        rows = e.call("Transpose", rows, perm=[*range(1, ids_rank + 1), 0])
+    scales = e.call("Unsqueeze", e.call("Gather", scale, ids, axis=0), e.graph.axes(-1))
+    return e.call("Mul", e.cast(rows, torch.int8, torch.float32), scales)
+
+
+def _stored(e: Emitter, weight: fx.Node) -> tuple[str, str]:
+    """Names of a weight's integers, (in, out) or (rows, size) of a table, and of their scales."""
+    name = _stored_name(e, weight)
+    quantized, scale = f"{name}.int8", f"{name}.scale"
+    if quantized not in e.weights:
+        array = e.weights.array(name)
+        numbers, scales = _rounded(array.T if _is_conv1d(e, weight) else array)
+        e.weights.add(quantized, numbers if _is_table(e, weight) else numbers.T)
+        e.weights.add(scale, scales)
+    return e.weight(quantized), e.weight(scale)
+
+
+def _stored_name(e: Emitter, weight: fx.Node) -> str:
+    return e.weights.name_of(e.traced.weights[str(weight.target)])
+
+
+def _is_table(e: Emitter, weight: fx.Node) -> bool:
+    return _stored_name(e, weight) in e.cached("uses", _uses)[0]
+
+
+def _is_conv1d(e: Emitter, weight: fx.Node) -> bool:
+    """Whether a weight is (in, out), as transformers' Conv1D has it, not (out, in)."""
+    return _stored_name(e, weight) in e.cached("conv1d", _conv1d)
+
+
+def _rounded(
+    rows: npt.NDArray[np.generic],
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Round each row to multiples of its largest number / 127; rows of zeros have the scale 1."""
+    scales = np.abs(rows).max(1).astype(np.float32) / np.float32(LARGEST)
+    scales[scales == 0] = 1
+    numbers = np.rint(rows / scales[:, None]).clip(-LARGEST, LARGEST).astype(np.int8)
+    return numbers, scales
+
+
+def _zeros(e: Emitter, scale: str) -> str:
+    return e.graph.constant(np.zeros(e.weights.array(scale).shape, np.int8))
+
+
+def _uses(e: Emitter) -> tuple[set[str], set[str]]:
+    """The names of the weights that embeddings look up, and of those in products."""
+    tables: set[str] = set()
+    factors: set[str] = set()
+    for node in e.traced.module.graph.nodes:
+        if node.op != "get_attr" or str(node.target) not in e.traced.weights:
+            continue
+        name = e.weights.name_of(e.traced.weights[str(node.target)])
+        for user in node.users:
+            is_table = packet_name(user) == "embedding" and user.args[0] is node
+            (tables if is_table else factors).add(name)
+    return tables, factors
+
+
+def _conv1d(e: Emitter) -> set[str]:
+    """The names of the weights (in, out): of products with a bias, without a transposition."""
+    found = set()
+    for node in e.traced.module.graph.nodes:
+        if node.op == "call_function" and packet_name(node) == "addmm":
+            weight = node.args[2]
+            if weight.op == "get_attr" and str(weight.target) in e.traced.weights:
+                found.add(_stored_name(e, weight))
+    return found
