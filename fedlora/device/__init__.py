@@ -1,7 +1,7 @@
 """On the device: a bundle served and trained with ONNX Runtime alone, without torch.
 
-`Session` serves it, `Trainer` trains on it. The names below are imported when they are asked for, so that what is here and
-needs no ONNX Runtime, the manifest, can be imported without it.
+`Session` serves it, `Trainer` trains on it. The names below are imported when they are asked for,
+so that what is here and needs no ONNX Runtime, the manifest, can be imported without it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ inputs' shapes while the model runs.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, TypeAlias, TypeVar
 
@@ -25,6 +25,13 @@ from torch import Tensor, fx
 
 from fedlora.device.manifest import Precision
 from fedlora.errors import UnsupportedError
+from fedlora.export.free_sizes import (
+    fixed_symbol,
+    free_sizes,
+    near_weights,
+    nearest_input,
+    ordered,
+)
 from fedlora.export.onnx_graph import MICROSOFT, OnnxGraph, Size
 from fedlora.export.simplify import Simplified, simplify
 from fedlora.export.traced import Traced
@@ -119,7 +126,7 @@ class Emitter:
         self.stored: dict[str, None] = {}  # names of weights that were read, in order
         self.simple: Simplified = simplify(traced)
         self.values: dict[fx.Node, str | tuple[str, ...]] = {}
-        self.sources = _free_sizes(traced)
+        self.sources = free_sizes(traced)
         self._current: fx.Node | None = None
         self._found: dict[str, Any] = {}
 
@@ -160,7 +167,7 @@ class Emitter:
     def unsupported(self, what: str) -> UnsupportedError:
         """Build the error for something that cannot be translated, and say near which weights."""
         node = self._current
-        near = "" if node is None else _near(node, self.traced)
+        near = "" if node is None else near_weights(node, self.traced)
         return UnsupportedError(
             f"export{near}: {what} has no translation to ONNX; "
             "write that part of the model with other operations, or ask for it to be added"
@@ -228,7 +235,7 @@ class Emitter:
             expression = value.node.expr
             value = int(expression) if expression.is_Integer else expression
         if isinstance(value, int) and not isinstance(value, bool):
-            return _baked(value) if _baked(value) in self.sources else value
+            return fixed_symbol(value) if fixed_symbol(value) in self.sources else value
         return value
 
     def shape(self, node: Any) -> tuple[Size, ...]:
@@ -245,7 +252,7 @@ class Emitter:
         kind = type(size).__name__
         op = {"Add": "Add", "Mul": "Mul", "Max": "Max", "Min": "Min"}.get(kind)
         if op is not None:
-            first, *rest = (self.size_tensor(part) for part in _ordered(size))
+            first, *rest = (self.size_tensor(part) for part in ordered(size))
             for part in rest:
                 first = self.call(op, first, part)
             return first
@@ -266,7 +273,7 @@ class Emitter:
         if len(places) == 1 or not all(name in self.traced.defaults for name in places):
             return next(iter(places.items()))
         assert self._current is not None
-        name = _nearest_input(
+        name = nearest_input(
             self._current,
             dict(zip(self._placeholders(), self.traced.inputs, strict=True)),
             set(places),
@@ -322,78 +329,6 @@ def _bound(node: fx.Node) -> SimpleNamespace:
         else:
             bound[argument.name] = argument.default_value if argument.has_default_value() else None
     return SimpleNamespace(**bound)
-
-
-# Free sizes.
-
-
-def _baked(size: int) -> sympy.Symbol:
-    """The symbol of a free size that tracing has fixed to this number."""
-    return sympy.Symbol(f"size_{size}", integer=True, positive=True)
-
-
-def _free_sizes(traced: Traced) -> dict[sympy.Symbol, dict[str, int]]:
-    """For each free size, the inputs that have it, with their axis."""
-    found: dict[sympy.Symbol, dict[str, int]] = {}
-    taken: dict[int, str] = {}
-    placeholders = [node for node in traced.module.graph.nodes if node.op == "placeholder"]
-    for name, node in zip(traced.inputs, placeholders, strict=True):
-        for axis, size in enumerate(node.meta["val"].shape):
-            free = axis in traced.axes.get(name, {})
-            symbolic = isinstance(size, torch.SymInt) and not size.node.expr.is_Integer
-            if symbolic and isinstance(size.node.expr, sympy.Symbol):
-                found.setdefault(size.node.expr, {}).setdefault(name, axis)
-            elif not symbolic and free:
-                found.setdefault(_baked(int(size)), {}).setdefault(name, axis)
-            elif not symbolic:
-                taken.setdefault(int(size), f"{name}, axis {axis}")
-    for name in traced.weights:
-        weight: Any = operator.attrgetter(name)(traced.module)
-        for axis, size in enumerate(weight.shape):
-            taken.setdefault(int(size), f"{traced.weights[name]}, axis {axis}")
-    for size, where in taken.items():
-        if _baked(size) in found:
-            name = next(iter(found[_baked(size)]))
-            raise UnsupportedError(
-                f"export: {name} was traced with a free axis of size {size}, which {where} has too;"
-                " trace with a size that nothing else has"
-            )
-    return found
-
-
-def _ordered(size: Any) -> list[Any]:
-    """The terms of a sum or product in an order that does not depend on hashes."""
-    return sorted(size.args, key=str)
-
-
-def _nearest_input(node: fx.Node, names: Mapping[fx.Node, str], wanted: set[str]) -> str | None:
-    """Find one of the wanted inputs among what a node, then its users, are computed from."""
-    for start in (node, *node.users):
-        queue, seen = [start], {start}
-        for found in queue:
-            if names.get(found) in wanted:
-                return names[found]
-            for source in found.all_input_nodes:
-                if source not in seen:
-                    seen.add(source)
-                    queue.append(source)
-    return None
-
-
-def _near(node: fx.Node, traced: Traced) -> str:
-    """Say where in the model a node is: its module, or the nearest weights before it."""
-    stack = node.meta.get("nn_module_stack")
-    if stack:
-        return f", module {next(reversed(stack.values()))[0]!r}"
-    queue, seen = [node], {node}
-    for found in queue:
-        if found.op == "get_attr" and str(found.target) in traced.weights:
-            return f", after {traced.weights[str(found.target)]!r}"
-        for source in found.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                queue.append(source)
-    return ""
 
 
 # The model around the nodes.
