@@ -262,6 +262,10 @@ def _check_files(manifest: Manifest, path: Path) -> None:
             type(size) is int and 0 < size < 1 << 31 for size in sizes
         ):
             raise FormatError(f"{path}: {name}: expected a kind and sizes, found {shown(graph)}")
+        if type(graph.difference) not in (float, int):
+            raise FormatError(
+                f"{path}: {name}: expected a difference to torch, found {shown(graph.difference)}"
+            )
         if graph.kind == "train" and graph.rows is None:
             raise FormatError(f"{path}: {name}: expected the rows of a train graph, found none")
     for name, info in manifest.files.items():
