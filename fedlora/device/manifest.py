@@ -64,6 +64,7 @@ __all__ = [
     "sha256_of",
     "verify_files",
     "write_manifest",
+    "zero_factors",
 ]
 
 VERSION = 1
@@ -150,6 +151,14 @@ def factors_of(adapter: Adapter, *, frozen: bool = False) -> Iterator[tuple[str,
         name_A, name_B = factor_names(path, frozen=frozen)
         yield name_A, np.ascontiguousarray(layer.A)
         yield name_B, np.ascontiguousarray(layer.B * np.float32(layer.scaling))
+
+
+def zero_factors(manifest: Manifest, *, frozen: bool = False) -> Iterator[tuple[str, Array]]:
+    """Yield (input name, zeros of rank 1): the base, for graphs that have no defaults."""
+    for path, spec in manifest.layers.items():
+        name_A, name_B = factor_names(path, frozen=frozen)
+        yield name_A, np.zeros((1, *spec.in_shape), np.float32)
+        yield name_B, np.zeros((spec.out_features, 1), np.float32)
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
