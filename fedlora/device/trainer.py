@@ -64,7 +64,7 @@ class Trainer:
     def fit(
         self,
         batches: Iterable[Batch],
-        config: TrainConfig,
+        config: TrainConfig = TrainConfig(local_epochs=1),  # noqa: B008 - frozen
         *,
         init: Adapter | None = None,
         frozen: Adapter | None = None,
@@ -77,9 +77,10 @@ class Trainer:
         """Train an adapter from `init` on, one optimizer step a batch; `init` stays as it is.
 
         Everything is as in `fedlora.nn.train_local`, but for LoRA's own dropout, which no train
-        graph has. init: of any ranks, on any of the bundle's layers; None: as the manifest says,
-        drawn from `seed`. frozen: an adapter that is added to the base and not trained. The same
-        call gives the same bytes as long as `threads` is the same.
+        graph has; without a `config`, one AdamW step of 1e-3 for each batch. init: of any ranks, on
+        any of the bundle's layers; None: as the manifest says, drawn from `seed`. frozen: an
+        adapter that is added to the base and not trained. The same call gives the same bytes as
+        long as `threads` is the same.
 
         Raises `BaseMismatchError`, `LayerMismatchError`, `ShapeMismatchError` and
         `UnsupportedError` (DoRA) for an adapter that does not fit, and `BaseMismatchError` where

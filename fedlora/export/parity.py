@@ -43,7 +43,9 @@ def infer_difference(path: Path, subject: Subject, defaults: Mapping[str, Any]) 
         feed = {"inputs": inputs} | _factors(adapter, defaults)
         with _injected(subject.model, adapter), torch.no_grad():
             expected = logits_of(subject.model, torch.from_numpy(inputs), masked=masked).numpy()
-        found.append(_difference(session.run(["logits"], feed)[0], expected))
+        # Behind a text nobody reads a language model, and its rounding is at its worst there.
+        read = inputs != 0 if subject.task == "next-token" else np.ones(len(inputs), np.bool_)
+        found.append(_difference(session.run(["logits"], feed)[0][read], expected[read]))
     return _largest(found)
 
 

@@ -178,6 +178,14 @@ def test_without_an_adapter_it_starts_as_everyone_does(classifier: HandMade) -> 
     assert first.adapter.base == about.base
 
 
+def test_without_a_config_it_takes_usual_steps(classifier: HandMade) -> None:
+    batches = examples(classifier, 3, 16)
+    found = Trainer(classifier.folder).fit(batches)
+    usual = Trainer(classifier.folder).fit(batches, TrainConfig(local_steps=3))
+    assert found.steps == 3
+    assert found.adapter.fingerprint() == usual.adapter.fingerprint()
+
+
 def test_the_same_training_gives_the_same_bytes(language: HandMade) -> None:
     init = language.adapter(rank=4)
     batches = examples(language, 6, 5)

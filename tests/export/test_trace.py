@@ -261,13 +261,16 @@ def test_fetched_bases(id: str, rows: int, positions: int) -> None:
     graph, step = infer_graph(subject), train_graph(subject, rows, positions)
     # Both graphs; measured 20 s and 70 s of processor time.
     assert clock.process_time() - start < 180
-    adapter = random_adapter(subject, 4, seed=1, size=0.05).normalized()
+    adapter = random_adapter(subject, 4, seed=1, size=0.0125).normalized()
     inputs = random_inputs(case, rows, positions)
     targets = random_targets(case, inputs, 4)
     found = run(graph, {"inputs": inputs}, [(adapter, False)])["logits"]
     expected = injected_logits(subject.model, adapter, case, inputs)
-    # Logits of SmolLM2 go up to 30.
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    # SmolLM2's own float32 logits, up to 37, are 2e-4 from its float64 ones where there are tokens,
+    # and further behind them.
+    real = inputs != 0 if case.task == "next-token" else slice(None)
+    limit = 1e-5 * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found[real], expected[real], rtol=0, atol=limit)
     given = run(step, {"inputs": inputs, "targets": targets}, [(adapter, False)])
     loss, gradients = step_of(subject.model, adapter, None, case, inputs, targets)
     torch.testing.assert_close(given.pop("loss"), loss, rtol=1e-5, atol=1e-5)
