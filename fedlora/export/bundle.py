@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fedlora.adapter import Adapter, LoraConfig
 from fedlora.data.text import TokenizerLike, load_tokenizer
 from fedlora.device.manifest import (
+    BASE_DATA,
     MANIFEST,
     TOKENIZER,
     FileInfo,
@@ -44,7 +45,7 @@ from fedlora.export.parity import decode_difference, infer_difference, train_dif
 from fedlora.export.trace import Subject, example, infer_graph, subject_of, train_graph
 from fedlora.export.traced import Traced
 from fedlora.export.weights import BaseWeights
-from fedlora.files import replace_folder
+from fedlora.files import replace_folder, require_replaceable
 from fedlora.nn.classifier import NEW_HEAD, Classifier
 from fedlora.nn.load import Base, load_base
 from fedlora.targets import select_targets
@@ -136,6 +137,10 @@ def export_bundle(
     if not again and (there := _already(out, planned, tokenizer)) is not None:
         report(f"{out} is this bundle already; --again writes it anew")
         return there
+    # Graphs that the new bundle does not have are an old bundle's, if there is one.
+    owned = ("*.onnx", TOKENIZER) if (out / MANIFEST).is_file() else ()
+    files = {*planned.graphs, BASE_DATA, MANIFEST} | ({TOKENIZER} if tokenizer else set())
+    require_replaceable(out, files, owned)
     made: list[Manifest] = []
 
     def build(folder: Path) -> None:
@@ -144,8 +149,6 @@ def export_bundle(
                 stack.enter_context(merged_into(model, merge, fingerprint))
             made.append(_build(folder, subject, plans, planned, tokenizer, report))
 
-    # Graphs that the new bundle does not have are an old bundle's, if there is one.
-    owned = ("*.onnx", TOKENIZER) if (out / MANIFEST).is_file() else ()
     replace_folder(out, build, owned=owned)
     return made[0]
 

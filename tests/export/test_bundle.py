@@ -300,8 +300,10 @@ def test_a_new_head_of_zeros_needs_lora(tmp_path: Path) -> None:
 def test_somebody_elses_files_are_not_lost(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("years of work")
+    said: list[str] = []
     with pytest.raises(RunError, match=r"thesis\.txt"):
-        export_bundle(small(), tmp_path / "b", train=["2"])
+        export_bundle(small(), tmp_path / "b", train=["2"], report=said.append)
+    assert said == [], "before any work"
     assert (tmp_path / "b" / "thesis.txt").read_text() == "years of work"
 
 
