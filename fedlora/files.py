@@ -20,7 +20,14 @@ from pathlib import Path
 
 from fedlora.errors import RunError
 
-__all__ = ["interrupted_folder", "lock_file", "replace_folder", "sync_folder", "write_atomic"]
+__all__ = [
+    "interrupted_folder",
+    "lock_file",
+    "replace_folder",
+    "require_replaceable",
+    "sync_folder",
+    "write_atomic",
+]
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes, *, mode: int | None = None) -> None:
@@ -69,12 +76,11 @@ def replace_folder(
     with _named_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _recover(target)
-        if target.exists() and not target.is_dir():
-            raise RunError(f"{target}: expected a folder to write, found a file; name another path")
+        _require_folder(target)
         fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
         try:
             build(fresh)
-            _check_owned(target, {entry.name for entry in fresh.iterdir()}, owned)
+            require_replaceable(target, {entry.name for entry in fresh.iterdir()}, owned)
             _sync_tree(fresh)
             fresh.chmod(0o777 & ~_umask() if mode is None else mode)
             old = interrupted_folder(target)
@@ -87,6 +93,25 @@ def replace_folder(
             raise
         sync_folder(target.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def require_replaceable(
+    target: str | os.PathLike[str], names: Collection[str], owned: Collection[str] = ()
+) -> None:
+    """Raise the `RunError` with which `replace_folder` refuses to lose what is in `target`.
+
+    names: of the new folder's entries. For who has long work before it.
+    """
+    target = Path(target)
+    _require_folder(target)
+    for entry in sorted(target.iterdir()) if target.exists() else ():
+        known = entry.name in names and entry.is_file() and not entry.is_symlink()
+        if not known and not any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in owned):
+            raise RunError(
+                f"{target}: expected a new or empty folder, or one with only "
+                f"{', '.join(sorted(names))}, found {entry.name!r}, which would be lost; "
+                "write to another folder or move it away"
+            )
 
 
 def interrupted_folder(target: str | os.PathLike[str]) -> Path:
@@ -133,17 +158,9 @@ def _recover(target: Path) -> None:
             os.rename(old, target)
 
 
-def _check_owned(target: Path, names: set[str], owned: Collection[str]) -> None:
-    if not target.exists():
-        return
-    for entry in sorted(target.iterdir()):
-        known = entry.name in names and entry.is_file() and not entry.is_symlink()
-        if not known and not any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in owned):
-            raise RunError(
-                f"{target}: expected a new or empty folder, or one with only "
-                f"{', '.join(sorted(names))}, found {entry.name!r}, which would be lost; "
-                "write to another folder or move it away"
-            )
+def _require_folder(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise RunError(f"{target}: expected a folder to write, found a file; name another path")
 
 
 @contextlib.contextmanager

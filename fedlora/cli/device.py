@@ -23,6 +23,7 @@ from fedlora.training import TrainConfig
 if TYPE_CHECKING:
     from fedlora.device.manifest import Manifest
     from fedlora.device.owner_data import OwnerData
+    from fedlora.device.runtime import OpenBundle
     from fedlora.device.session import Session
 
 __all__ = ["app"]
@@ -297,9 +298,9 @@ def personalize(
     config = TrainConfig(local_steps=steps, learning_rate=learning_rate, batch_size=batch_size)
     store = Store.open(state)
     with store.lock():
-        examples = _owner_data(store, data, client, held_out)
         # One mapping of the base for both.
         bundle = open_bundle(store.bundle, threads=threads, low_memory=low_memory)
+        examples = _owner_data(bundle, data, client, held_out)
         done = train(
             store,
             Session(bundle),
@@ -346,8 +347,8 @@ def evaluate(
     from fedlora.device.session import Session
 
     store = Store.open(state)
-    examples = _owner_data(store, data, client, held_out)
     session = Session(store.bundle, threads=threads, low_memory=low_memory)
+    examples = _owner_data(session.bundle, data, client, held_out)
     found = evaluate_all(store, session, examples)
     if as_json:
         count = len(examples.held_out)
@@ -402,12 +403,13 @@ def _adapter(store: Store, which: Which) -> Adapter | None:
     return found
 
 
-def _owner_data(store: Store, data: str, client: str | None, held_out: float) -> OwnerData:
+def _owner_data(bundle: OpenBundle, data: str, client: str | None, held_out: float) -> OwnerData:
+    from fedlora.device.manifest import TOKENIZER
     from fedlora.device.owner_data import read_owner_data
 
-    return read_owner_data(
-        data, store.bundle, _manifest(store), client=client, held_out_share=held_out
-    )
+    about = bundle.manifest
+    tokenizer = bundle.tokenizer() if TOKENIZER in about.files else None
+    return read_owner_data(data, tokenizer, about, client=client, held_out_share=held_out)
 
 
 def _serving(status: Status) -> str:
@@ -422,12 +424,18 @@ def _described(entry: GlobalEntry | PersonalEntry | None) -> str:
         if entry.provenance:
             words.append(json.dumps(entry.provenance, ensure_ascii=False, sort_keys=True))
         return "; ".join(words)
-    if "after" in entry.metrics:
-        before, after = (entry.metrics[when]["loss"] for when in ("before", "after"))
-        words.append(f"held-out loss {after:.4f} (before: {before:.4f})")
+    before, after = (_loss(entry.metrics.get(when)) for when in ("before", "after"))
+    if before and after:
+        words.append(f"held-out loss {after} (before: {before})")
     if entry.stale:
         words.append("stale: another global adapter was installed since")
     return "; ".join(words)
+
+
+def _loss(measures: Any) -> str:
+    """Return the loss among a state's measures, none where whoever wrote them had none."""
+    loss = measures.get("loss") if isinstance(measures, dict) else None
+    return f"{loss:.4f}" if isinstance(loss, int | float) else ""
 
 
 def _print_measures(found: Mapping[str, Mapping[str, float]]) -> None:

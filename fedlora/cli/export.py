@@ -37,7 +37,7 @@ def export(
         str | None,
         typer.Option(
             help="Training steps: ROWSxTOKENS for text, ROWS for other inputs, or none. "
-            "[default: 8x32,8x64 or 16]"
+            "[default: 8x32,8x64 or 16; none with --merge]"
         ),
     ] = None,
     quantize: Annotated[

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.data.examples import IGNORED, Examples
-from fedlora.errors import ConfigError, DataError, MissingExtraError
+from fedlora.errors import ConfigError, DataError, FormatError, MissingExtraError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,8 +38,8 @@ def load_tokenizer(source: TokenizerLike) -> Tokenizer:
     """Return a tokenizer from a tokenizer.json, its folder, or a tokenizer object.
 
     One that pads or cuts (a file may say so, as that of all-MiniLM-L6-v2 does) is copied without
-    that: here lengths are data. Raises `MissingExtraError` without the package tokenizers, and
-    `ConfigError`.
+    that: here lengths are data. Raises `MissingExtraError` without the package tokenizers,
+    `FormatError` for a damaged file, and `ConfigError`.
     """
     try:
         from tokenizers import Tokenizer
@@ -54,7 +54,11 @@ def load_tokenizer(source: TokenizerLike) -> Tokenizer:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise ConfigError(f"tokenizer: expected the file {path}, found none")
-        return _plain(Tokenizer.from_file(str(path)))
+        try:
+            return _plain(Tokenizer.from_file(str(path)))
+        except Exception as error:  # its errors have no class of their own
+            text = " ".join(str(error).split())[:120]
+            raise FormatError(f"{path}: expected a tokenizer, found {text}") from None
     tokenizer = getattr(source, "backend_tokenizer", source)
     if not isinstance(tokenizer, Tokenizer):
         raise ConfigError(

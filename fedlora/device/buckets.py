@@ -18,7 +18,7 @@ from fedlora.data.examples import IGNORED
 from fedlora.device.manifest import GraphInfo, Manifest
 from fedlora.errors import ConfigError, DataError
 
-__all__ = ["Piece", "pieces_of"]
+__all__ = ["Batch", "Piece", "pieces_of", "require_targets"]
 
 Batch: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
@@ -66,6 +66,19 @@ def pieces_of(batch: Batch, manifest: Manifest) -> list[Piece]:
         weight = int(counted[rows].sum()) / total
         pieces.append(_piece(name, graphs[name], inputs[rows], targets[rows], weight))
     return pieces
+
+
+def require_targets(targets: npt.NDArray[Any], manifest: Manifest, where: str) -> None:
+    """Raise `DataError` for a target that is no token or class of the bundle, nor -100.
+
+    Numbers are looked up by these: a negative one would count from the end.
+    """
+    wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= manifest.outputs))]
+    if wrong.size:
+        raise DataError(
+            f"{where}: expected 0 to {manifest.outputs - 1}, or {IGNORED} where not counted, "
+            f"found {wrong[0]}"
+        )
 
 
 def _plan(
@@ -174,13 +187,7 @@ def _checked(batch: Batch, manifest: Manifest) -> tuple[npt.NDArray[Any], npt.ND
             f"a batch's targets: expected {expected_shape} int64, found {targets.shape} "
             f"{targets.dtype}"
         )
-    # A graph looks numbers up by these: a negative one would count from the end.
-    wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= manifest.outputs))]
-    if wrong.size:
-        raise DataError(
-            f"a batch's targets: expected 0 to {manifest.outputs - 1}, or {IGNORED} where not "
-            f"counted, found {wrong[0]}"
-        )
+    require_targets(targets, manifest, "a batch's targets")
     if ids and inputs.size and inputs.min() < 0:
         raise DataError(f"a batch's inputs: expected token ids >= 0, found {inputs.min()}")
     return inputs.astype(manifest.input_dtype, copy=False), targets.astype(np.int64, copy=False)

@@ -47,7 +47,7 @@ from fedlora.adapter import Adapter, Array, LoraConfig
 from fedlora.errors import DigestMismatchError, FormatError
 from fedlora.files import write_atomic
 from fedlora.formats.packed import config_from_json, config_to_json
-from fedlora.formats.strict_json import parse_json, pretty_json, shown
+from fedlora.formats.strict_json import is_digest, is_text, parse_json, pretty_json, shown
 from fedlora.targets import LayerSpec
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "sha256_of",
     "verify_files",
     "write_manifest",
+    "zero_factors",
 ]
 
 VERSION = 1
@@ -71,7 +72,6 @@ MANIFEST, BASE_DATA, TOKENIZER = "manifest.json", "base.onnx.data", "tokenizer.j
 GraphKind = Literal["infer", "decode", "train"]
 Precision = Literal["fp32", "int8", "int4"]
 _GRAPH_FILE = re.compile(r"infer\.onnx|decode\.onnx|train_\d+(x\d+)?\.onnx")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +150,14 @@ def factors_of(adapter: Adapter, *, frozen: bool = False) -> Iterator[tuple[str,
         name_A, name_B = factor_names(path, frozen=frozen)
         yield name_A, np.ascontiguousarray(layer.A)
         yield name_B, np.ascontiguousarray(layer.B * np.float32(layer.scaling))
+
+
+def zero_factors(manifest: Manifest, *, frozen: bool = False) -> Iterator[tuple[str, Array]]:
+    """Yield (input name, zeros of rank 1): the base, for graphs that have no defaults."""
+    for path, spec in manifest.layers.items():
+        name_A, name_B = factor_names(path, frozen=frozen)
+        yield name_A, np.zeros((1, *spec.in_shape), np.float32)
+        yield name_B, np.zeros((spec.out_features, 1), np.float32)
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
@@ -262,6 +270,10 @@ def _check_files(manifest: Manifest, path: Path) -> None:
             type(size) is int and 0 < size < 1 << 31 for size in sizes
         ):
             raise FormatError(f"{path}: {name}: expected a kind and sizes, found {shown(graph)}")
+        if type(graph.difference) not in (float, int):
+            raise FormatError(
+                f"{path}: {name}: expected a difference to torch, found {shown(graph.difference)}"
+            )
         if graph.kind == "train" and graph.rows is None:
             raise FormatError(f"{path}: {name}: expected the rows of a train graph, found none")
     for name, info in manifest.files.items():
@@ -269,23 +281,19 @@ def _check_files(manifest: Manifest, path: Path) -> None:
             raise FormatError(f"{path}: files: a bundle has no file {name[:80]!r}")
         if type(info.num_bytes) is not int or info.num_bytes < 0:
             raise FormatError(f"{path}: {name}: expected its size, found {shown(info.num_bytes)}")
-        if not isinstance(info.sha256, str) or not _DIGEST.fullmatch(info.sha256):
+        if not is_digest(info.sha256):
             raise FormatError(f"{path}: {name}: expected its SHA-256, found {shown(info.sha256)}")
     if BASE_DATA not in manifest.files or not manifest.graphs:
         raise FormatError(f"{path}: expected {BASE_DATA} and at least one graph, found none")
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
-
-
 def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(_is_text(one) for one in value)
+    return isinstance(value, list) and len(value) > 0 and all(is_text(one) for one in value)
 
 
 _FIELDS: dict[str, tuple[str, Any]] = {
-    "base": ("a fingerprint", _is_text),
-    "base_id": ("a name", _is_text),
+    "base": ("a fingerprint", is_text),
+    "base_id": ("a name", is_text),
     "task": ("next-token or classification", lambda v: v in ("next-token", "classification")),
     "layers": ("an object with at least one layer", lambda v: isinstance(v, dict) and bool(v)),
     "lora": ("an object", lambda v: isinstance(v, dict)),
@@ -300,9 +308,9 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "labels": ("a list of texts or null", lambda v: v is None or _is_texts(v)),
     "precision": ("fp32, int8 or int4", lambda v: v in get_args(Precision)),
     "web": ("true or false", lambda v: isinstance(v, bool)),
-    "merged": ("a fingerprint or null", lambda v: v is None or _is_text(v)),
+    "merged": ("a fingerprint or null", lambda v: v is None or is_text(v)),
     "made_by": (
         "an object of texts",
-        lambda v: isinstance(v, dict) and all(_is_text(x) for x in v.values()),
+        lambda v: isinstance(v, dict) and all(is_text(x) for x in v.values()),
     ),
 }

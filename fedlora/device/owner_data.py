@@ -17,18 +17,17 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedlora.data import Examples, load_data
-from fedlora.data.text import encode_messages, load_tokenizer
+from fedlora.data.text import TokenizerLike, encode_messages, load_tokenizer
+from fedlora.device.buckets import require_targets
 from fedlora.device.manifest import Manifest
 from fedlora.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from fedlora.imports import is_function
 
 __all__ = ["OwnerData", "read_inputs", "read_messages", "read_owner_data"]
 
@@ -45,7 +44,7 @@ class OwnerData:
 
 def read_owner_data(
     source: str,
-    bundle: Path,
+    tokenizer: TokenizerLike,
     manifest: Manifest,
     *,
     client: str | None = None,
@@ -53,7 +52,8 @@ def read_owner_data(
 ) -> OwnerData:
     """Read a file, or one client of a data set that `fedlora data list` names.
 
-    bundle: its tokenizer encodes text. A message is cut to the longest row of a train graph.
+    tokenizer: the bundle's, as `load_data` takes it; None where the bundle has none. A message is
+    cut to the longest row of a train graph.
 
     Raises `DataError` for data that cannot be read, is not of the bundle's kind or too little to
     hold some of it out; `ConfigError` for options that do not go together; `UnknownNameError`.
@@ -61,12 +61,15 @@ def read_owner_data(
     if not 0 < held_out_share < 1:
         raise ConfigError(f"held-out share: expected a share in (0, 1), found {held_out_share}")
     path = Path(source)
-    if client is not None or not path.exists():
-        data = _of_client(source, client, bundle, manifest, held_out_share)
+    is_file = path.exists() or (not is_function(source) and bool(path.suffix or path.parts[1:]))
+    if client is None and is_file and not path.exists():
+        raise DataError(f"{source}: expected a file, found none")
+    if client is not None or not is_file:
+        data = _of_client(source, client, tokenizer, manifest, held_out_share)
     elif path.suffix == ".npz":
         data = _halves(_read_arrays(path, manifest), held_out_share)
     else:
-        data = _of_messages(read_messages(path), bundle, manifest, held_out_share, source)
+        data = _of_messages(read_messages(path), tokenizer, manifest, held_out_share, source)
     for part, word in ((data.train, "train on"), (data.held_out, "hold out")):
         if len(part) == 0:
             raise DataError(f"{source}: expected examples to {word}, found none; give more data")
@@ -103,10 +106,12 @@ def read_inputs(path: Path, manifest: Manifest) -> npt.NDArray[Any]:
 
 
 def _of_client(
-    source: str, client: str | None, bundle: Path, manifest: Manifest, held_out_share: float
+    source: str,
+    client: str | None,
+    tokenizer: TokenizerLike,
+    manifest: Manifest,
+    held_out_share: float,
 ) -> OwnerData:
-    # Only text asks for a tokenizer, and only a bundle of text has one.
-    tokenizer = bundle if manifest.input_dtype == "int64" else None
     data = load_data(
         source,
         task=manifest.task,
@@ -125,7 +130,7 @@ def _of_client(
 
 def _of_messages(
     messages: Sequence[str],
-    bundle: Path,
+    tokenizer: TokenizerLike,
     manifest: Manifest,
     held_out_share: float,
     source: str,
@@ -135,10 +140,10 @@ def _of_messages(
             f"{source}: this bundle's task is {manifest.task}: expected a .npz file with inputs "
             "and targets, found text"
         )
-    tokenizer: Tokenizer = load_tokenizer(bundle)
+    loaded = load_tokenizer(tokenizer)
     middle = int(round((1 - held_out_share) * len(messages), 6))
     train, held_out = (
-        encode_messages(part, tokenizer, _longest(manifest))
+        encode_messages(part, loaded, _longest(manifest))
         for part in (messages[:middle], messages[middle:])
     )
     return OwnerData(train, held_out)
@@ -163,13 +168,10 @@ def _read_arrays(path: Path, manifest: Manifest) -> Examples:
     targets = found["targets"]
     if targets.dtype.kind not in "iu":
         raise DataError(f"{path}: targets: expected whole numbers, found {targets.dtype}")
-    if targets.size and not -100 <= targets.min() <= targets.max() < manifest.outputs:
-        raise DataError(
-            f"{path}: targets: expected numbers below {manifest.outputs}, found "
-            f"{targets.min()} to {targets.max()}"
-        )
+    require_targets(targets, manifest, f"{path}: targets")
+    inputs = _checked_inputs(found["inputs"], manifest, path)
     try:
-        return Examples(_checked_inputs(found["inputs"], manifest, path), targets)
+        return Examples(inputs, targets)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
-
-import numpy.typing as npt
+from typing import Protocol, TypeAlias
 
 from fedlora.adapter import Adapter
 from fedlora.data import draw_batches
+from fedlora.device.buckets import Batch
 from fedlora.device.owner_data import OwnerData
 from fedlora.device.scoring import Scored, evaluate
 from fedlora.store import Store
@@ -22,7 +21,6 @@ from fedlora.training import TrainConfig, TrainResult
 __all__ = ["Personalized", "Swapped", "Trains", "evaluate_all", "personalize"]
 
 Measures: TypeAlias = Mapping[str, float]
-Batch: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
 
 class Swapped(Scored, Protocol):

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fedlora.data.text import load_tokenizer
 from fedlora.device.manifest import (
     BASE_DATA,
     TOKENIZER,
@@ -250,12 +251,10 @@ def _changed(path: Path, info: FileInfo) -> DigestMismatchError:
 
 
 def _parse_tokenizer(data: bytes, path: Path) -> Tokenizer:
-    from fedlora.data.text import load_tokenizer
-
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise MissingExtraError("reading text", "text") from error
+        raise MissingExtraError("reading text on a device", "device") from error
     try:
         return load_tokenizer(Tokenizer.from_str(data.decode("utf-8")))
     except (KeyboardInterrupt, SystemExit):

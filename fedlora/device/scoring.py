@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -16,13 +15,13 @@ import numpy.typing as npt
 
 from fedlora.adapter import Array
 from fedlora.data.examples import IGNORED, Examples, eval_batches
+from fedlora.device.buckets import require_targets
 from fedlora.device.manifest import Manifest
 from fedlora.errors import DataError, NonFiniteError
 from fedlora.metrics import means_of
 
 __all__ = ["Scored", "classification_sums", "evaluate", "next_token_sums"]
 
-Batch: TypeAlias = Mapping[str, npt.NDArray[Any]]
 Targets: TypeAlias = npt.NDArray[np.int64]
 
 SCORED_LOGITS = 1 << 22  # at once: 16 MB, and as much again for their exponentials
@@ -61,6 +60,9 @@ def evaluate(session: Scored, examples: Examples, who: str = "evaluate") -> dict
         )
     per_row = about.outputs if by_token else 1
     positions = max(1, min(POSITIONS, SCORED_LOGITS // per_row)) if examples.is_text else POSITIONS
+    require_targets(examples.targets, about, f"{who}: targets")
+    if (examples.targets == IGNORED).all():
+        raise DataError(f"{who}: expected a target that counts, found {IGNORED} everywhere")
     sums: Counter[str] = Counter()
     for batch in eval_batches(examples, positions):
         logits = session.run(batch["inputs"])
@@ -104,8 +106,11 @@ def next_token_sums(
 def classification_sums(logits: Array, targets: Targets) -> dict[str, float]:
     """Sums of nats, examples and examples whose most probable class is the right one.
 
-    logits: (rows, classes); targets: (rows,). As `fedlora.nn.tasks.classification_score`.
+    logits: (rows, classes); targets: (rows,), -100 where not counted. As
+    `fedlora.nn.tasks.classification_score`.
     """
+    counted = targets != IGNORED
+    logits, targets = logits[counted], targets[counted]
     return {
         "nats": float(_nats(logits, targets).sum()),
         "examples": float(len(targets)),

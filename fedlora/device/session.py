@@ -30,7 +30,7 @@ from fedlora.adapter import Adapter, Array
 from fedlora.data.text import encode_classes
 from fedlora.device.decoding import Decoder
 from fedlora.device.generate import generate
-from fedlora.device.manifest import Manifest, factor_names, factors_of
+from fedlora.device.manifest import Manifest, factor_names, factors_of, zero_factors
 from fedlora.device.runtime import OpenBundle, open_bundle, run_graph
 from fedlora.device.suggest import Suggestion, Words, suggest
 from fedlora.errors import (
@@ -94,7 +94,7 @@ class Session:
         low_memory: bool = False,
     ) -> None:
         self.bundle = open_bundle(bundle, threads=threads, low_memory=low_memory)
-        self._base = _Loaded(None, _zeros(self.manifest) if self.manifest.web else {})
+        self._base = _Loaded(None, dict(zero_factors(self.manifest)) if self.manifest.web else {})
         self._active = self._base
         self._named: dict[str, _Loaded] = {}
         self._words: Words | None = None
@@ -340,13 +340,3 @@ def check_adapter(adapter: Adapter, manifest: Manifest) -> None:
                 f"layer {path!r}: expected {spec.kind} {spec.in_shape} -> {spec.out_features}, "
                 f"found {layer.kind} {layer.in_shape} -> {layer.out_features}"
             )
-
-
-def _zeros(manifest: Manifest) -> dict[str, Array]:
-    """Return the base itself for graphs whose factors have no defaults: zeros of rank 1."""
-    feeds = {}
-    for path, spec in manifest.layers.items():
-        name_A, name_B = factor_names(path)
-        feeds[name_A] = np.zeros((1, *spec.in_shape), np.float32)
-        feeds[name_B] = np.zeros((spec.out_features, 1), np.float32)
-    return feeds

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fedlora.adapter import Adapter, Array
 from fedlora.device.buckets import Batch, Piece, pieces_of
-from fedlora.device.manifest import Manifest, factor_names, factors_of
+from fedlora.device.manifest import Manifest, factor_names, factors_of, zero_factors
 from fedlora.device.optimizers import add_proximal, clip, optimizer_of
 from fedlora.device.runtime import OpenBundle, one_line, open_bundle, ort
 from fedlora.device.session import check_adapter
@@ -169,7 +169,9 @@ class _State:
             raise ConfigError("Trainer.fit: the rule trains magnitude only, and there is none")
         row = pack(init, form.segments)
         gradient = np.zeros_like(row)
-        fed = dict(_defaults(manifest)) if manifest.web else {}
+        fed: dict[str, Array] = {}
+        if manifest.web:
+            fed |= {**dict(zero_factors(manifest)), **dict(zero_factors(manifest, frozen=True))}
         fed |= dict(factors_of(init))
         if frozen is not None:
             fed |= dict(factors_of(frozen, frozen=True))
@@ -236,15 +238,6 @@ def _require_fitting(adapter: Adapter, manifest: Manifest, who: str) -> None:
         check_adapter(adapter, manifest)
     except AdapterError as error:
         raise type(error)(f"{who}: {error}") from None
-
-
-def _defaults(manifest: Manifest) -> Iterable[tuple[str, Array]]:
-    """Yield the zeros that a bundle for browsers must be fed where there is no adapter."""
-    for path, spec in manifest.layers.items():
-        for frozen in (False, True):
-            name_A, name_B = factor_names(path, frozen=frozen)
-            yield name_A, np.zeros((1, *spec.in_shape), np.float32)
-            yield name_B, np.zeros((spec.out_features, 1), np.float32)
 
 
 def _shift(correction: npt.ArrayLike, form: RowForm) -> Array:

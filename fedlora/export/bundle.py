@@ -6,21 +6,25 @@ versions; where such a one is there already, nothing is done.
 
 from __future__ import annotations
 
+import hashlib
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import onnx
+import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import Adapter, LoraConfig
+from fedlora.data.text import TokenizerLike, load_tokenizer
 from fedlora.device.manifest import (
+    BASE_DATA,
     MANIFEST,
     TOKENIZER,
     FileInfo,
@@ -38,10 +42,10 @@ from fedlora.export.decode import decode_graph
 from fedlora.export.emit import emit
 from fedlora.export.merged import merged_into
 from fedlora.export.parity import decode_difference, infer_difference, train_difference
-from fedlora.export.trace import Subject, infer_graph, subject_of, train_graph
+from fedlora.export.trace import Subject, example, infer_graph, subject_of, train_graph
 from fedlora.export.traced import Traced
 from fedlora.export.weights import BaseWeights
-from fedlora.files import replace_folder
+from fedlora.files import replace_folder, require_replaceable
 from fedlora.nn.classifier import NEW_HEAD, Classifier
 from fedlora.nn.load import Base, load_base
 from fedlora.targets import select_targets
@@ -76,7 +80,7 @@ def export_bundle(
     lora: LoraConfig | None = None,
     train: Sequence[str] | None = None,
     precision: Precision = "fp32",
-    decode: bool | None = None,
+    decode: bool = False,
     web: bool = False,
     merge: Adapter | None = None,
     task: ManifestTask | None = None,
@@ -89,10 +93,10 @@ def export_bundle(
 
     base: what `load_base` takes, or what it returned. lora: the layers that take factors, and how
     an adapter starts. train: train graphs, "8x32" for 8 rows of 32 tokens, "16" for 16 rows of a
-    fixed shape; None: 8x32 and 8x64, or 16; (): none. decode: a graph that writes text. web:
-    factors are required inputs. merge: an adapter that goes into the weights. task, num_classes,
-    input_shape (of one example that is not text): where the base does not say them. again: even
-    if the bundle is there already. report is given lines about the progress.
+    fixed shape; None: 8x32 and 8x64, or 16, or with merge none; (): none. decode: a graph that
+    writes text. web: factors are required inputs. merge: an adapter that goes into the weights.
+    task, num_classes, input_shape (of one example that is not text): where the base does not say
+    them. again: even if the bundle is there already. report is given lines about the progress.
 
     Raises `UnsupportedError` for DoRA, whose graphs would need the whole weight, and for what has
     no translation; `ConfigError` for options that do not fit the base; `RunError` when a graph of
@@ -111,7 +115,8 @@ def export_bundle(
     model, fingerprint = loaded.model, loaded.card.fingerprint
     subject = subject_of(model, select_targets(loaded.card.layers, lora), task, shape)
     _require_head(subject, merge)
-    plans = _plans(subject, train, bool(decode))
+    _require_inputs(subject)
+    plans = _plans(subject, _train_of(train, merge, subject), decode)
     planned = Manifest(
         base=fingerprint,
         base_id=loaded.card.id,
@@ -128,10 +133,14 @@ def export_bundle(
         merged=None if merge is None else merge.fingerprint(),
         made_by=_versions(),
     )
-    tokenizer = loaded.tokenizer if isinstance(loaded.tokenizer, Path) else None
+    tokenizer = _tokenizer_file(loaded.tokenizer)
     if not again and (there := _already(out, planned, tokenizer)) is not None:
         report(f"{out} is this bundle already; --again writes it anew")
         return there
+    # Graphs that the new bundle does not have are an old bundle's, if there is one.
+    owned = ("*.onnx", TOKENIZER) if (out / MANIFEST).is_file() else ()
+    files = {*planned.graphs, BASE_DATA, MANIFEST} | ({TOKENIZER} if tokenizer else set())
+    require_replaceable(out, files, owned)
     made: list[Manifest] = []
 
     def build(folder: Path) -> None:
@@ -140,8 +149,6 @@ def export_bundle(
                 stack.enter_context(merged_into(model, merge, fingerprint))
             made.append(_build(folder, subject, plans, planned, tokenizer, report))
 
-    # Graphs that the new bundle does not have are an old bundle's, if there is one.
-    owned = ("*.onnx", TOKENIZER) if (out / MANIFEST).is_file() else ()
     replace_folder(out, build, owned=owned)
     return made[0]
 
@@ -151,7 +158,7 @@ def _build(
     subject: Subject,
     plans: Sequence[_Plan],
     planned: Manifest,
-    tokenizer: Path | None,
+    tokenizer: bytes | None,
     report: Report,
 ) -> Manifest:
     arrays = {name: tensor.numpy() for name, tensor in tensors_of(subject.model).items()}
@@ -175,13 +182,13 @@ def _build(
             planned = replace(planned, outputs=int(outputs[0].meta["val"].shape[-1]))  # type: ignore[index,union-attr]
     weights.write(folder)
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        (folder / TOKENIZER).write_bytes(tokenizer)
     graphs = {}
     for plan in plans:
         found = _difference(folder / plan.file, plan, subject, ends[plan.file], planned.web)
         report(f"{plan.file}: differs from torch by {found:.1e}")
         limit = TRAIN_LIMIT if plan.info.kind == "train" else INFER_LIMIT
-        if not found <= limit and planned.precision == "fp32":
+        if not isfinite(found) or (found > limit and planned.precision == "fp32"):
             raise RunError(
                 f"{plan.file}: expected at most {limit:g} between ONNX Runtime and torch, found "
                 f"{found:.2g}; the bundle is not written"
@@ -223,12 +230,35 @@ def _difference(path: Path, plan: _Plan, subject: Subject, ends: _Ends, web: boo
     return decode_difference(path, subject, empty, defaults)
 
 
-def _plans(subject: Subject, train: Sequence[str] | None, decode: bool) -> list[_Plan]:
+def _tokenizer_file(source: TokenizerLike) -> bytes | None:
+    """Return the tokenizer.json of what `load_data` takes, None where there is none."""
+    if source is None:
+        return None
+    if isinstance(source, str | Path):
+        path = Path(source)
+        return (path / TOKENIZER if path.is_dir() else path).read_bytes()
+    return load_tokenizer(source).to_str(pretty=True).encode()
+
+
+def _train_of(
+    train: Sequence[str] | None, merge: Adapter | None, subject: Subject
+) -> Sequence[str]:
+    """Return the train graphs that are asked for, or usual; a merged bundle takes no adapter."""
+    if merge is None:
+        usual = TEXT_BUCKETS if subject.is_text else FIXED_BUCKETS
+        return usual if train is None else train
+    if train:
+        raise ConfigError(
+            "export: --merge goes without --train: a bundle with an adapter in its weights takes "
+            "no other, and so trains none; export the base as well"
+        )
+    return ()
+
+
+def _plans(subject: Subject, train: Sequence[str], decode: bool) -> list[_Plan]:
     plans = [_Plan("infer.onnx", GraphInfo("infer"), infer_graph)]
     if decode:
         plans.append(_Plan("decode.onnx", GraphInfo("decode"), decode_graph))
-    if train is None:
-        train = TEXT_BUCKETS if subject.is_text else FIXED_BUCKETS
     for bucket in dict.fromkeys(train):
         rows, positions = _bucket(bucket, subject.is_text)
         trace = partial(train_graph, rows=rows, positions=positions)
@@ -269,6 +299,20 @@ def _require_head(subject: Subject, merge: Adapter | None) -> None:
         )
 
 
+def _require_inputs(subject: Subject) -> None:
+    """Run the model once: what it says of inputs that it does not take is its own."""
+    inputs = example(subject, 2, 3)
+    try:
+        with torch.no_grad():
+            subject.model(inputs)
+    except Exception as error:  # a model's forward may raise anything
+        text = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"export: {type(subject.model).__name__} cannot run on inputs of shape "
+            f"{tuple(inputs.shape)} ({inputs.dtype}): {text}; is --input-shape right?"
+        ) from error
+
+
 def _input_shape(
     model: nn.Module, given: tuple[int, ...] | None, task: ManifestTask
 ) -> tuple[int, ...]:
@@ -289,7 +333,7 @@ def _input_shape(
     )
 
 
-def _already(out: Path, planned: Manifest, tokenizer: Path | None) -> Manifest | None:
+def _already(out: Path, planned: Manifest, tokenizer: bytes | None) -> Manifest | None:
     """Return the manifest of the bundle in `out` if it is what would be written, and undamaged."""
     try:
         there = read_manifest(out)
@@ -298,7 +342,7 @@ def _already(out: Path, planned: Manifest, tokenizer: Path | None) -> Manifest |
         return None
     graphs = {name: replace(graph, difference=0.0) for name, graph in there.graphs.items()}
     digest = there.files[TOKENIZER].sha256 if TOKENIZER in there.files else None
-    same = digest == (None if tokenizer is None else sha256_of(tokenizer))
+    same = digest == (None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest())
     plain = replace(there, graphs=graphs, files={}, outputs=0)
     # A config that went through JSON has lists where tuples were.
     return there if same and _plain(plain) == _plain(planned) else None

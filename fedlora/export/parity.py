@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,7 +20,7 @@ from fedlora.nn.inject import inject_lora, load_adapter_into, lora_modules, remo
 from fedlora.nn.tasks import NOT_COUNTED, get_task, logits_of
 from fedlora.randomness import rng
 
-__all__ = ["decode_difference", "infer_difference", "train_difference", "vocabulary_of"]
+__all__ = ["decode_difference", "infer_difference", "train_difference"]
 
 Values: TypeAlias = dict[str, npt.NDArray[Any]]
 
@@ -46,7 +46,7 @@ def infer_difference(path: Path, subject: Subject, defaults: Mapping[str, Any]) 
         # Behind a text nobody reads a language model, and its rounding is at its worst there.
         read = inputs != 0 if subject.task == "next-token" else np.ones(len(inputs), np.bool_)
         found.append(_difference(session.run(["logits"], feed)[0][read], expected[read]))
-    return max(found)
+    return _largest(found)
 
 
 def decode_difference(
@@ -71,7 +71,7 @@ def decode_difference(
             done += part
             found.append(_difference(logits, whole[:, done - 1]))
             past = dict(zip(past, present, strict=True))
-    return max(found)
+    return _largest(found)
 
 
 def train_difference(
@@ -100,10 +100,10 @@ def train_difference(
         distance = np.sqrt(sum(float(np.square(a - b, dtype=np.float64).sum()) for a, b in pairs))
         norm = np.sqrt(sum(float(np.square(b, dtype=np.float64).sum()) for _, b in pairs))
         found.append(float(distance / max(norm, 1e-12)))
-    return max(found)
+    return _largest(found)
 
 
-def vocabulary_of(model: nn.Module) -> int:
+def _vocabulary_of(model: nn.Module) -> int:
     """Return how many token ids a text model knows: the rows of its first embedding."""
     asked = getattr(getattr(model, "config", None), "vocab_size", None)
     if isinstance(asked, int):
@@ -119,8 +119,12 @@ def _session(path: Path) -> ort.InferenceSession:
 
 
 def _difference(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    largest = max(1.0, float(np.abs(expected).max()))
-    return float(np.abs(found - expected).max()) / largest
+    return float(np.abs(found - expected).max()) / max(1.0, float(np.abs(expected).max()))
+
+
+def _largest(found: Sequence[float]) -> float:
+    """Return the largest number, NaN if there is one: Python's max would pass over it."""
+    return float(np.max(found))
 
 
 @contextmanager
@@ -157,7 +161,7 @@ def _inputs(subject: Subject, rows: int, time: int, *, padded: bool = True) -> n
     generator = rng(rows, "parity inputs", time)
     if not subject.is_text:
         return generator.normal(size=(rows, *subject.input_shape)).astype(np.float32)
-    ids = generator.integers(1, vocabulary_of(subject.model), (rows, time))
+    ids = generator.integers(1, _vocabulary_of(subject.model), (rows, time))
     lengths = generator.integers(1, time + 1, rows)
     lengths[0] = time
     return np.where(np.arange(time) < lengths[:, None], ids, 0) if padded else ids

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx
 
 from fedlora.errors import UnsupportedError
-from fedlora.export.loss_head import without_one_hot
 from fedlora.export.traced import Traced
 
 __all__ = ["Simplified", "simplify"]
@@ -42,7 +41,6 @@ def simplify(traced: Traced) -> Simplified:
     graph.output(graph.graph_copy(traced.module.graph, val_map={}))
     _make_functional(graph)
     _drop_copies(graph)
-    without_one_hot(graph, traced.weights)
     constants = _folded(graph, traced)
     _drop_dead(graph)
     return Simplified(graph, constants)

@@ -23,7 +23,15 @@ from fedlora.nn.layers import is_bare_linear
 from fedlora.nn.tasks import NOT_COUNTED, hidden_and_head, logits_of
 from fedlora.targets import LayerSpec
 
-__all__ = ["Subject", "by_path", "factor_inputs", "infer_graph", "subject_of", "train_graph"]
+__all__ = [
+    "Subject",
+    "by_path",
+    "example",
+    "factor_inputs",
+    "infer_graph",
+    "subject_of",
+    "train_graph",
+]
 
 # Sizes of free axes while a graph is recorded: such as no layer of a model has.
 BATCH, TIME, PAST, RANK, FROZEN_RANK = 3, 11, 17, 29, 31
@@ -106,7 +114,7 @@ def factor_inputs(subject: Subject, *, frozen: bool = False) -> Factors:
 def infer_graph(subject: Subject) -> Traced:
     """Trace inputs (batch, time) int64 or (batch, *input_shape) float32 to the logits."""
     factors = factor_inputs(subject)
-    inputs = _example(subject, BATCH, TIME)
+    inputs = example(subject, BATCH, TIME)
     free = {0: "batch", 1: "time"} if subject.is_text else {0: "batch"}
     with with_factors(subject.model, subject.layers) as wrappers, plain_forms(subject.model):
 
@@ -134,7 +142,7 @@ def train_graph(subject: Subject, rows: int, positions: int | None = None) -> Tr
     """
     model, factors = subject.model, factor_inputs(subject)
     frozen = factor_inputs(subject, frozen=True)
-    inputs = _example(subject, rows, positions or 0)
+    inputs = example(subject, rows, positions or 0)
     shape = inputs.shape if subject.task == "next-token" else inputs.shape[:1]
     targets = torch.zeros(shape, dtype=torch.int64)
     if subject.task == "next-token":
@@ -163,7 +171,8 @@ def train_graph(subject: Subject, rows: int, positions: int | None = None) -> Tr
         )
 
 
-def _example(subject: Subject, rows: int, positions: int) -> Tensor:
+def example(subject: Subject, rows: int, positions: int) -> Tensor:
+    """Return inputs such as the graphs of a subject take, of ones or zeros."""
     if subject.is_text:
         return torch.ones((rows, positions), dtype=torch.int64)
     return torch.zeros((rows, *subject.input_shape), dtype=subject.input_dtype)

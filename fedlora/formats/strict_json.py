@@ -14,7 +14,15 @@ from typing import Any, NoReturn
 
 from fedlora.errors import FormatError
 
-__all__ = ["canonical_json", "is_label", "parse_json", "pretty_json", "shown"]
+__all__ = [
+    "canonical_json",
+    "is_digest",
+    "is_label",
+    "is_text",
+    "parse_json",
+    "pretty_json",
+    "shown",
+]
 
 # Counted before parsing, in strings too; they keep a file of a megabyte from costing a second.
 _LIMITS = (
@@ -28,6 +36,7 @@ _REPR = reprlib.Repr()
 _REPR.maxlist = _REPR.maxdict = _REPR.maxtuple = 10
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 _REPR.maxlevel = 3
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _SURROGATE = re.compile(rb"\\u[dD][89abAB]", re.IGNORECASE)
 
 
@@ -87,6 +96,16 @@ def _dump(value: Any, **layout: Any) -> bytes:
 def is_label(value: Any) -> bool:
     """Whether a value is None or a short text that can be shown, such as a fingerprint."""
     return value is None or (isinstance(value, str) and len(value) <= 256 and value.isprintable())
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a short text that can be shown, and not empty."""
+    return isinstance(value, str) and bool(value) and is_label(value)
+
+
+def is_digest(value: Any) -> bool:
+    """Whether a value is a SHA-256 in hexadecimal digits."""
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def shown(value: Any) -> str:

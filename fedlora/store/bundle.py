@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.errors import DigestMismatchError, FormatError
-from fedlora.formats.strict_json import parse_json, shown
+from fedlora.formats.strict_json import is_digest, is_text, parse_json, shown
 from fedlora.formats.tensors import read_bytes
-from fedlora.store.status import is_digest, is_text
 
 __all__ = [
     "MANIFEST",

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from fedlora.errors import FormatError
-from fedlora.formats.strict_json import is_label, parse_json, pretty_json, shown
+from fedlora.formats.strict_json import is_digest, is_text, parse_json, pretty_json, shown
 
 __all__ = [
     "BundleEntry",
     "GlobalEntry",
     "PersonalEntry",
     "Status",
-    "is_digest",
-    "is_text",
     "read_status",
     "status_bytes",
 ]
 
 VERSION = 1
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _AGAIN = "it was changed or damaged; make a new state with fedlora device init"
 
 
@@ -119,16 +115,6 @@ def _entry(kind: type[T], value: Any, where: str) -> T:
         if not _FITS[name](about):
             raise FormatError(f"{where}: {name}: unexpected value {shown(about)}: {_AGAIN}")
     return kind(**value)
-
-
-def is_digest(value: Any) -> bool:
-    """Whether a value is a SHA-256 in hexadecimal digits."""
-    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
-
-
-def is_text(value: Any) -> bool:
-    """Whether a value is a short text that can be shown."""
-    return isinstance(value, str) and bool(value) and is_label(value)
 
 
 def _is_count(value: Any) -> bool:

@@ -178,7 +178,8 @@ REFUSED = {
         ["state has none", "fedlora device personalize"],
     ),
     "not a language model": (["suggest", "hello"], 2, ["found one for classification"]),
-    "no data": (["personalize", "--data", "nothing.txt"], 2, ["unknown data set 'nothing.txt'"]),
+    "no data": (["personalize", "--data", "nothing.txt"], 1, ["nothing.txt: expected a file"]),
+    "no data set": (["personalize", "--data", "watches"], 2, ["unknown data set 'watches'"]),
     "a client of nobody": (
         ["personalize", "--data", "watch", "--client", "9"], 2, ["unknown client of watch '9'"],
     ),
@@ -216,6 +217,27 @@ def test_a_refusal_is_one_line_and_changes_nothing(
     for text in texts:
         assert text in err
     assert Path("state", "state.json").read_bytes() == before
+
+
+def test_a_changed_tokenizer_encodes_no_data(run, language: HandMade) -> None:
+    Path("messages.txt").write_text("the cat sat on the mat\n" * 30)
+    assert run("init", "--bundle", language.folder, "--state", "state")[0] == 0
+    path = Path("state", "bundle", "tokenizer.json")
+    for found in (path.read_bytes() + b" ", b'{"x":'):
+        path.write_bytes(found)
+        for command in ("personalize", "evaluate"):
+            code, out, err = run(command, "--data", "messages.txt")
+            assert (code, out, err.count("\n")) == (1, "", 1)
+            assert "tokenizer.json: expected" in err
+            assert "the bundle is damaged" in err
+
+
+def test_other_peoples_numbers_are_shown_as_far_as_they_are_known(run, prepared: HandMade) -> None:
+    for metrics in ({}, {"after": 3}, {"before": {}, "after": {"loss": "x"}}):
+        Store.open("state").commit_personal(fl.load_adapter("good.safetensors"), metrics)
+        code, out, err = run("status")
+        assert (code, err) == (0, "")
+        assert "held-out" not in out
 
 
 def test_a_busy_state_is_one_line(run, prepared: HandMade) -> None:

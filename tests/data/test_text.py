@@ -14,7 +14,7 @@ from fedlora.bases import tokenizer_file
 from fedlora.data import IGNORED
 from fedlora.data.chitchat import ENDINGS, ending, split
 from fedlora.data.text import encode_classes, encode_messages, load_tokenizer, separator_id
-from fedlora.errors import ConfigError, DataError
+from fedlora.errors import ConfigError, DataError, FormatError
 
 
 def test_a_message_stands_between_two_separators(tokenizer: Tokenizer) -> None:
@@ -147,5 +147,8 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(ConfigError, match=r"tokenizers\.Tokenizer, found int"):
         load_tokenizer(3)
+    (tmp_path / "tokenizer.json").write_text('{"x":')
+    with pytest.raises(FormatError, match=r"tokenizer\.json: expected a tokenizer, found"):
+        load_tokenizer(tmp_path)
     with pytest.raises(ConfigError, match=r"expected one of the tokens <\|endoftext\|>"):
         separator_id(Tokenizer(models.BPE()))

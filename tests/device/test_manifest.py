@@ -96,6 +96,7 @@ def test_a_link_out_of_the_bundle_is_refused(bundle: Path, tmp_path_factory: Any
         ("layers", {"a": {"kind": "linear"}}, "expected the key 'in_shape'"),
         ("graphs", {"../infer.onnx": {"kind": "infer"}}, "expected one of the bundle"),
         ("graphs", {"infer.onnx": {"kind": "serve"}}, "expected a kind"),
+        ("graphs", {"infer.onnx": {"kind": "infer", "difference": "0"}}, "a difference to torch"),
         ("graphs", {"train_8x32.onnx": {"kind": "train"}}, "expected the rows"),
         ("files", {"base.onnx.data": {"sha256": "00", "num_bytes": 1}}, "expected one of the"),
         ("input_shape", [0], "input_shape: expected a list of sizes"),

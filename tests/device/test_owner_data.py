@@ -95,7 +95,8 @@ def arrays(**changed: Any) -> dict[str, Any]:
 
 BAD_ARRAYS = {
     "no targets": (arrays(targets=None), "expected arrays 'inputs' and 'targets', found inputs"),
-    "class": (arrays(targets=np.full(10, 3)), "targets: expected numbers below 3, found 3 to 3"),
+    "class": (arrays(targets=np.full(10, 3)), "targets: expected 0 to 2, or -100 where not"),
+    "negative class": (arrays(targets=np.full(10, -1)), "targets: expected 0 to 2, or -100"),
     "fractions": (arrays(targets=np.zeros(10)), "targets: expected whole numbers, found float64"),
     "width": (arrays(inputs=np.zeros((10, 5))), "inputs: expected (n, 6) float32, found (10, 5)"),
     "texts": (arrays(inputs=np.full((10, 6), "x")), "inputs: expected (n, 6) float32"),
@@ -113,8 +114,12 @@ def test_arrays_that_do_not_fit_are_one_line(
 ) -> None:
     path = tmp_path / "own.npz"
     np.savez(path, **values)
-    with raises(DataError, str(path), text):
+    with pytest.raises(DataError) as caught:
         read_owner_data(str(path), classifier.folder, classifier.manifest)
+    message = str(caught.value)
+    assert text in message
+    assert message.startswith(str(path))
+    assert (message.count(str(path)), message.count("\n")) == (1, 0)
 
 
 def test_what_is_no_data_is_one_line(
@@ -132,8 +137,10 @@ def test_what_is_no_data_is_one_line(
         path.write_bytes(data)
         with raises(DataError, str(path), text):
             read_owner_data(str(path), made.folder, made.manifest)
-    with raises(UnknownNameError, "unknown data set", "chitchat"):
+    with raises(DataError, "messages.txt: expected a file, found none"):
         read_owner_data("messages.txt", language.folder, language.manifest)
+    with raises(UnknownNameError, "unknown data set 'messages'", "chitchat"):
+        read_owner_data("messages", language.folder, language.manifest)
     with raises(ConfigError, "expected one of its 10 clients, named by --client, such as 1_left"):
         read_owner_data("watch", classifier.folder, classifier.manifest)
     with raises(ConfigError, "for 'classification', found 'next-token'"):

@@ -129,6 +129,26 @@ def test_large_logits_do_not_overflow() -> None:
     assert classification_sums(logits, np.array([1]))["nats"] == pytest.approx(2e30)
 
 
+def test_a_row_without_a_class_does_not_count() -> None:
+    examples, model = features(), Table(False)
+    kept = np.arange(0, len(examples), 2)
+    targets = np.full(len(examples), -100)
+    targets[kept] = examples.targets[kept]
+    session = Fake(FEATURES, model)
+    expected = evaluate(session, examples.take(kept))
+    assert evaluate(session, Examples(examples.inputs, targets)) == pytest.approx(expected)
+
+
+def test_targets_that_are_no_class_are_refused() -> None:
+    """A negative one would count from the end of the logits."""
+    inputs, session = features().inputs, Fake(FEATURES, Table(False))
+    for wrong in (-1, CLASSES):
+        with raises(DataError, f"me: targets: expected 0 to {CLASSES - 1}, or -100", f"{wrong}"):
+            evaluate(session, Examples(inputs, np.full(len(inputs), wrong)), "me")
+    with raises(DataError, "me: expected a target that counts, found -100 everywhere"):
+        evaluate(session, Examples(inputs, np.full(len(inputs), -100)), "me")
+
+
 def test_what_cannot_be_evaluated_is_refused() -> None:
     session = Fake(TEXT, Table(True))
     with raises(DataError, "me: expected held-out examples to evaluate on, found none"):

@@ -12,10 +12,20 @@ import torch
 from torch import nn
 
 from fedlora.adapter import Adapter, LoraConfig
+from fedlora.bases.registry import tokenizer_file
+from fedlora.data.text import load_tokenizer
 from fedlora.device.manifest import Manifest, factors_of, read_manifest, verify_files
-from fedlora.errors import BaseMismatchError, ConfigError, RunError, UnsupportedError
+from fedlora.errors import (
+    BaseMismatchError,
+    ConfigError,
+    LayerMismatchError,
+    RunError,
+    UnsupportedError,
+)
 from fedlora.export import bundle as module
+from fedlora.export import parity
 from fedlora.export.bundle import export_bundle
+from fedlora.export.trace import subject_of
 from fedlora.nn import (
     Base,
     extract_adapter,
@@ -150,7 +160,8 @@ def test_a_merged_bundle_holds_the_adapter_in_its_weights(variant: str, tmp_path
     adapter = extract_adapter(base.model)
     remove_lora(base.model)
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    manifest = export_bundle(base, tmp_path / "b", merge=adapter, train=["2"])
+    manifest = export_bundle(base, tmp_path / "b", merge=adapter)
+    assert set(manifest.graphs) == {"infer.onnx"}, "it takes no other adapter"
     assert manifest.merged == adapter.fingerprint()
     assert manifest.base == base.card.fingerprint
     for name, tensor in base.model.state_dict().items():
@@ -199,10 +210,50 @@ def test_graphs_that_differ_from_torch_are_not_written(
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
+def test_one_nan_among_good_differences_is_not_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Session:
+        calls = 0
+
+        def run(self, names: object, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+            self.calls += 1
+            value = np.nan if self.calls == 3 else 0.0
+            return [np.full((len(feed["inputs"]), 3), value, np.float32)]
+
+    session = Session()
+    monkeypatch.setattr(parity, "_session", lambda path: session)
+    subject = subject_of(seeded(Mlp).eval(), ["first"], "classification", (6,))
+    with np.errstate(invalid="ignore"):
+        found = parity.infer_difference(Path("infer.onnx"), subject, {})
+    assert session.calls > 3
+    assert np.isnan(found)
+
+
+def test_a_tokenizer_that_a_function_returned_goes_into_the_bundle(tmp_path: Path) -> None:
+    path = tokenizer_file("tiny-chat")
+    model = gpt2().eval().requires_grad_(False)
+    card = card_of(model, "tests:small", "next-token")
+    for name, tokenizer in (("object", load_tokenizer(path)), ("text", str(path))):
+        base = Base(model, card, tokenizer)
+        lora = LoraConfig(target_modules=("c_attn",))
+        manifest = export_bundle(base, tmp_path / name, lora=lora, train=())
+        assert "tokenizer.json" in manifest.files
+        again = export_bundle(base, tmp_path / name, lora=lora, train=())
+        assert again == manifest
+        found = load_tokenizer(tmp_path / name).encode("see you there").ids
+        assert found == load_tokenizer(path).encode("see you there").ids
+
+
 def other_base() -> Adapter:
     subject_model = seeded(Mlp)
     inject_lora(subject_model, LoraConfig(target_modules=("first",)), base="other")
     return extract_adapter(subject_model)
+
+
+def other_layers() -> Adapter:
+    layer = other_base()["first"]
+    return Adapter({"third": layer}, LoraConfig(target_modules=("third",)))
 
 
 @pytest.mark.parametrize(
@@ -213,7 +264,10 @@ def other_base() -> Adapter:
         ({"train": ["0"]}, ConfigError, "--train"),
         ({"decode": True}, UnsupportedError, "leave --decode out"),
         ({"merge": other_base()}, BaseMismatchError, "made for base other"),
+        ({"merge": other_layers()}, LayerMismatchError, "merge: the model has no layer 'third'"),
+        ({"merge": other_layers(), "train": ["2"]}, ConfigError, "--merge goes without --train"),
         ({"lora": LoraConfig(target_modules=("no",))}, ConfigError, "'no'"),
+        ({"input_shape": (5,)}, ConfigError, r"Mlp cannot run on inputs of shape \(2, 5\)"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(
@@ -246,8 +300,10 @@ def test_a_new_head_of_zeros_needs_lora(tmp_path: Path) -> None:
 def test_somebody_elses_files_are_not_lost(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("years of work")
+    said: list[str] = []
     with pytest.raises(RunError, match=r"thesis\.txt"):
-        export_bundle(small(), tmp_path / "b", train=["2"])
+        export_bundle(small(), tmp_path / "b", train=["2"], report=said.append)
+    assert said == [], "before any work"
     assert (tmp_path / "b" / "thesis.txt").read_text() == "years of work"
 
 
