@@ -23,7 +23,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx
 
-from fedlora.device.manifest import Precision
+from fedlora.device.manifest import Precision, TrainPrecision
 from fedlora.errors import UnsupportedError
 from fedlora.export.free_sizes import (
     fixed_symbol,
@@ -77,6 +77,7 @@ def emit(
     precision: Precision = "fp32",
     required_factors: bool = False,
     training: bool | None = None,
+    train_precision: TrainPrecision = "exact",
 ) -> onnx.ModelProto:
     """Turn a traced function into an ONNX model; the same trace gives the same bytes.
 
@@ -84,7 +85,8 @@ def emit(
     and an initializer of one name), unless `required_factors`, for runtimes that do not take that.
     Weights point into the file that `weights` writes. With a precision of "int8" those of linear
     layers and embeddings are quantized, see `fedlora.export.quantized`; `training` says which of
-    the two forms that module has is wanted (None: training where an output is a gradient).
+    the two forms that module has is wanted (None: training where an output is a gradient), and
+    `train_precision` which products of training may be approximate.
 
     Raises `UnsupportedError`, which names the operation, for one that has no translation here.
     """
@@ -93,7 +95,7 @@ def emit(
         raise UnsupportedError(f"export: precision {precision!r} has no translation; use 'int8'")
     if training is None:
         training = any(name.endswith(".grad") for name in traced.outputs)
-    emitter = Emitter(traced, weights, precision, training)
+    emitter = Emitter(traced, weights, precision, training, train_precision)
     results = emitter.run()
     graph = emitter.graph
     ends = dict.fromkeys(results)
@@ -118,10 +120,16 @@ class Emitter:
     """The state of one translation: which FX node became which ONNX value."""
 
     def __init__(
-        self, traced: Traced, weights: BaseWeights, precision: Precision, training: bool
+        self,
+        traced: Traced,
+        weights: BaseWeights,
+        precision: Precision,
+        training: bool,
+        train_precision: TrainPrecision,
     ) -> None:
         self.traced, self.weights = traced, weights
         self.precision, self.training = precision, training
+        self.train_precision = train_precision
         self.graph = OnnxGraph()
         self.stored: dict[str, None] = {}  # names of weights that were read, in order
         self.simple: Simplified = simplify(traced)

@@ -9,6 +9,11 @@ integers. Training multiplies by the float32 weights that the integers stand for
 the quantized base. Those weights exist while they are used; the backward pass makes them anew, with
 an explicit zero point, without which ONNX Runtime would see the same computation and keep the first
 result, all weights in float32.
+
+Approximate training (`TrainPrecision`) multiplies integers too: in the backward pass alone, or in
+both. The gradient of rows is ``(dy * scale) @ Q.T`` with the same integers, which QGemm turns while
+it reads them. The head, whose rounding the loss sees undiluted, is left as it is in exact training,
+and so is everything that is not a product.
 """
 
 from __future__ import annotations
@@ -25,6 +30,11 @@ __all__ = ["is_quantized", "looked_up", "product"]
 
 LARGEST = 127
 SMALLEST = 1 << 12  # numbers of a weight that is worth it
+# What may be between a head's product and the loss: shapes, and the sum with LoRA's part.
+PASSING = {
+    "_log_softmax", "_to_copy", "_unsafe_view", "add", "alias", "clone", "detach", "expand",
+    "index", "log_softmax", "mul", "slice", "squeeze", "unsqueeze", "view",
+}  # fmt: skip
 TINY = 1e-30  # instead of the largest number of a row of zeros
 
 
@@ -34,50 +44,79 @@ def is_quantized(e: Emitter, node: fx.Node) -> bool:
     A table that is a head too (tied embeddings) stays float32: it would be needed both ways, and
     the logits are what its rounding would hurt.
     """
-    if e.precision != "int8" or node.op != "get_attr":
-        return False
-    name = e.traced.weights.get(str(node.target))
-    if name is None:
-        return False
-    array = e.weights.array(name)
-    if array.ndim != 2 or array.size < SMALLEST or array.dtype != np.float32:
-        return False
-    tables, factors = e.cached("uses", _uses)
-    stored = _stored_name(e, node)
-    return (stored in tables) != (stored in factors)
+    return e.precision == "int8" and _can_be_quantized(e, node)
 
 
 def product(
-    e: Emitter, x: str, weight: fx.Node, turned: int, bias: str = "", *, beta: float = 1.0
-) -> str:
-    """``x @ W + beta * bias`` for rows x and a quantized W; turned: ``x @ W.T``."""
-    quantized, scale = _stored(e, weight)
-    # As it is stored, (in, out), in a forward pass; its transposition in a backward one.
+    e: Emitter,
+    rows: fx.Node,
+    weight: fx.Node,
+    turned: int,
+    bias: fx.Node | None = None,
+    *,
+    beta: float = 1.0,
+) -> str | None:
+    """``rows @ W + beta * bias`` for a quantized W; turned: ``rows @ W.T``.
+
+    None: this product is one of float32 weights as they are.
+    """
+    if not _can_be_quantized(e, weight):
+        return None
+    # By the weight as it is stored, (in, out), in a forward pass; its transposition in a backward
+    # one.
     forward = bool(turned) != _is_conv1d(e, weight)
-    if e.training or not forward:
-        zero = "" if forward else _zeros(e, scale)
-        inputs = (quantized, scale, zero) if zero else (quantized, scale)
-        whole = e.call("DequantizeLinear", *inputs, axis=1)
-        if bias and beta != 1.0:
-            bias = e.call("Mul", bias, e.tensor(beta, torch.float32))
-        if not forward:
-            return e.call("Gemm", x, whole, *((bias,) if bias else ()), transB=1)
+    in_integers = _in_integers(e, weight, forward)
+    if not in_integers and e.precision != "int8":
+        return None
+    x = e.value(rows)
+    if in_integers:
+        result = _integer_product(e, x, weight, forward)
+    elif forward:
         # Not MatMul or Gemm: after DequantizeLinear ONNX Runtime (1.31) turns those into a product
         # that rounds the activations too, and keeps a copy of the weights for it.
+        whole = e.call("DequantizeLinear", *_stored(e, weight), axis=1)
         result = e.call("FusedMatMul", x, whole, domain=MICROSOFT)
-        return e.call("Add", result, bias) if bias else result
-    last, one = e.graph.axes(-1), torch.float32
-    largest = e.call("ReduceMax", e.call("Abs", x), last, keepdims=1)
-    largest = e.call("Max", largest, e.tensor(TINY, one))
-    rows, step, zero = e.graph.call_many(
-        "DynamicQuantizeLinear", e.call("Div", x, largest), outputs=3
-    )
-    whole_numbers = e.call("MatMulInteger", rows, quantized, zero)
-    scaled = e.call("Mul", e.cast(whole_numbers, torch.int32, one), e.call("Mul", step, scale))
-    result = e.call("Mul", scaled, largest)
-    if bias and beta != 1.0:
-        bias = e.call("Mul", bias, e.tensor(beta, one))
-    return e.call("Add", result, bias) if bias else result
+    else:
+        quantized, scale = _stored(e, weight)
+        zero = e.graph.constant(np.zeros(e.weights.array(scale).shape, np.int8))
+        whole = e.call("DequantizeLinear", quantized, scale, zero, axis=1)
+        result = e.call("Gemm", x, whole, transB=1)
+    if bias is None:
+        return result
+    added = e.value(bias)
+    if beta != 1.0:
+        added = e.call("Mul", added, e.tensor(beta, torch.float32))
+    return e.call("Add", result, added)
+
+
+def _in_integers(e: Emitter, weight: fx.Node, forward: bool) -> bool:
+    """Whether a product rounds the rows as well and multiplies integers."""
+    if not e.training:
+        return forward and e.precision == "int8"
+    wanted = e.train_precision == "int8" or (e.train_precision == "int8-backward" and not forward)
+    return wanted and _stored_name(e, weight) not in e.cached("heads", _heads)
+
+
+def _integer_product(e: Emitter, x: str, weight: fx.Node, forward: bool) -> str:
+    """``x @ W``, or ``x @ W.T`` for a gradient, each row x in 255 steps of its own size.
+
+    ONNX Runtime rounds all rows by one scale (DynamicQuantizeMatMul). Rows differ in size by orders
+    of magnitude, those of gradients above all, so each is divided by its largest number first.
+    """
+    quantized, scale = _stored(e, weight)
+    if not forward:
+        x = e.call("Mul", x, scale)
+    largest = e.call("ReduceMax", e.call("Abs", x), e.graph.axes(-1), keepdims=1)
+    largest = e.call("Max", largest, e.tensor(TINY, torch.float32))
+    rows = e.call("Div", x, largest)
+    if forward:
+        result = e.call("DynamicQuantizeMatMul", rows, quantized, scale, domain=MICROSOFT)
+    else:
+        numbers, step, zero = e.graph.call_many("DynamicQuantizeLinear", rows, outputs=3)
+        one, none = e.graph.constant(1, np.float32), e.graph.constant(0, np.int8)
+        inputs = (numbers, step, zero, quantized, one, none)
+        result = e.call("QGemm", *inputs, domain=MICROSOFT, transB=1)
+    return e.call("Mul", result, largest)
 
 
 def looked_up(e: Emitter, weight: fx.Node, ids: str, ids_rank: int) -> str:
@@ -126,8 +165,19 @@ def _rounded(
     return numbers, scales
 
 
-def _zeros(e: Emitter, scale: str) -> str:
-    return e.graph.constant(np.zeros(e.weights.array(scale).shape, np.int8))
+def _can_be_quantized(e: Emitter, node: fx.Node) -> bool:
+    """Whether a node is a weight of at least two axes and worth it, and not a table and a head."""
+    if node.op != "get_attr":
+        return False
+    name = e.traced.weights.get(str(node.target))
+    if name is None:
+        return False
+    array = e.weights.array(name)
+    if array.ndim != 2 or array.size < SMALLEST or array.dtype != np.float32:
+        return False
+    tables, factors = e.cached("uses", _uses)
+    stored = _stored_name(e, node)
+    return (stored in tables) != (stored in factors)
 
 
 def _uses(e: Emitter) -> tuple[set[str], set[str]]:
@@ -152,4 +202,26 @@ def _conv1d(e: Emitter) -> set[str]:
             weight = node.args[2]
             if weight.op == "get_attr" and str(weight.target) in e.traced.weights:
                 found.add(_stored_name(e, weight))
+    return found
+
+
+def _heads(e: Emitter) -> set[str]:
+    """The names of the weights whose products are logits: in what a loss takes logarithms of."""
+    found: set[str] = set()
+    graph = e.traced.module.graph
+    waiting = [n for n in graph.nodes if packet_name(n) in ("_log_softmax", "log_softmax")]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if packet_name(node) in ("mm", "addmm"):
+            matrix = node.args[-1]
+            while matrix.op == "call_function":  # a transposition
+                matrix = matrix.args[0]
+            if matrix.op == "get_attr" and str(matrix.target) in e.traced.weights:
+                found.add(_stored_name(e, matrix))
+            continue
+        if packet_name(node) in PASSING:
+            before = [one for one in node.all_input_nodes if one not in seen]
+            seen.update(before)
+            waiting += before
     return found
