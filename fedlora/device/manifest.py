@@ -131,6 +131,13 @@ class Manifest:
             value = dict(sorted(getattr(self, name).items()))
             object.__setattr__(self, name, MappingProxyType(value))
 
+    @property
+    def precisions(self) -> str:
+        """How the base is stored, and that training is approximate where it is: for people."""
+        if self.train_precision == "exact":
+            return self.precision
+        return f"{self.precision}, approximate training ({self.train_precision})"
+
     def graph_of(self, kind: GraphKind) -> str | None:
         """Return the file of the only graph of this kind, None where there is none."""
         return next((name for name, graph in self.graphs.items() if graph.kind == kind), None)
