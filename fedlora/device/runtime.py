@@ -270,8 +270,6 @@ def _options(folder: Path, threads: int | None, low_memory: bool) -> ort.Session
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # errors come as exceptions; 2 warns of every optional input
     options.add_session_config_entry("session.load_model_format", "ONNX")
-    # Where a processor's products of uint8 and int8 overflow (AVX2), slower ones that do not.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     # Without it, a model from memory has its external files looked for in the working directory.
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(folder.resolve())

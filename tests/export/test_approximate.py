@@ -83,7 +83,8 @@ def test_integers_throughout(name: str, precision: str, tmp_path: Path) -> None:
     # One copy for both passes, and no product reads a weight in float32 that has one.
     names = stored(path)
     copies = {name.removesuffix(".int8") for name in names if name.endswith(".int8")}
-    assert copies and not copies & names
+    assert copies
+    assert not copies & names
 
 
 def test_the_head_stays_as_it_is(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_the_manifest_says_that_training_is_approximate(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "b").train_precision == "int8"
     # Inference is exact; that training is not is measured and said.
     assert rough.graphs["infer.onnx"].difference <= 1e-5
-    assert 1e-4 < rough.graphs["train_4.onnx"].difference < 0.1
+    assert 1e-4 < rough.graphs["train_4.onnx"].difference < 0.3
     path = tmp_path / "b" / "manifest.json"
     path.write_text(path.read_text().replace('"train_precision": "int8"', '"train_precision": 8'))
     with pytest.raises(FormatError, match="train_precision: expected exact, int8-backward or int8"):
