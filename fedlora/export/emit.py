@@ -83,16 +83,19 @@ def emit(
 
     Inputs and outputs have the names of `traced`. Inputs with a default are optional (a graph input
     and an initializer of one name), unless `required_factors`, for runtimes that do not take that.
-    Weights point into the file that `weights` writes. With a precision of "int8" those of linear
-    layers and embeddings are quantized, see `fedlora.export.quantized`; `training` says which of
+    Weights point into the file that `weights` writes. With a precision of "int8" or "int4"
+    those of linear layers and embeddings are quantized, see `fedlora.export.quantized`; `training` says which of
     the two forms that module has is wanted (None: training where an output is a gradient), and
     `train_precision` which products of training may be approximate.
 
     Raises `UnsupportedError`, which names the operation, for one that has no translation here.
     """
     _load_handlers()
-    if precision not in ("fp32", "int8"):
-        raise UnsupportedError(f"export: precision {precision!r} has no translation; use 'int8'")
+    if precision == "int4" and train_precision != "exact":
+        raise UnsupportedError(
+            f"export: expected exact training on an int4 base, found {train_precision!r}; "
+            "approximate training multiplies int8 weights: use int8"
+        )
     if training is None:
         training = any(name.endswith(".grad") for name in traced.outputs)
     emitter = Emitter(traced, weights, precision, training, train_precision)

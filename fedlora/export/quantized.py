@@ -1,4 +1,4 @@
-"""A base's weights as int8: stored so, and the products and look-ups that read them.
+"""A base's weights as int8, or 4 bits: stored so, and the products and look-ups that read them.
 
 Symmetric, one scale for each output of a linear layer or row of an embedding: ``w = scale * q``
 with q in -127..127. Weights of products are stored (in, out), whichever way torch has them, since
@@ -14,6 +14,9 @@ Approximate training (`TrainPrecision`) multiplies integers too: in the backward
 both. The gradient of rows is ``(dy * scale) @ Q.T`` with the same integers, which QGemm turns while
 it reads them. The head, whose rounding the loss sees undiluted, is left as it is in exact training,
 and so is everything that is not a product.
+
+With a precision of "int4" the weights of products are in `fedlora.export.four_bits`, the tables of
+embeddings are int8.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 from torch import fx
 
 from fedlora.export.emit import Emitter, packet_name
+from fedlora.export.four_bits import BLOCK, packed_blocks, product_of_blocks, rows_of_blocks
 from fedlora.export.onnx_graph import MICROSOFT
 
 __all__ = ["is_quantized", "looked_up", "product"]
@@ -39,12 +43,12 @@ TINY = 1e-30  # instead of the largest number of a row of zeros
 
 
 def is_quantized(e: Emitter, node: fx.Node) -> bool:
-    """Return whether a node is a weight that is stored as int8: a matrix of a product, or a table.
+    """Return whether a node is a weight that is stored in fewer bits, of a product or a table.
 
     A table that is a head too (tied embeddings) stays float32: it would be needed both ways, and
     the logits are what its rounding would hurt.
     """
-    return e.precision == "int8" and _can_be_quantized(e, node)
+    return e.precision != "fp32" and _can_be_quantized(e, node)
 
 
 def product(
@@ -66,11 +70,13 @@ def product(
     # one.
     forward = bool(turned) != _is_conv1d(e, weight)
     in_integers = _in_integers(e, weight, forward)
-    if not in_integers and e.precision != "int8":
+    if not in_integers and e.precision == "fp32":
         return None
     x = e.value(rows)
     if in_integers:
         result = _integer_product(e, x, weight, forward)
+    elif e.precision == "int4":
+        result = product_of_blocks(e, x, _stored_blocks(e, weight), forward)
     elif forward:
         # Not MatMul or Gemm: after DequantizeLinear ONNX Runtime (1.31) turns those into a product
         # that rounds the activations too, and keeps a copy of the weights for it.
@@ -121,8 +127,10 @@ def _integer_product(e: Emitter, x: str, weight: fx.Node, forward: bool) -> str:
 
 def looked_up(e: Emitter, weight: fx.Node, ids: str, ids_rank: int) -> str:
     """Rows (*ids, size) of a quantized table, in float32."""
-    quantized, scale = _stored(e, weight)
     is_head = not _is_table(e, weight)  # whose rows the loss looks up
+    if is_head and e.precision == "int4":
+        return rows_of_blocks(e, _stored_blocks(e, weight), ids, ids_rank)
+    quantized, scale = _stored(e, weight)
     rows = e.call("Gather", quantized, ids, axis=int(is_head))
     if is_head:
         rows = e.call("Transpose", rows, perm=[*range(1, ids_rank + 1), 0])
@@ -140,6 +148,19 @@ def _stored(e: Emitter, weight: fx.Node) -> tuple[str, str]:
         e.weights.add(quantized, numbers if _is_table(e, weight) else numbers.T)
         e.weights.add(scale, scales)
     return e.weight(quantized), e.weight(scale)
+
+
+def _stored_blocks(e: Emitter, weight: fx.Node) -> str:
+    """Name of a weight that is stored in blocks of 4 bits."""
+    name = _stored_name(e, weight)
+    if f"{name}.int4" not in e.weights:
+        array = e.weights.array(name)
+        packed, scales = packed_blocks(array.T if _is_conv1d(e, weight) else array)
+        e.weights.add(f"{name}.int4", packed)
+        e.weights.add(f"{name}.int4.scale", scales)
+        # The same bytes in the shape that looking up rows asks for.
+        e.weights.add(f"{name}.int4.scales", scales[..., None])
+    return name
 
 
 def _stored_name(e: Emitter, weight: fx.Node) -> str:
@@ -177,7 +198,10 @@ def _can_be_quantized(e: Emitter, node: fx.Node) -> bool:
         return False
     tables, factors = e.cached("uses", _uses)
     stored = _stored_name(e, node)
-    return (stored in tables) != (stored in factors)
+    if (stored in tables) == (stored in factors):
+        return False
+    inputs = array.shape[0 if _is_conv1d(e, node) else 1]
+    return e.precision != "int4" or stored in tables or inputs % BLOCK == 0
 
 
 def _uses(e: Emitter) -> tuple[set[str], set[str]]:
