@@ -83,10 +83,10 @@ def emit(
 
     Inputs and outputs have the names of `traced`. Inputs with a default are optional (a graph input
     and an initializer of one name), unless `required_factors`, for runtimes that do not take that.
-    Weights point into the file that `weights` writes. With a precision of "int8" or "int4"
-    those of linear layers and embeddings are quantized, see `fedlora.export.quantized`; `training` says which of
-    the two forms that module has is wanted (None: training where an output is a gradient), and
-    `train_precision` which products of training may be approximate.
+    Weights point into the file that `weights` writes. With a precision of "int8" or "int4" those of
+    linear layers and embeddings are quantized, see `fedlora.export.quantized`; `training` says
+    which of the two forms that module has is wanted (None: training where an output is a gradient),
+    and `train_precision` which products of training may be approximate.
 
     Raises `UnsupportedError`, which names the operation, for one that has no translation here.
     """

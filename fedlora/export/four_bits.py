@@ -8,9 +8,9 @@ a 4-bit type.
 
 Inference multiplies by them with MatMulNBits. Training makes the float32 weights that the numbers
 stand for, by looking up all of their rows (GatherBlockQuantized), and so has the exact gradients of
-the quantized base. Forward and backward pass each make them anew: which rows is computed from the
-graph's inputs, by different means, or ONNX Runtime would make them once, while it loads, and keep
-them all.
+the quantized base. They exist while they are used, and the backward pass makes them anew: which
+rows to look up is computed from the other factor, or ONNX Runtime would make all weights while it
+loads, or early, and keep them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def product_of_blocks(e: Emitter, x: str, name: str, forward: bool) -> str:
             domain=MICROSOFT, K=blocks * BLOCK, N=outputs, bits=4, block_size=BLOCK,
         )  # fmt: skip
     one, end = e.graph.constant(1, np.int64), e.graph.constant(outputs, np.int64)
-    every = e.call("Range", _zero(e, "Less" if forward else "Greater"), end, one)
+    every = e.call("Range", _zero_after(e, x), end, one)
     whole = e.call("Reshape", _rows(e, name, every), e.graph.axes(outputs, blocks * BLOCK))
     return e.call("Gemm", x, whole, transB=1) if forward else e.call("MatMul", x, whole)
 
@@ -70,11 +70,7 @@ def _rows(e: Emitter, name: str, ids: str) -> str:
     )  # fmt: skip
 
 
-def _zero(e: Emitter, comparison: str) -> str:
-    """An int64 zero that is only known when the graph runs: whether a number exceeds itself."""
-    name = e.traced.inputs[0]
-    rank = e.traced.examples[name].ndim
-    starts, ends = e.graph.axes(*[0] * rank), e.graph.axes(*[1] * rank)
-    first = e.call("Slice", name, starts, ends, e.graph.axes(*range(rank)))
-    never = e.call(comparison, first, first)
-    return e.call("Squeeze", e.cast(never, torch.bool, torch.int64))
+def _zero_after(e: Emitter, x: str) -> str:
+    """An int64 zero that is known when the rows x are: whether a number is less than itself."""
+    first = e.call("Slice", x, e.graph.axes(0, 0), e.graph.axes(1, 1), e.graph.axes(0, 1))
+    return e.call("Squeeze", e.cast(e.call("Less", first, first), torch.bool, torch.int64))

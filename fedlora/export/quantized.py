@@ -84,7 +84,7 @@ def product(
         result = e.call("FusedMatMul", x, whole, domain=MICROSOFT)
     else:
         quantized, scale = _stored(e, weight)
-        zero = e.graph.constant(np.zeros(e.weights.array(scale).shape, np.int8))
+        zero = _zeros_after(e, x, e.weights.array(scale).size)
         whole = e.call("DequantizeLinear", quantized, scale, zero, axis=1)
         result = e.call("Gemm", x, whole, transB=1)
     if bias is None:
@@ -123,6 +123,13 @@ def _integer_product(e: Emitter, x: str, weight: fx.Node, forward: bool) -> str:
         inputs = (numbers, step, zero, quantized, one, none)
         result = e.call("QGemm", *inputs, domain=MICROSOFT, transB=1)
     return e.call("Mul", result, largest)
+
+
+def _zeros_after(e: Emitter, x: str, count: int) -> str:
+    """Zeros, int8 (count,), known when the rows x are: whether a number is less than itself."""
+    first = e.call("Slice", x, e.graph.axes(0, 0), e.graph.axes(1, 1), e.graph.axes(0, 1))
+    zero = e.cast(e.call("Less", first, first), torch.bool, torch.int8)
+    return e.call("Expand", e.call("Reshape", zero, e.graph.axes(1)), e.graph.axes(count))
 
 
 def looked_up(e: Emitter, weight: fx.Node, ids: str, ids_rank: int) -> str:
