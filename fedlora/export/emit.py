@@ -34,7 +34,7 @@ from fedlora.export.free_sizes import (
 )
 from fedlora.export.onnx_graph import MICROSOFT, OnnxGraph, Size
 from fedlora.export.simplify import Simplified, simplify
-from fedlora.export.traced import Traced
+from fedlora.export.traced import Traced, bound, packet_name
 from fedlora.export.weights import BaseWeights
 
 __all__ = ["OPSET", "Emitter", "Handler", "emit", "handles", "onnx_type"]
@@ -168,7 +168,7 @@ class Emitter:
         handler = HANDLERS.get(name)
         if handler is None:
             raise self.unsupported(f"operator aten.{name}")
-        return handler(self, node, _bound(node))
+        return handler(self, node, bound(node))
 
     def _set(self, node: fx.Node, value: str | tuple[str, ...]) -> None:
         self.values[node] = value
@@ -284,17 +284,15 @@ class Emitter:
         if len(places) == 1 or not all(name in self.traced.defaults for name in places):
             return next(iter(places.items()))
         assert self._current is not None
+        inputs = [node for node in self.simple.graph.nodes if node.op == "placeholder"]
         name = nearest_input(
             self._current,
-            dict(zip(self._placeholders(), self.traced.inputs, strict=True)),
+            dict(zip(inputs, self.traced.inputs, strict=True)),
             set(places),
         )
         if name is None:
             raise self.unsupported("a size that is the rank of several layers")
         return name, places[name]
-
-    def _placeholders(self) -> list[fx.Node]:
-        return [node for node in self.simple.graph.nodes if node.op == "placeholder"]
 
     def reshape(self, name: str, shape: Any) -> str:
         """Return a value in another shape."""
@@ -317,29 +315,6 @@ def onnx_type(dtype: torch.dtype) -> int:
 
 def _numpy_type(dtype: torch.dtype) -> npt.DTypeLike:
     return helper.tensor_dtype_to_np_dtype(onnx_type(dtype))
-
-
-def packet_name(node: fx.Node) -> str:
-    """Return the aten operation's name; an operation in place has the name of its plain twin."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    name = target._schema.name.removeprefix("aten::")
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
-
-
-def _bound(node: fx.Node) -> SimpleNamespace:
-    """Return a call's arguments by name, with the schema's defaults."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    bound: dict[str, Any] = {}
-    for place, argument in enumerate(node.target._schema.arguments):
-        if place < len(node.args):
-            bound[argument.name] = node.args[place]
-        elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
-        else:
-            bound[argument.name] = argument.default_value if argument.has_default_value() else None
-    return SimpleNamespace(**bound)
 
 
 # The model around the nodes.

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fedlora.export.emit import Emitter, handles, packet_name
+from fedlora.export.emit import Emitter, handles
 from fedlora.export.onnx_graph import Size
 from fedlora.export.quantized import product
+from fedlora.export.traced import packet_name
 
 __all__: list[str] = []
 
