@@ -106,7 +106,7 @@ def init(
 
     manifest = read_manifest(bundle)
     store = Store.create(state, bundle, in_place=in_place)
-    typer.echo(f"{store.path}: {manifest.base_id}, {manifest.task}, {manifest.precision}")
+    typer.echo(f"{store.path}: {manifest.base_id}, {manifest.task}, {manifest.precisions}")
 
 
 @app.command()
@@ -127,7 +127,7 @@ def status(state: State, as_json: AsJson = False) -> None:
         typer.echo(json.dumps({"serving": serving, **about, **record}, ensure_ascii=False))
         return
     rows = [
-        ("bundle", f"{manifest.base_id}, {manifest.task}, {manifest.precision}"),
+        ("bundle", f"{manifest.base_id}, {manifest.task}, {manifest.precisions}"),
         ("base", found.bundle.base),
         ("global", _described(found.installed)),
         ("personal", _described(found.personal)),

@@ -6,11 +6,12 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 
 from fedlora.adapter import LoraConfig
+from fedlora.device.manifest import TrainPrecision
 from fedlora.errors import UsageError
 from fedlora.experiment import ExperimentConfig, find_experiment
 
@@ -43,6 +44,14 @@ def export(
     quantize: Annotated[
         str | None, typer.Option(metavar="int8|int4", help="Keep the base in fewer bits.")
     ] = None,
+    train_precision: Annotated[
+        str,
+        typer.Option(
+            metavar="exact|int8-backward|int8",
+            help="Approximate gradients in less time, by int8 products in the backward pass or in "
+            "both.",
+        ),
+    ] = "exact",
     decode: Annotated[
         bool, typer.Option("--decode", help="Also a graph that writes text, with a cache.")
     ] = False,
@@ -81,6 +90,10 @@ def export(
         raise UsageError("fedlora export: name a base, or an experiment with --experiment")
     if quantize not in (None, "int8", "int4"):
         raise UsageError(f"--quantize: expected int8 or int4, found {quantize!r}")
+    if train_precision not in get_args(TrainPrecision):
+        raise UsageError(
+            f"--train-precision: expected exact, int8-backward or int8, found {train_precision!r}"
+        )
     task = None
     if config is not None:
         base, num_classes = config.base.id, num_classes or config.base.num_classes
@@ -102,6 +115,7 @@ def export(
         lora=lora,
         train=_buckets(train),
         precision=cast(Literal["fp32", "int8", "int4"], quantize or "fp32"),
+        train_precision=cast(TrainPrecision, train_precision),
         decode=decode,
         web=web,
         merge=None if merge is None else load_adapter(merge),
@@ -118,13 +132,14 @@ def export(
             "base": manifest.base,
             "layers": len(manifest.layers),
             "precision": manifest.precision,
+            "train_precision": manifest.train_precision,
             "bytes": sum(files.values()),
             "files": files,
             "graphs": {name: asdict(graph) for name, graph in manifest.graphs.items()},
         }
         typer.echo(json.dumps(result, indent=2))
         return
-    typer.echo(f"{out}: {manifest.base_id}, {len(manifest.layers)} layers, {manifest.precision}")
+    typer.echo(f"{out}: {manifest.base_id}, {len(manifest.layers)} layers, {manifest.precisions}")
     for name, size in files.items():
         parity = ""
         if name in manifest.graphs:

@@ -58,6 +58,7 @@ __all__ = [
     "GraphInfo",
     "Manifest",
     "Precision",
+    "TrainPrecision",
     "factor_names",
     "factors_of",
     "read_manifest",
@@ -71,6 +72,9 @@ VERSION = 1
 MANIFEST, BASE_DATA, TOKENIZER = "manifest.json", "base.onnx.data", "tokenizer.json"
 GraphKind = Literal["infer", "decode", "train"]
 Precision = Literal["fp32", "int8", "int4"]
+# Of the products of training: "exact" gives the gradients of the base as it is stored; the others
+# approximate them, in the backward pass alone or in both.
+TrainPrecision = Literal["exact", "int8-backward", "int8"]
 _GRAPH_FILE = re.compile(r"infer\.onnx|decode\.onnx|train_\d+(x\d+)?\.onnx")
 
 
@@ -100,6 +104,8 @@ class Manifest:
     layers: the layers whose factors the graphs take.
     lora: how an adapter for it starts, unless one is given.
     input_shape: of one example: () for token ids, whose length is free, else the features'.
+    precision: how the base's weights are stored. train_precision: whether train graphs give exact
+    gradients of that base, or approximate ones with integer products.
     merged: fingerprint of an adapter that is in the weights; None: the base's own weights.
     """
 
@@ -115,6 +121,7 @@ class Manifest:
     outputs: int = 0  # size of the last axis of the logits
     labels: tuple[str, ...] | None = None
     precision: Precision = "fp32"
+    train_precision: TrainPrecision = "exact"
     web: bool = False
     merged: str | None = None
     made_by: Mapping[str, str] = field(default_factory=dict)  # versions of what exported it
@@ -123,6 +130,13 @@ class Manifest:
         for name in ("layers", "graphs", "files", "made_by"):
             value = dict(sorted(getattr(self, name).items()))
             object.__setattr__(self, name, MappingProxyType(value))
+
+    @property
+    def precisions(self) -> str:
+        """How the base is stored, and that training is approximate where it is: for people."""
+        if self.train_precision == "exact":
+            return self.precision
+        return f"{self.precision}, approximate training ({self.train_precision})"
 
     def graph_of(self, kind: GraphKind) -> str | None:
         """Return the file of the only graph of this kind, None where there is none."""
@@ -176,6 +190,7 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
         "outputs": manifest.outputs,
         "labels": None if manifest.labels is None else list(manifest.labels),
         "precision": manifest.precision,
+        "train_precision": manifest.train_precision,
         "web": manifest.web,
         "merged": manifest.merged,
         "made_by": dict(manifest.made_by),
@@ -307,6 +322,10 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "outputs": ("a whole number >= 1", lambda v: type(v) is int and 0 < v < 1 << 31),
     "labels": ("a list of texts or null", lambda v: v is None or _is_texts(v)),
     "precision": ("fp32, int8 or int4", lambda v: v in get_args(Precision)),
+    "train_precision": (
+        "exact, int8-backward or int8",
+        lambda v: v in get_args(TrainPrecision),
+    ),
     "web": ("true or false", lambda v: isinstance(v, bool)),
     "merged": ("a fingerprint or null", lambda v: v is None or is_text(v)),
     "made_by": (

@@ -31,6 +31,7 @@ from fedlora.device.manifest import (
     GraphInfo,
     Manifest,
     Precision,
+    TrainPrecision,
     read_manifest,
     sha256_of,
     verify_files,
@@ -80,6 +81,7 @@ def export_bundle(
     lora: LoraConfig | None = None,
     train: Sequence[str] | None = None,
     precision: Precision = "fp32",
+    train_precision: TrainPrecision = "exact",
     decode: bool = False,
     web: bool = False,
     merge: Adapter | None = None,
@@ -93,10 +95,13 @@ def export_bundle(
 
     base: what `load_base` takes, or what it returned. lora: the layers that take factors, and how
     an adapter starts. train: train graphs, "8x32" for 8 rows of 32 tokens, "16" for 16 rows of a
-    fixed shape; None: 8x32 and 8x64, or 16, or with merge none; (): none. decode: a graph that
-    writes text. web: factors are required inputs. merge: an adapter that goes into the weights.
-    task, num_classes, input_shape (of one example that is not text): where the base does not say
-    them. again: even if the bundle is there already. report is given lines about the progress.
+    fixed shape; None: 8x32 and 8x64, or 16, or with merge none; (): none. precision: of the base's
+    weights as they are stored. train_precision: "exact" gradients of that base, or, faster,
+    approximate ones by products of int8 numbers: in the backward pass alone ("int8-backward", whose
+    loss is still exact) or in both ("int8"); the manifest says so. decode: a graph that writes
+    text. web: factors are required inputs. merge: an adapter that goes into the weights. task,
+    num_classes, input_shape (of one example that is not text): where the base does not say them.
+    again: even if the bundle is there already. report is given lines about the progress.
 
     Raises `UnsupportedError` for DoRA, whose graphs would need the whole weight, and for what has
     no translation; `ConfigError` for options that do not fit the base; `RunError` when a graph of
@@ -129,6 +134,7 @@ def export_bundle(
         input_shape=shape,
         labels=loaded.card.labels,
         precision=precision,
+        train_precision=train_precision,
         web=web,
         merged=None if merge is None else merge.fingerprint(),
         made_by=_versions(),
@@ -167,12 +173,14 @@ def _build(
     for plan in plans:
         report(f"{plan.file}: tracing")
         traced = plan.trace(subject)
-        graph = emit(traced, weights, precision=planned.precision, required_factors=planned.web)
-        if planned.precision != "fp32" and not _is_quantized(graph):
-            raise UnsupportedError(
-                f"{plan.file}: expected {planned.precision} weights, found none that could be "
-                "quantized; leave --quantize out"
-            )
+        graph = emit(
+            traced,
+            weights,
+            precision=planned.precision,
+            required_factors=planned.web,
+            train_precision=planned.train_precision,
+        )
+        _require_quantized(graph, plan, planned)
         data = graph.SerializeToString(deterministic=True)
         (folder / plan.file).write_bytes(data)
         report(f"{plan.file}: {len(graph.graph.node):,} nodes, {len(data):,} bytes")
@@ -188,7 +196,7 @@ def _build(
         found = _difference(folder / plan.file, plan, subject, ends[plan.file], planned.web)
         report(f"{plan.file}: differs from torch by {found:.1e}")
         limit = TRAIN_LIMIT if plan.info.kind == "train" else INFER_LIMIT
-        if not isfinite(found) or (found > limit and planned.precision == "fp32"):
+        if not isfinite(found) or (found > limit and _is_exact(plan, planned)):
             raise RunError(
                 f"{plan.file}: expected at most {limit:g} between ONNX Runtime and torch, found "
                 f"{found:.2g}; the bundle is not written"
@@ -202,6 +210,22 @@ def _build(
     manifest = replace(planned, graphs=graphs, files=files)
     write_manifest(manifest, folder)
     return manifest
+
+
+def _is_exact(plan: _Plan, planned: Manifest) -> bool:
+    """Whether a graph computes with the base's own weights and with nothing that is rounded."""
+    approximate = plan.info.kind == "train" and planned.train_precision != "exact"
+    return planned.precision == "fp32" and not approximate
+
+
+def _require_quantized(graph: onnx.ModelProto, plan: _Plan, planned: Manifest) -> None:
+    if _is_exact(plan, planned) or _is_quantized(graph):
+        return
+    option = "--train-precision" if planned.precision == "fp32" else "--quantize"
+    raise UnsupportedError(
+        f"{plan.file}: expected weights of linear layers that could be quantized, found none; "
+        f"leave {option} out"
+    )
 
 
 def _is_quantized(graph: onnx.ModelProto) -> bool:

@@ -23,7 +23,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx
 
-from fedlora.device.manifest import Precision
+from fedlora.device.manifest import Precision, TrainPrecision
 from fedlora.errors import UnsupportedError
 from fedlora.export.free_sizes import (
     fixed_symbol,
@@ -34,7 +34,7 @@ from fedlora.export.free_sizes import (
 )
 from fedlora.export.onnx_graph import MICROSOFT, OnnxGraph, Size
 from fedlora.export.simplify import Simplified, simplify
-from fedlora.export.traced import Traced
+from fedlora.export.traced import Traced, bound, packet_name
 from fedlora.export.weights import BaseWeights
 
 __all__ = ["OPSET", "Emitter", "Handler", "emit", "handles", "onnx_type"]
@@ -77,23 +77,28 @@ def emit(
     precision: Precision = "fp32",
     required_factors: bool = False,
     training: bool | None = None,
+    train_precision: TrainPrecision = "exact",
 ) -> onnx.ModelProto:
     """Turn a traced function into an ONNX model; the same trace gives the same bytes.
 
     Inputs and outputs have the names of `traced`. Inputs with a default are optional (a graph input
     and an initializer of one name), unless `required_factors`, for runtimes that do not take that.
-    Weights point into the file that `weights` writes. With a precision of "int8" those of linear
-    layers and embeddings are quantized, see `fedlora.export.quantized`; `training` says which of
-    the two forms that module has is wanted (None: training where an output is a gradient).
+    Weights point into the file that `weights` writes. With a precision of "int8" or "int4" those of
+    linear layers and embeddings are quantized, see `fedlora.export.quantized`; `training` says
+    which of the two forms that module has is wanted (None: training where an output is a gradient),
+    and `train_precision` which products of training may be approximate.
 
     Raises `UnsupportedError`, which names the operation, for one that has no translation here.
     """
     _load_handlers()
-    if precision not in ("fp32", "int8"):
-        raise UnsupportedError(f"export: precision {precision!r} has no translation; use 'int8'")
+    if precision == "int4" and train_precision != "exact":
+        raise UnsupportedError(
+            f"export: expected exact training on an int4 base, found {train_precision!r}; "
+            "approximate training multiplies int8 weights: use int8"
+        )
     if training is None:
         training = any(name.endswith(".grad") for name in traced.outputs)
-    emitter = Emitter(traced, weights, precision, training)
+    emitter = Emitter(traced, weights, precision, training, train_precision)
     results = emitter.run()
     graph = emitter.graph
     ends = dict.fromkeys(results)
@@ -118,10 +123,16 @@ class Emitter:
     """The state of one translation: which FX node became which ONNX value."""
 
     def __init__(
-        self, traced: Traced, weights: BaseWeights, precision: Precision, training: bool
+        self,
+        traced: Traced,
+        weights: BaseWeights,
+        precision: Precision,
+        training: bool,
+        train_precision: TrainPrecision,
     ) -> None:
         self.traced, self.weights = traced, weights
         self.precision, self.training = precision, training
+        self.train_precision = train_precision
         self.graph = OnnxGraph()
         self.stored: dict[str, None] = {}  # names of weights that were read, in order
         self.simple: Simplified = simplify(traced)
@@ -157,7 +168,7 @@ class Emitter:
         handler = HANDLERS.get(name)
         if handler is None:
             raise self.unsupported(f"operator aten.{name}")
-        return handler(self, node, _bound(node))
+        return handler(self, node, bound(node))
 
     def _set(self, node: fx.Node, value: str | tuple[str, ...]) -> None:
         self.values[node] = value
@@ -273,17 +284,15 @@ class Emitter:
         if len(places) == 1 or not all(name in self.traced.defaults for name in places):
             return next(iter(places.items()))
         assert self._current is not None
+        inputs = [node for node in self.simple.graph.nodes if node.op == "placeholder"]
         name = nearest_input(
             self._current,
-            dict(zip(self._placeholders(), self.traced.inputs, strict=True)),
+            dict(zip(inputs, self.traced.inputs, strict=True)),
             set(places),
         )
         if name is None:
             raise self.unsupported("a size that is the rank of several layers")
         return name, places[name]
-
-    def _placeholders(self) -> list[fx.Node]:
-        return [node for node in self.simple.graph.nodes if node.op == "placeholder"]
 
     def reshape(self, name: str, shape: Any) -> str:
         """Return a value in another shape."""
@@ -306,29 +315,6 @@ def onnx_type(dtype: torch.dtype) -> int:
 
 def _numpy_type(dtype: torch.dtype) -> npt.DTypeLike:
     return helper.tensor_dtype_to_np_dtype(onnx_type(dtype))
-
-
-def packet_name(node: fx.Node) -> str:
-    """Return the aten operation's name; an operation in place has the name of its plain twin."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    name = target._schema.name.removeprefix("aten::")
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
-
-
-def _bound(node: fx.Node) -> SimpleNamespace:
-    """Return a call's arguments by name, with the schema's defaults."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    bound: dict[str, Any] = {}
-    for place, argument in enumerate(node.target._schema.arguments):
-        if place < len(node.args):
-            bound[argument.name] = node.args[place]
-        elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
-        else:
-            bound[argument.name] = argument.default_value if argument.has_default_value() else None
-    return SimpleNamespace(**bound)
 
 
 # The model around the nodes.

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fedlora.export.emit import Emitter, handles, packet_name
+from fedlora.export.emit import Emitter, handles
 from fedlora.export.ops_linear import untransposed
 from fedlora.export.ops_shape import rolled
 from fedlora.export.quantized import is_quantized, looked_up
+from fedlora.export.traced import packet_name
 
 __all__: list[str] = []
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fedlora.export.emit import Emitter, handles, packet_name
+from fedlora.export.emit import Emitter, handles
 from fedlora.export.onnx_graph import Size
-from fedlora.export.quantized import is_quantized, product
+from fedlora.export.quantized import product
+from fedlora.export.traced import packet_name
 
 __all__: list[str] = []
 
@@ -35,8 +36,8 @@ def _order(node: fx.Node) -> list[int]:
 @handles("mm")
 def _mm(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
     (first, turned), (second, other) = untransposed(e, a.self), untransposed(e, a.mat2)
-    if is_quantized(e, second):
-        return product(e, e.value(a.self), second, other)
+    if (quantized := product(e, a.self, second, other)) is not None:
+        return quantized
     if not turned and not other:
         return e.call("MatMul", e.value(first), e.value(second))
     flags = {name: 1 for name, flag in (("transA", turned), ("transB", other)) if flag}
@@ -46,9 +47,10 @@ def _mm(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
 @handles("addmm")
 def _addmm(e: Emitter, node: fx.Node, a: SimpleNamespace) -> str:
     (first, turned), (second, other) = untransposed(e, a.mat1), untransposed(e, a.mat2)
-    if is_quantized(e, second) and a.alpha == 1:
-        bias = e.value(a.self)
-        return product(e, e.value(a.mat1), second, other, bias, beta=float(a.beta))
+    if a.alpha == 1:
+        quantized = product(e, a.mat1, second, other, a.self, beta=float(a.beta))
+        if quantized is not None:
+            return quantized
     flags: dict[str, Any] = {
         name: 1 for name, flag in (("transA", turned), ("transB", other)) if flag
     }

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fedlora.export.emit import Emitter, handles, packet_name
+from fedlora.export.emit import Emitter, handles
 from fedlora.export.onnx_graph import Size
+from fedlora.export.traced import packet_name
 
 __all__ = ["sliced"]
 

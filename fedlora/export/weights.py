@@ -32,7 +32,8 @@ class BaseWeights:
 
     def __init__(self, tensors: Mapping[str, npt.NDArray[np.generic]]) -> None:
         self._arrays: dict[str, npt.NDArray[np.generic]] = {}
-        self._offsets: dict[str, int] = {}
+        self._offsets: dict[tuple[int, int], int] = {}  # by where an array is, and its bytes
+        self._written: list[npt.NDArray[np.generic]] = []  # in the order of the file
         self._end = 0
         self._names: dict[tuple[int, tuple[int, ...]], str] = {}
         self._name_of: dict[str, str] = {}
@@ -52,7 +53,8 @@ class BaseWeights:
     def add(self, name: str, array: npt.NDArray[np.generic]) -> None:
         """Add a tensor that is made of others (a transposed or quantized weight), once.
 
-        The same name stands for the same numbers: adding it again changes nothing.
+        The same name stands for the same numbers: adding it again changes nothing. A view of an
+        array that was added, in another shape, takes no space of its own.
         """
         if name not in self._arrays:
             self._arrays[name] = np.ascontiguousarray(array)
@@ -65,8 +67,10 @@ class BaseWeights:
         """Return an initializer whose numbers are in base.onnx.data; `name` becomes its name."""
         name = self._name_of[name]
         array = self._arrays[name]
-        if name not in self._offsets:
-            self._offsets[name] = self._end
+        place = (array.__array_interface__["data"][0], array.nbytes)
+        if place not in self._offsets:
+            self._offsets[place] = self._end
+            self._written.append(array)
             self._end += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
         tensor = onnx.TensorProto(
             name=name,
@@ -74,7 +78,7 @@ class BaseWeights:
             dims=array.shape,
             data_location=onnx.TensorProto.EXTERNAL,
         )
-        about = {"location": BASE_DATA, "offset": self._offsets[name], "length": array.nbytes}
+        about = {"location": BASE_DATA, "offset": self._offsets[place], "length": array.nbytes}
         for key, value in about.items():
             tensor.external_data.add(key=key, value=str(value))
         return tensor
@@ -83,9 +87,9 @@ class BaseWeights:
         """Write base.onnx.data into a new folder, flushed to the disk; return its SHA-256."""
         digest = hashlib.sha256()
         with (folder / BASE_DATA).open("wb") as file:
-            for name in sorted(self._offsets, key=self._offsets.__getitem__):
+            for array in self._written:
                 # Chunks of a transposed weight would be copies; the whole one is no more than it.
-                data = np.ascontiguousarray(self._arrays[name]).data.cast("B")
+                data = np.ascontiguousarray(array).data.cast("B")
                 padding = bytes(-len(data) % ALIGNMENT)
                 for part in (data, padding):
                     file.write(part)

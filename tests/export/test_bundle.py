@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedlora.adapter import Adapter, LoraConfig
 from fedlora.bases.registry import tokenizer_file
@@ -308,13 +309,22 @@ def test_somebody_elses_files_are_not_lost(tmp_path: Path) -> None:
 
 
 def test_a_quantized_bundle_records_its_difference(tmp_path: Path) -> None:
-    lora = LoraConfig(target_modules=("q_proj",))
-    made = export_bundle("tiny-chat", tmp_path / "b", lora=lora, train=["1x8"], precision="int8")
-    assert made.precision == "int8"
-    # Rows rounded to 127 steps: about a hundredth of the largest logit.
-    assert 1e-4 < made.graphs["infer.onnx"].difference < 0.1
-    full = sum(p.numel() * 4 for p in load_base("tiny-chat").model.parameters())
-    assert made.files["base.onnx.data"].num_bytes < 0.45 * full
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=128, n_layer=2, n_head=2))
+    model.config.use_cache = False
+    base, lora = small(model, "next-token"), LoraConfig(target_modules=("c_attn",))
+    made = {
+        precision: export_bundle(
+            base, tmp_path / precision, lora=lora, train=["2x5"], precision=precision
+        )
+        for precision in ("fp32", "int8", "int4")
+    }
+    for precision in ("int8", "int4"):
+        assert made[precision].precision == precision
+        assert 1e-6 < made[precision].graphs["infer.onnx"].difference < 0.5
+    # Of 1.9 MB 0.5 MB are positions and a tied table, of which the first become int8.
+    sizes = {name: one.files["base.onnx.data"].num_bytes for name, one in made.items()}
+    assert sizes["int4"] < 0.75 * sizes["int8"] < 0.3 * sizes["fp32"]
 
 
 def test_a_bundle_without_quantized_weights_does_not_call_itself_so(
