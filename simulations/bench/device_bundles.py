@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fedlora.bases.registry import cache_home
+from fedlora.device.manifest import TrainPrecision
 from fedlora.errors import FedloraError
 from fedlora.files import write_atomic
 from fedlora.targets import select_targets
@@ -25,7 +26,9 @@ from simulations.bench.device_cases import BASES, random_adapter
 
 __all__ = ["Variant", "bundle_of", "export_seconds", "main", "skipped"]
 
-Variant = Literal["fp32", "merged", "int8"]
+Variant = Literal["fp32", "merged", "int8", "int8-backward", "int8-training"]
+# Of float32 bases with approximate training; see `fedlora.export.export_bundle`.
+_TRAINING: dict[str, TrainPrecision] = {"int8-backward": "int8-backward", "int8-training": "int8"}
 MERGED_SEED = 1  # of the adapter that goes into the weights of "merged"
 _SOURCES = ("fedlora/export", "fedlora/device/manifest.py", "simulations/bench/device_cases.py")
 
@@ -91,6 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         export_bundle(
             loaded, folder, lora=base.lora, precision="int8" if variant == "int8" else "fp32",
+            train_precision=_TRAINING.get(variant, "exact"),
             train=() if variant == "merged" else ["{}x{}".format(*base.bucket)], merge=merged,
             again=True, report=print,
         )  # fmt: skip

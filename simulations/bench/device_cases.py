@@ -22,14 +22,17 @@ from fedlora.randomness import rng
 from fedlora.targets import LayerSpec
 
 __all__ = [
-    "BASES", "DEFAULT", "KINDS", "MAPPING_SIDES", "QUICK", "TOKENS", "TRAIN_SIDES", "DeviceBase",
+    "BASES", "DEFAULT", "KINDS", "MAPPING_SIDES", "QUICK", "ROUNDED", "TOKENS",
+    "TRAIN_SIDES", "DeviceBase",
     "DeviceCase", "device_case", "is_here", "random_adapter",
 ]  # fmt: skip
 
 RANK = 8
 TOKENS = 32  # of a row that is inferred
 EFFECT = 0.1  # of a random adapter's B: the logits move by about as much as by training
-TRAIN_SIDES = ("torch", "fast", "low", "int8", "int8-low")
+# Exact training on a rounded base, and approximate training on the base itself.
+ROUNDED = ("int8", "int8-backward", "int8-training")
+TRAIN_SIDES = ("torch", "fast", "low", *ROUNDED, *(f"{side}-low" for side in ROUNDED))
 # What is open at once; with "-low" in low-memory mode.
 MAPPING_SIDES = ("infer", "train", "both", "infer-low", "train-low", "both-low")
 KINDS = ("train", "infer", "loss", "adapters", "mapping", "metric")

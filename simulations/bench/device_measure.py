@@ -27,7 +27,7 @@ from fedlora.device.trainer import Trainer
 from fedlora.training import TrainConfig
 from simulations.bench.device_adapters import measure_adapters
 from simulations.bench.device_bundles import Variant, bundle_of, export_seconds, skipped
-from simulations.bench.device_cases import TOKENS, DeviceCase, device_case
+from simulations.bench.device_cases import ROUNDED, TOKENS, DeviceCase, device_case
 from simulations.bench.device_sides import (
     TorchSide,
     adapter_for,
@@ -41,7 +41,7 @@ __all__ = ["by_turns", "main", "measure"]
 
 Result = dict[str, Any]
 Variants = Sequence[Variant]
-VARIANTS: Variants = ("merged", "int8")
+VARIANTS: Variants = ("merged", "int8", "int8-backward", "int8-training")
 TURN_SECONDS = 0.2  # of one side; short calls are repeated
 LOSS_STEPS, METRIC_STEPS = 20, 60
 
@@ -99,9 +99,10 @@ def _train(case: DeviceCase, fp32: Path, turns: int, threads: int, only: Variant
         "fast": device_step(fp32, start, threads),
         "low": device_step(fp32, start, threads, low_memory=True),
     }
-    if (int8 := _other(case, "int8", only)) is not None:
-        steps["int8"] = device_step(int8, start, threads)
-        steps["int8-low"] = device_step(int8, start, threads, low_memory=True)
+    for variant in ROUNDED:
+        if (folder := _other(case, variant, only)) is not None:
+            steps[variant] = device_step(folder, start, threads)
+            steps[f"{variant}-low"] = device_step(folder, start, threads, low_memory=True)
     batch = case.base.batch(*case.base.bucket)
     losses = {name: step([batch])[0] for name, step in steps.items()}
     # The time of a step: a training of three, less one of one, would be two numbers' noise; the

@@ -2,7 +2,7 @@
 
     python -m simulations.bench.device_memory train-minilm low
 
-Sides of "train": torch, fast, low, int8, int8-low. Of "mapping": infer, train, both, each also as
+Sides of "train": those of `TRAIN_SIDES`. Of "mapping": infer, train, both, each also as
 "infer-low" and so on. Bytes: "peak" of the whole process; "steps_peak" of the steps after the first
 one; "anonymous" and "file" at the end, where "file" counts mapped weights as well as libraries.
 """
@@ -22,7 +22,7 @@ from fedlora.device.runtime import open_bundle
 from fedlora.device.session import Session
 from fedlora.device.trainer import Trainer
 from simulations.bench.device_bundles import Variant, bundle_of
-from simulations.bench.device_cases import TOKENS, DeviceCase, device_case
+from simulations.bench.device_cases import ROUNDED, TOKENS, DeviceCase, device_case
 from simulations.bench.device_sides import TorchSide, start_for, train_losses
 
 __all__ = ["main", "memory_of"]
@@ -30,7 +30,8 @@ __all__ = ["main", "memory_of"]
 
 def memory_of(case: DeviceCase, side: str, threads: int) -> dict[str, Any]:
     """Do what the side does in this process, and say what it took."""
-    variant: Variant = "int8" if side.startswith("int8") else "fp32"
+    name = side.removesuffix("-low")
+    variant: Variant = name if name in ROUNDED else "fp32"  # type: ignore[assignment]
     folder = bundle_of(case.base_name, variant)
     if folder is None:
         return {"skipped": True}

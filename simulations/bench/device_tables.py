@@ -18,6 +18,10 @@ SIDES = {
     "low": "device, low memory",
     "int8": "device, int8",
     "int8-low": "device, int8, low memory",
+    "int8-backward": "device, int8 in the backward pass",
+    "int8-backward-low": "device, int8 in the backward pass, low memory",
+    "int8-training": "device, int8 throughout",
+    "int8-training-low": "device, int8 throughout, low memory",
     "base": "device, base alone",
     "adapter": "device, base + adapter",
     "merged": "device, merged",
@@ -30,8 +34,9 @@ LIMITS = (
     ("train-smollm2", "fast", "time", 1.0),
     ("train-smollm2", "low", "time", 1.1),
     ("train-smollm2", "low", "memory", 0.65),
-    ("train-smollm2", "int8", "time", 0.6),
-    ("train-smollm2", "int8-low", "memory", 0.5),
+    ("train-smollm2", "int8-backward", "time", 0.8),
+    ("train-smollm2", "int8-training", "time", 0.6),
+    ("train-smollm2", "int8-training-low", "memory", 0.5),
 )
 
 
