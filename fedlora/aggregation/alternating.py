@@ -31,7 +31,7 @@ def rolora() -> Method:
         exact=True,
         linear=True,
         continues=True,
-        summary="many clients, low rank or strong skew, at half the upload",
+        summary="half the upload a round; made for strong drift, see the study",
         paper="2502.01755",
     )
 
