@@ -15,7 +15,7 @@ from tests.store.states import make_bundle
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 
 
-# The issue of crash safety is settled by the longer run; the short one guards every change.
+# The long run is the measurement; the short one guards every change.
 @pytest.mark.parametrize("hits", [30, pytest.param(400, marks=pytest.mark.slow)])
 def test_a_kill_at_any_instant_of_a_commit_loses_nothing(hits: int, tmp_path: Path) -> None:
     store = Store.create(tmp_path / "state", make_bundle(tmp_path / "bundle"))
@@ -28,9 +28,9 @@ def test_a_kill_at_any_instant_of_a_commit_loses_nothing(hits: int, tmp_path: Pa
     print(found)
     assert found["hits"] == hits
     assert found["old"] + found["new"] == hits
-    # Both ends of the window were hit: before the commit point and after it.
-    assert min(found["old"], found["new"]) >= hits // 30
-    assert sum(count > 0 for count in found["deciles"]) >= 8
+    if hits >= 100:  # of fewer, all may fall on one side of the commit point by chance
+        assert min(found["old"], found["new"]) >= hits // 30
+        assert sum(count > 0 for count in found["deciles"]) >= 8
     with store.lock():
         pass
     assert len(list((store.path / "adapters").iterdir())) == len(store.status().digests())
