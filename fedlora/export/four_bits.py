@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlora.export.emit import Emitter
+from fedlora.export.emitter import Emitter
 from fedlora.export.onnx_graph import MICROSOFT
 
 __all__ = ["BLOCK", "packed_blocks", "product_of_blocks", "rows_of_blocks"]

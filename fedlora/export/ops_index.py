@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fedlora.export.emit import Emitter, handles
+from fedlora.export.emitter import Emitter, handles
 from fedlora.export.ops_linear import untransposed
 from fedlora.export.ops_shape import rolled
 from fedlora.export.quantized import is_quantized, looked_up

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fedlora.export.emit import Emitter, handles
+from fedlora.export.emitter import Emitter, handles
 from fedlora.export.onnx_graph import Size
 from fedlora.export.quantized import product
 from fedlora.export.traced import packet_name

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fedlora.export.emit import Emitter, handles, onnx_type
+from fedlora.export.emitter import Emitter, handles, onnx_type
 from fedlora.export.traced import packet_name
 
 __all__: list[str] = []

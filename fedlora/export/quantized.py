@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import fx
 
-from fedlora.export.emit import Emitter
+from fedlora.export.emitter import Emitter
 from fedlora.export.four_bits import BLOCK, packed_blocks, product_of_blocks, rows_of_blocks
 from fedlora.export.onnx_graph import MICROSOFT
 from fedlora.export.traced import packet_name
