@@ -26,11 +26,11 @@ def test_a_kill_at_any_instant_of_a_commit_loses_nothing(hits: int, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     print(found)
-    assert found["hits"] == hits
-    assert found["old"] + found["new"] == hits
-    if hits >= 100:  # of fewer, all may fall on one side of the commit point by chance
-        assert min(found["old"], found["new"]) >= hits // 30
-        assert sum(count > 0 for count in found["deciles"]) >= 8
+    assert found["hits"] >= hits
+    assert found["old"] + found["new"] == found["hits"]
+    # Both ends of the window were hit: before the commit point and after it.
+    assert min(found["old"], found["new"]) >= hits // 30
+    assert sum(count > 0 for count in found["deciles"]) >= 8
     with store.lock():
         pass
     assert len(list((store.path / "adapters").iterdir())) == len(store.status().digests())
