@@ -204,7 +204,7 @@ def test_layers_may_have_different_ranks(tmp_path: Path) -> None:
         assert np.abs(found - gradient.numpy()).max() <= GRADIENT
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "watch-cnn"])
+@pytest.mark.parametrize("name", CASES)
 def test_the_same_trace_gives_the_same_bytes(name: str) -> None:
     both = []
     for make in (training_of, training_of.__wrapped__):  # the second traces anew

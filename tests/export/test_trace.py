@@ -277,3 +277,8 @@ def test_fetched_bases(id: str, rows: int, positions: int) -> None:
     for key, gradient in gradients.items():
         limit = 1e-4 * float(gradient.norm())
         assert float((given[key] - gradient).norm()) <= limit, key
+
+
+def test_the_cases_have_every_kind_of_layer() -> None:
+    kinds = {spec.kind for case in CASES.values() for spec in case.subject().layers.values()}
+    assert kinds == {"linear", "conv", "embedding"}
