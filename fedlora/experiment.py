@@ -28,6 +28,7 @@ from fedlora.aggregation import (
 )
 from fedlora.aggregation import method as find_method
 from fedlora.aggregation.robust import fewest_updates
+from fedlora.conditions import FaultsConfig, QuorumConfig
 from fedlora.data import FederatedData, load_data
 from fedlora.data.text import TokenizerLike
 from fedlora.errors import ConfigError, MissingExtraError, nearest, unknown_name
@@ -127,6 +128,9 @@ class FederationConfig:
     robust_options: Mapping[str, Any] = field(default_factory=dict)
     proximal_weight: float = 0.0  # mu of FedProx: holds a client near what it was sent
     control_variates: bool = False  # SCAFFOLD, against the drift of clients; needs plain sgd
+    # How factors travel: what a client cannot read or write is sent to it, or by it, as fp32.
+    upload_codec: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
+    download_codec: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
 
     def __post_init__(self) -> None:
         _at_least("federation.rounds", self.rounds, 0)
@@ -270,6 +274,8 @@ class ExperimentConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     personalization: PersonalizationConfig = field(default_factory=PersonalizationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    quorum: QuorumConfig | None = None  # None: a round waits for everyone
+    faults: FaultsConfig | None = None  # None: nothing is made to go wrong
     seed: int = 0
 
     def __post_init__(self) -> None:

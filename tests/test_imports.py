@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up; a module may import what is in a row below its own.
 ROWS = [
-    {"errors", "files", "imports", "low_rank", "patterns", "randomness"},
+    {"conditions", "errors", "files", "imports", "low_rank", "patterns", "randomness"},
     {"adapter", "flat", "targets", "training"},
     {"aggregation", "privacy", "formats", "store", "metrics"},
     {"experiment", "personalization", "mixing", "evaluation", "nn", "bases", "data", "world"},
@@ -27,6 +27,7 @@ ROWS = [
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
 # Inside a row: the module on the left may import those on the right.
 BESIDE: dict[str, set[str]] = {
+    "conditions": {"errors"},
     "targets": {"adapter", "patterns"},
     "adapter": {"patterns"},
     "flat": {"adapter", "training"},

@@ -53,8 +53,8 @@ _CLIENT_TYPES: Mapping[str, tuple[type, ...]] = {
     "client_id": (str,), "rank": _OPTIONAL, "num_examples": _OPTIONAL, "held_out": (bool,),
     "rounds": _NUMBER, "steps": _NUMBER,
 }  # fmt: skip
-# Keys of an experiment that may differ on resume: how long it runs and on what.
-FREE_KEYS = ("federation.rounds", "engine")
+# Keys of an experiment that may differ on resume: how long it runs, on what, and how it fares.
+FREE_KEYS = ("federation.rounds", "engine", "quorum", "faults")
 
 
 @dataclass(frozen=True, slots=True)
