@@ -200,7 +200,7 @@ def resume_run(out: Path, config: ExperimentConfig) -> Checkpoint:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise RunError(
             f"{out}: cannot resume with another experiment: {shown}{more}; only "
-            f"{' and '.join(FREE_KEYS)} may change; restore them, or choose another folder"
+            f"{', '.join(FREE_KEYS)} may change; restore them, or choose another folder"
         )
     checkpoint = _checkpoint(out, document)
     kept = [record for record in read_rounds(out) if record.round <= checkpoint.state.round]

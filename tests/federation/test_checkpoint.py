@@ -164,11 +164,12 @@ def test_what_is_newer_than_the_checkpoint_is_dropped_on_resume(whole: Any, tmp_
 def test_only_rounds_and_engine_may_change_on_resume(tmp_path: Path) -> None:
     run(experiment(), tmp_path)
     run(experiment(federation__rounds=4, engine__kind="flower"), tmp_path)  # the grid is our own
+    run(experiment(federation__rounds=4, quorum__share=0.8, faults__drop=0.1), tmp_path)
     with raises(
         RunError,
         f"{tmp_path}: cannot resume with another experiment: federation.learning_rate (run: "
         "0.001, now: 0.1), lora.rank (run: 2, now: 4), seed (run: 0, now: 1); only "
-        "federation.rounds and engine may change; restore them, or choose another folder",
+        "federation.rounds, engine, quorum, faults may change; restore them, or choose another folder",
     ):
         run(experiment(seed=1, lora__rank=4, federation__learning_rate=0.1), tmp_path)
 
