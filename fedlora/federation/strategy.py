@@ -72,7 +72,6 @@ class _Round:
 
     number: int
     cohort: tuple[str, ...]
-    started: float
     awaited: dict[int, _Sent] = field(default_factory=dict)  # by node id, until it answers
     answered: dict[int, str] = field(default_factory=dict)  # node id -> client id
     dropped: list[Dropped] = field(default_factory=list)
@@ -136,7 +135,7 @@ class FederatedLora(Strategy):
     ) -> Iterable[Message]:
         """Draw the cohort and yield one message per client, each with its own records."""
         federation, number = self.config.federation, self.checkpoint.state.round + 1
-        started, clock = time.monotonic(), PhaseClock(self._save_seconds)
+        clock = PhaseClock(self._save_seconds)
         if self._roster is not None:
             self._nodes, answers = self._roster.update()
             self._have_clients(with_answers(self.checkpoint, answers, joining=number))
@@ -148,7 +147,7 @@ class FederatedLora(Strategy):
             self.config.seed,
             federation.sampling,
         )
-        self._round = current = _Round(number, cohort, started, clock=clock)
+        self._round = current = _Round(number, cohort, clock=clock)
         messages = clock.within("prepare", self._messages(current, grid))
         clock.enter("send")
         return messages
@@ -313,7 +312,8 @@ class FederatedLora(Strategy):
 
     def _finish(self, current: _Round, checkpoint: Checkpoint, *, updated: bool) -> None:
         failed = not updated and bool(current.cohort)
-        seconds = time.monotonic() - current.started
+        phases = current.clock.seconds()
+        seconds = sum(phases.values()) - phases["save"]  # that is of the round before
         record = RoundRecord(
             round=current.number,
             status="updated" if updated else "failed" if failed else "empty",
@@ -324,7 +324,7 @@ class FederatedLora(Strategy):
             bytes_down=current.bytes_down,
             dropped=tuple(current.dropped),
             noted=_noted(self.method, checkpoint.state) if updated else {},
-            phases=current.clock.seconds(),
+            phases=phases,
             clients=slowest_and_median(current.client_seconds),
             late=current.late,
         )
