@@ -171,7 +171,7 @@ class FederatedLora(Strategy):
             current.late = replies.late
             current.bytes_up += replies.late_bytes
             if replies.ended == "quorum":
-                silent = f"no reply before the round ended with {len(current.valid)} others'"
+                silent = "not waited for: the round had its quorum"
         for sent in current.awaited.values():
             self._drop(current, sent.client_id, silent)
         self._finish(current, replace(self.checkpoint, state=state), updated=after is not None)
