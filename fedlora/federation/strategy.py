@@ -138,7 +138,9 @@ class FederatedLora(Strategy):
         clock = PhaseClock(self._save_seconds)
         if self._roster is not None:
             self._nodes, answers = self._roster.update()
-            self._have_clients(with_answers(self.checkpoint, answers, joining=number))
+            told = with_answers(self.checkpoint, answers, joining=number)
+            if told is not self.checkpoint:
+                self._have_clients(told)
         more = self.config.quorum.over_selection if self.config.quorum else 0.0
         cohort = draw_cohort(
             self.checkpoint.client_ids,
