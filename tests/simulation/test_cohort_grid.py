@@ -71,6 +71,15 @@ def test_the_same_rounds_as_one_client_after_another(tmp_path: Path, changes: di
         assert mine.dropped == ()
 
 
+def test_a_quorum_changes_no_bit_where_nobody_is_late(tmp_path: Path) -> None:
+    plain = run_rounds(config(), tmp_path / "plain", PEOPLE)
+    quorum = run_rounds(config(quorum__share=0.5), tmp_path / "quorum", PEOPLE)
+    assert quorum.state.adapter == plain.state.adapter
+    assert quorum.clients == plain.clients
+    assert (quorum.bytes_up, quorum.bytes_down) == (plain.bytes_up, plain.bytes_down)
+    assert all(r.dropped == () and r.late == 0 for r in read_rounds(tmp_path / "quorum"))
+
+
 def test_neither_threads_nor_the_size_of_groups_change_a_result(tmp_path: Path) -> None:
     found = {}
     for workers, positions in ((1, 2048), (3, 2048), (2, 1)):
