@@ -153,6 +153,18 @@ def test_a_round_waits_until_enough_are_back_but_not_for_ever(tmp_path: Path) ->
     assert 8.0 <= other.now < 10.0
 
 
+def test_rounds_do_not_wait_for_a_client_that_was_left_out_at_the_start(tmp_path: Path) -> None:
+    def script(number: int, reply: Message) -> tuple[float, list[Message]]:
+        if number == 4 and reply.metadata.message_type == "query":
+            del reply.content["client"]["num_examples"]
+        return -1, [reply]
+
+    link = Link(5, script=script)
+    _, records = through(link, tmp_path, min_clients=5, **ALL)
+    assert [dropped(record) for record in records] == [[]] * 4
+    assert link.now < 6.0
+
+
 def test_answers_change_nothing_where_they_say_nothing_new() -> None:
     start: Any = None
     clients = (ClientRecord("a", 4, 7, rounds=2, steps=9), ClientRecord("b", held_out=True))
