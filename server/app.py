@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora.errors import FedloraError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation import run_federation
+from fedlora.federation.faults import with_faults
 
 app = ServerApp()
 _log = logging.getLogger("fedlora.server")
@@ -26,9 +27,10 @@ def main(grid: Grid, context: Context) -> None:
     settings = context.run_config
     experiment = Path(__file__).resolve().parent.parent / str(settings["experiment"])
     try:
+        config = ExperimentConfig.from_toml(experiment)
         run_federation(
-            grid,
-            ExperimentConfig.from_toml(experiment),
+            with_faults(grid, config.faults, real_time=True),
+            config,
             Path(str(settings["out"])),
             min_clients=int(settings["min-clients"]),
         )

@@ -82,7 +82,8 @@ class RoundRecord:
     """One line of rounds.jsonl."""
 
     round: int
-    status: Literal["updated", "failed", "empty"]  # empty: Poisson sampling drew nobody
+    # empty: Poisson sampling drew nobody; declined: the devices did, and the round comes again
+    status: Literal["updated", "failed", "empty", "declined"]
     cohort: tuple[str, ...]
     loss: float | None  # mean over the clients by their weight; None: nobody took a step
     seconds: float
@@ -91,6 +92,7 @@ class RoundRecord:
     dropped: tuple[Dropped, ...] = ()
     # What the method says of the round (`Method.noted`), each the largest over the layers.
     noted: Mapping[str, float] = field(default_factory=dict)
+    declined: tuple[str, ...] = ()  # client ids: their owners do not allow it now; also in dropped
 
 
 @dataclass(frozen=True, slots=True)

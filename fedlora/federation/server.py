@@ -69,7 +69,8 @@ def run_federation(
     the wait for nodes, and each round's.
 
     Raises `RunError` for another experiment's checkpoint, `FederationError` when no client answers
-    or three rounds in a row bring no update, `ConfigError` for a cohort larger than the population.
+    or several rounds in a row bring no update, `ConfigError` for a cohort larger than the
+    population.
     """
     method = method or config.federation.build_method()
     resumed = resume_run(out, config) if has_checkpoint(out) else None
@@ -90,8 +91,8 @@ def run_federation(
 
     nodes = {client_id: node for client_id, (node, _) in answers.items()}
     strategy = FederatedLora(config, method, checkpoint, nodes, save)
-    rounds = config.federation.rounds - checkpoint.state.round
-    if rounds > 0:
+    # More than once when devices declined a round: it was tried again, and one is left over.
+    while (rounds := config.federation.rounds - strategy.checkpoint.state.round) > 0:
         strategy.start(grid, ArrayRecord(), num_rounds=rounds, timeout=timeout)
     return strategy.checkpoint.state
 

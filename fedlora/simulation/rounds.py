@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from fedlora.errors import RunError
 from fedlora.experiment import ExperimentConfig, app_root
 from fedlora.federation import Checkpoint, RoundRecord, read_checkpoint, run_federation
+from fedlora.federation.faults import with_faults
 from fedlora.federation.owner import owner_node_config
 from fedlora.simulation.cohort_grid import CohortGrid
 from fedlora.simulation.flower import run_in_flower
@@ -48,6 +49,7 @@ def run_rounds(
         with _quiet_flower(), one_torch_thread(), _grid(config, out, num_clients) as grid:
             # The cohort engine keeps its clients' states in the run's folder.
             remember = config.engine.kind == "cohort"
+            grid = with_faults(grid, config.faults)
             run_federation(grid, config, out, clients_remember=remember, on_round=on_round)
     return read_checkpoint(out)
 
