@@ -159,6 +159,9 @@ CORRUPTIONS: Mapping[str, _Corruption] = {
     "no steps": _Corruption(partial(_without_key, record="metrics", key="steps")),
     "negative steps": _Corruption(partial(_set, record="metrics", key="steps", value=-1)),
     "infinite loss": _Corruption(partial(_set, record="metrics", key="loss", value=math.inf)),
+    "negative seconds": _Corruption(
+        partial(_set, record="metrics", key="seconds", value=-1.0), needs=("metrics", "seconds")
+    ),
     # With equal weights there is no such number, and one that is sent all the same is not used.
     "negative examples": _Corruption(
         partial(_set, record="metrics", key="num-examples", value=-50), needs=_EXAMPLES

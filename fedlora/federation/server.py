@@ -57,6 +57,7 @@ def run_federation(
     timeout: float = 3600.0,
     clients_remember: bool = False,
     on_round: Callable[[RoundRecord], None] | None = None,
+    pause: Callable[[float], None] = time.sleep,
 ) -> ServerState:
     """Run, or go on with, the federation that `config` describes; return its last state.
 
@@ -66,7 +67,8 @@ def run_federation(
     `min_clients` nodes are connected. `clients_remember`: whether clients of a resumed run still
     have what they kept in it. Flower's do not: a state belongs to one of its runs, and a resumed
     run is a new one. Control variates then begin at zero on both sides. `timeout` (seconds) limits
-    the wait for nodes, and each round's.
+    the wait for nodes, and each round's. `pause` waits so many seconds before a round that its
+    devices declined is tried again.
 
     Raises `RunError` for another experiment's checkpoint, `FederationError` when no client answers
     or several rounds in a row bring no update, `ConfigError` for a cohort larger than the
@@ -90,7 +92,7 @@ def run_federation(
             on_round(record)
 
     nodes = {client_id: node for client_id, (node, _) in answers.items()}
-    strategy = FederatedLora(config, method, checkpoint, nodes, save)
+    strategy = FederatedLora(config, method, checkpoint, nodes, save, pause=pause)
     # More than once when devices declined a round: it was tried again, and one is left over.
     while (rounds := config.federation.rounds - strategy.checkpoint.state.round) > 0:
         strategy.start(grid, ArrayRecord(), num_rounds=rounds, timeout=timeout)
