@@ -60,8 +60,8 @@ from fedlora.federation.sampling import draw_cohort
 __all__ = ["FederatedLora", "deal_ranks", "most_failed_rounds"]
 
 # Without one valid update in so many rounds in a row, and from so many clients, a run is given up.
-# By rounds alone a cohort of one that loses 30 % of its messages by chance would end in 85 % of all
-# runs of 100 rounds; that twelve in a row are lost happens in one of 27,000.
+# By rounds alone, 86 % of all runs of 100 rounds would end whose cohort is one client and which
+# lose 30 % of their messages by chance; that twelve in a row are lost happens in one of 30,000.
 MAX_FAILED_ROUNDS = 3
 MAX_FAILED_CLIENTS = 12
 # A round that its devices declined is tried again after a pause, which doubles up to the longest.
