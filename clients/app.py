@@ -14,20 +14,34 @@ from flwr.clientapp import ClientApp
 
 from fedlora.errors import ConfigError, MissingExtraError
 from fedlora.federation import ClientSetup, Trainer, handle_query, handle_train
+from fedlora.federation.client import error_reply, handle_declined
+from fedlora.federation.limits import owners_limits, reason_to_decline
 
 app = ClientApp()
 
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say who this client is."""
+    """Say who this client is; also when it could not train now: it stays one of the run's."""
     return handle_query(message, lambda setup: _open(setup, context))
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train for one round."""
-    return handle_train(message, lambda setup: _open(setup, context), context.state)
+    """Train for one round, if this device's owner allows it now (`fedlora.federation.limits`)."""
+    try:
+        limits = owners_limits(context.node_config)
+        reason = reason_to_decline(limits)
+    except Exception as error:  # a limit that cannot be understood is not one that is kept
+        return error_reply(message, error)
+    if reason is not None:
+        return handle_declined(message, reason)
+    return handle_train(
+        message,
+        lambda setup: _open(setup, context),
+        context.state,
+        min_examples=limits.min_examples,
+    )
 
 
 def _open(setup: ClientSetup, context: Context) -> Trainer:

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora.errors import FedloraError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation import QuorumGrid, RoundRecord, round_words, run_federation
+from fedlora.federation.faults import with_faults
 
 AT_ONCE = 32  # messages in one call to the SuperLink: their arrays are all in memory together
 
@@ -31,7 +32,12 @@ def main(grid: Grid, context: Context) -> None:
     try:
         config = ExperimentConfig.from_toml(experiment)
         run_federation(
-            QuorumGrid(grid, config.quorum, config.federation.cohort, at_once=AT_ONCE),
+            QuorumGrid(
+                with_faults(grid, config.faults, real_time=True),
+                config.quorum,
+                config.federation.cohort,
+                at_once=AT_ONCE,
+            ),
             config,
             Path(str(settings["out"])),
             min_clients=int(settings["min-clients"]),

@@ -83,7 +83,8 @@ class RoundRecord:
     """One line of rounds.jsonl."""
 
     round: int
-    status: Literal["updated", "failed", "empty"]  # empty: Poisson sampling drew nobody
+    # empty: Poisson sampling drew nobody; declined: the devices did, and the round comes again
+    status: Literal["updated", "failed", "empty", "declined"]
     cohort: tuple[str, ...]
     loss: float | None  # mean over the clients by their weight; None: nobody took a step
     seconds: float
@@ -97,6 +98,7 @@ class RoundRecord:
     # The clients' own seconds, "slowest" and "median"; empty where none tells.
     clients: Mapping[str, float] = field(default_factory=dict)
     late: int = 0  # replies to older rounds that came in this one, and were thrown away
+    declined: tuple[str, ...] = ()  # client ids: their owners do not allow it now; also in dropped
 
 
 @dataclass(frozen=True, slots=True)

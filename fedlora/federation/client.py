@@ -28,6 +28,8 @@ from fedlora.errors import (
 )
 from fedlora.federation._flower_private import CLIENT_ERROR
 from fedlora.federation.control import next_control, read_own_control, write_own_control
+from fedlora.federation.guard import check_declined
+from fedlora.federation.limits import declined_content
 from fedlora.federation.private import (
     kept_factors,
     kept_segments,
@@ -44,6 +46,7 @@ __all__ = [
     "OpenTrainer",
     "Trainer",
     "error_reply",
+    "handle_declined",
     "handle_query",
     "handle_train",
     "one_line",
@@ -91,14 +94,24 @@ def handle_query(message: Message, open_trainer: OpenTrainer) -> Message:
 
 
 def handle_train(
-    message: Message, open_trainer: OpenTrainer, state: RecordDict | None = None
+    message: Message,
+    open_trainer: OpenTrainer,
+    state: RecordDict | None = None,
+    *,
+    min_examples: int = 0,
 ) -> Message:
     """Train for one round; the reply holds the uploaded factors and the declared metrics.
 
     state: this client's own (`Context.state`), for factors that it trains and does not share and
-    for its control variate; None: a round that has either is refused.
+    for its control variate; None: a round that has either is refused. min_examples: with fewer the
+    device declines, as its owner wants.
     """
-    return _answer(message, lambda: _train(message.content, open_trainer, state))
+    return _answer(message, lambda: _train(message.content, open_trainer, state, min_examples))
+
+
+def handle_declined(message: Message, reason: str) -> Message:
+    """Decline to take part in a round; the reply holds one of the words of `limits.REASONS`."""
+    return _answer(message, lambda: _declined(reason))
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -136,11 +149,21 @@ def _query(content: RecordDict, open_trainer: OpenTrainer) -> RecordDict:
     return answer_query(setup, trainer.client_id, trainer.rank, count)
 
 
-def _train(content: RecordDict, open_trainer: OpenTrainer, state: RecordDict | None) -> RecordDict:
+def _declined(reason: str) -> RecordDict:
+    content = declined_content(reason)
+    check_declined(content)
+    return content
+
+
+def _train(
+    content: RecordDict, open_trainer: OpenTrainer, state: RecordDict | None, min_examples: int = 0
+) -> RecordDict:
     started = time.monotonic()
     task = read_task(content)
     order, broadcast = task.order, task.broadcast
     trainer = open_trainer(task.setup)
+    if min_examples and trainer.num_examples < min_examples:
+        return _declined("examples")
     if own := kept_factors(task):
         if state is None:
             raise FederationError(

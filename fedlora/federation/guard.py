@@ -14,8 +14,9 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedlora.errors import FederationError
 from fedlora.federation.buffers import LAYOUT_KEYS, BufferForm
 from fedlora.federation.control import CONTROL, CONTROL_RECORDS, DIGEST
+from fedlora.federation.limits import REASONS, read_declined
 
-__all__ = ["ANSWER_KEYS", "METRICS", "check_answer", "check_reply"]
+__all__ = ["ANSWER_KEYS", "METRICS", "check_answer", "check_declined", "check_reply"]
 
 R = TypeVar("R")
 
@@ -68,6 +69,15 @@ def check_reply(
     for name, value in metrics.items():
         if type(value) not in (int, float):
             raise FederationError(f"refused to send metric {name!r}: it is not one number")
+
+
+def check_declined(content: RecordDict) -> None:
+    """Raise `FederationError` unless `content` declines by one of the fixed words, and no more."""
+    if read_declined(content) is None:
+        raise FederationError(
+            f"refused to send: a device that declines says one of {', '.join(REASONS)} and nothing "
+            "else"
+        )
 
 
 def _require_size(name: str, record: ArrayRecord, form: BufferForm) -> None:

@@ -61,6 +61,7 @@ def run_federation(
     timeout: float = 3600.0,
     clients_remember: bool = False,
     on_round: Callable[[RoundRecord], None] | None = None,
+    pause: Callable[[float], None] = time.sleep,
 ) -> ServerState:
     """Run, or go on with, the federation that `config` describes; return its last state.
 
@@ -70,14 +71,16 @@ def run_federation(
     `min_clients` nodes are connected. `clients_remember`: whether clients of a resumed run still
     have what they kept in it. Flower's do not: a state belongs to one of its runs, and a resumed
     run is a new one. Control variates then begin at zero on both sides. `timeout` (seconds) limits
-    the wait for nodes, and each round's.
+    the wait for nodes, and each round's. `pause` waits so many seconds before a round that its
+    devices declined is tried again.
 
     Through a `QuorumGrid` clients also come and go: a node that is gone is not asked, one that
     returns is, and a new one joins the population at a round's start. Through any other grid the
     population stays as it was, and who is not there at the start or on resume never comes.
 
     Raises `RunError` for another experiment's checkpoint, `FederationError` when no client answers
-    or three rounds in a row bring no update, `ConfigError` for a cohort larger than the population.
+    or several rounds in a row bring no update, `ConfigError` for a cohort larger than the
+    population.
     """
     method = method or config.federation.build_method()
     resumed = resume_run(out, config) if has_checkpoint(out) else None
@@ -111,9 +114,9 @@ def run_federation(
             min_clients=min_clients,
             timeout=timeout,
         )
-    strategy = FederatedLora(config, method, checkpoint, nodes, save, roster)
-    rounds = config.federation.rounds - checkpoint.state.round
-    if rounds > 0:
+    strategy = FederatedLora(config, method, checkpoint, nodes, save, roster, pause=pause)
+    # More than once when devices declined a round: it was tried again, and one is left over.
+    while (rounds := config.federation.rounds - strategy.checkpoint.state.round) > 0:
         strategy.start(grid, ArrayRecord(), num_rounds=rounds, timeout=timeout)
     return strategy.checkpoint.state
 

@@ -22,6 +22,7 @@ from fedlora.federation import (
     read_checkpoint,
     run_federation,
 )
+from fedlora.federation.faults import with_faults
 from fedlora.federation.owner import owner_node_config
 from fedlora.simulation.cohort_grid import CohortGrid
 from fedlora.simulation.flower import run_in_flower
@@ -52,6 +53,7 @@ def run_rounds(
         run_in_flower(config, out, num_clients, on_round=on_round)
     else:
         with _quiet_flower(), one_torch_thread(), _grid(config, out, num_clients) as grid:
+            grid = with_faults(grid, config.faults)
             if config.quorum is not None:
                 grid = QuorumGrid(grid, config.quorum, config.federation.cohort)
             # The cohort engine keeps its clients' states in the run's folder.

@@ -21,6 +21,8 @@ from fedlora.federation.checkpoint import (
     read_checkpoint,
     read_rounds,
 )
+from fedlora.federation.faults import describe_faults
+from fedlora.federation.limits import DECLINED
 from fedlora.federation.phases import round_words
 from fedlora.files import write_atomic
 from fedlora.formats import load_adapter, save_adapter
@@ -167,6 +169,7 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     }
     summary["extra"]["notes"] = [
         *world.data.notes,
+        *filter(None, [describe_faults(config.faults)]),
         *_notes(checkpoint, read_rounds(folder), len(took_part) - len(tested)),
         *(f"not in the means: {row['failed']}" for row in rows if "failed" in row),
     ]
@@ -194,8 +197,11 @@ def _notes(checkpoint: Checkpoint, rounds: list[RoundRecord], untested: int) -> 
     notes = []
     if out := checkpoint.left_out:
         notes.append(f"{len(out)} clients were left out from the start; {out[0].reason}")
-    if lost := [dropped for record in rounds for dropped in record.dropped]:
+    told = [dropped for record in rounds for dropped in record.dropped]
+    if lost := [dropped for dropped in told if not dropped.reason.startswith(DECLINED)]:
         notes.append(f"{len(lost)} replies did not count; the last: {lost[-1].reason}")
+    if declined := len(told) - len(lost):
+        notes.append(f"{declined} times a device declined to take part in a round")
     if untested:
         notes.append(f"{untested} clients without held-out examples are not evaluated")
     return notes
