@@ -13,7 +13,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedlora.errors import ConfigError, MissingExtraError
-from fedlora.federation import ClientSetup, Trainer, handle_query, handle_train
+from fedlora.federation.client import Trainer, handle_query, handle_train
+from fedlora.federation.records import ClientSetup
 
 app = ClientApp()
 

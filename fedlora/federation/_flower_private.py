@@ -10,6 +10,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,8 @@ __all__ = [
     "run_supernode",
     "set_message_id",
     "with_client_launcher",
+    "with_quick_objects_in_grid",
+    "with_quick_objects_in_supernode",
     "with_sleep_in_superexec",
     "with_sleep_in_supernode",
     "with_superexec",
@@ -43,9 +46,14 @@ IDLE_SECONDS = 3.0  # that a SuperNode sleeps when there is no message; all its 
 
 # Imported when they are asked for: a client process or a server needs none of them.
 _SUPERNODE = "flwr.supernode.start_client_internal"
+_GRID = "flwr.superlink.grid.http_grid"
 _SUPEREXEC = "flwr.supercore.superexec.run_superexec"
 _CLIENT = "flwr.supernode.runtime.run_clientapp"
 _TLS = "flwr.supercore.tls"
+
+# A message is seen before all of it has arrived. Flower asks for the rest again after 1 s, then
+# after twice as long, up to 10 s; the limits of time and tries stay as they are.
+FIRST_BACKOFF_SECONDS = 0.05
 
 
 def empty_run(run_id: int = 1) -> Any:
@@ -75,6 +83,22 @@ def with_sleep_in_supernode(sleep: Callable[[float], None]) -> None:
 def with_sleep_in_superexec(sleep: Callable[[float], None]) -> None:
     """Let this process's SuperExec sleep with `sleep`. Raises `AttributeError`, `ImportError`."""
     _with_sleep(_SUPEREXEC, sleep)
+
+
+def with_quick_objects_in_supernode() -> None:
+    """Let this process's SuperNode ask soon for what of a message has not arrived.
+
+    Raises `AttributeError`, `ImportError`.
+    """
+    _with_quick_objects(_SUPERNODE)
+
+
+def with_quick_objects_in_grid() -> None:
+    """Let this process's grid of a deployed server ask soon for what of a reply has not arrived.
+
+    Raises `AttributeError`, `ImportError`.
+    """
+    _with_quick_objects(_GRID)
 
 
 def with_superexec(
@@ -158,3 +182,8 @@ def _with_sleep(name: str, sleep: Callable[[float], None]) -> None:
     module: Any = import_module(name)
     _ = module.time.sleep
     module.time = SimpleNamespace(**{**vars(time), "sleep": sleep})
+
+
+def _with_quick_objects(name: str) -> None:
+    module: Any = import_module(name)
+    module.pull_objects = partial(module.pull_objects, initial_backoff=FIRST_BACKOFF_SECONDS)
