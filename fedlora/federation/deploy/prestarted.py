@@ -73,6 +73,7 @@ def prestart() -> Callable[[Launch], bool] | None:
             ours.send(json.dumps(dict(task)).encode())
         except OSError as error:
             _log.warning("the waiting process is gone, Flower starts the client: %s", error)
+            ours.close()
             return False
         return True
 
