@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         read_rounds,
     )
     from fedlora.federation.client import OpenTrainer, Trainer, handle_query, handle_train
+    from fedlora.federation.phases import round_words
+    from fedlora.federation.quorum import QuorumGrid
     from fedlora.federation.records import ClientSetup
     from fedlora.federation.sampling import draw_cohort, draw_held_out
     from fedlora.federation.server import run_federation
@@ -39,6 +41,7 @@ __all__ = [
     "Dropped",
     "FederatedLora",
     "OpenTrainer",
+    "QuorumGrid",
     "RoundRecord",
     "Trainer",
     "draw_cohort",
@@ -48,6 +51,7 @@ __all__ = [
     "has_checkpoint",
     "read_checkpoint",
     "read_rounds",
+    "round_words",
     "run_federation",
 ]
 
@@ -57,6 +61,8 @@ _NAMES = {
         "read_checkpoint", "read_rounds",
     ),
     "client": ("OpenTrainer", "Trainer", "handle_query", "handle_train"),
+    "phases": ("round_words",),
+    "quorum": ("QuorumGrid",),
     "records": ("ClientSetup",),
     "sampling": ("draw_cohort", "draw_held_out"),
     "server": ("run_federation",),

@@ -24,6 +24,7 @@ __all__ = [
     "CLIENT_ERROR",
     "IDLE_SECONDS",
     "LINK_NODE_ID",
+    "MESSAGE_UNAVAILABLE",
     "Run",
     "empty_run",
     "identify_process",
@@ -32,6 +33,7 @@ __all__ = [
     "run_superexec",
     "run_supernode",
     "set_message_id",
+    "set_source_node",
     "with_client_launcher",
     "with_quick_objects_in_grid",
     "with_quick_objects_in_supernode",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 CLIENT_ERROR: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+MESSAGE_UNAVAILABLE: int = ErrorCode.MESSAGE_UNAVAILABLE  # it expired, or was never there
 LINK_NODE_ID: int = SUPERLINK_NODE_ID
 IDLE_SECONDS = 3.0  # that a SuperNode sleeps when there is no message; all its other sleeps are less
 
@@ -73,6 +76,11 @@ def identify_process(run_id: int = 1) -> None:
 def set_message_id(message: Message, message_id: str) -> None:
     """Give a message the id that a SuperLink would give it."""
     message.metadata.__dict__["_message_id"] = message_id
+
+
+def set_source_node(message: Message, node_id: int) -> None:
+    """Say that a message comes from a node, where a SuperLink has answered in its place."""
+    message.metadata.__dict__["_src_node_id"] = node_id
 
 
 def with_sleep_in_supernode(sleep: Callable[[float], None]) -> None:
