@@ -6,6 +6,7 @@ Run config: ``experiment`` (a TOML file; a relative path is taken from this app'
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,8 @@ def main(grid: Grid, context: Context) -> None:
     experiment = Path(__file__).resolve().parent.parent / str(settings["experiment"])
     try:
         config = ExperimentConfig.from_toml(experiment)
-        with_quick_objects_in_grid()
+        with contextlib.suppress(ImportError, AttributeError):  # another Flower: it waits longer
+            with_quick_objects_in_grid()
         run_federation(
             QuorumGrid(grid, config.quorum, config.federation.cohort, at_once=AT_ONCE),
             config,

@@ -45,7 +45,9 @@ __all__ = [
 CLIENT_ERROR: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 MESSAGE_UNAVAILABLE: int = ErrorCode.MESSAGE_UNAVAILABLE  # it expired, or was never there
 LINK_NODE_ID: int = SUPERLINK_NODE_ID
-IDLE_SECONDS = 3.0  # that a SuperNode sleeps when there is no message; all its other sleeps are less
+IDLE_SECONDS = (
+    3.0  # that a SuperNode sleeps when there is no message; all its other sleeps are less
+)
 
 # Imported when they are asked for: a client process or a server needs none of them.
 _SUPERNODE = "flwr.supernode.start_client_internal"

@@ -10,7 +10,9 @@ every client process; a round is told by the client that ends last in it:
 
     waits    from the server's message to the start of the process that answers it
     starts   until the app's first line: the interpreter, Flower's imports, the message, the bundle
-    imports  of clients.app, then open: of the ONNX trainer, its bundle and data; trains: the answer
+    imports  of clients.app
+    opens    the ONNX trainer (with its imports), the bundle and the data
+    trains   until the answer is made
     returns  from the answer to the server's next message, so with the server's own work
 
 The first round, in which caches are cold, is left out of the medians.
@@ -18,8 +20,8 @@ The first round, in which caches are cold, is left out of the medians.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -29,9 +31,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -39,11 +40,12 @@ import psutil  # type: ignore[import-untyped]
 from fedlora.errors import FederationError
 from fedlora.experiment import ExperimentConfig, app_root, find_experiment
 from fedlora.federation.checkpoint import RoundRecord, read_rounds
+from fedlora.federation.phases import PHASES
 from fedlora.simulation import flower
 from simulations.bench.spent import family, machine_seconds, tree_seconds
 from simulations.bench.tables import spread, table
 
-__all__ = ["add_federation", "federation_table", "measure", "run_federation_bench"]
+__all__ = ["federation_table", "measure", "run_federation_bench"]
 
 Result = dict[str, Any]
 LAYERS = "conv1,conv2,conv3,hidden,classifier"
@@ -54,23 +56,16 @@ ROUND_SECONDS = 60.0  # for a round, before the run counts as failed
 STATUS_SECONDS = 30.0  # between questions whether the run has failed
 
 
-def add_federation(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this benchmark."""
-    parser.add_argument("--nodes", type=int, default=3, help="devices, at most 10")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--side", nargs="+", choices=list(SIDES), default=list(SIDES))
-
-
-def run_federation_bench(options: argparse.Namespace) -> list[Result]:
+def run_federation_bench(sides: Sequence[str], nodes: int, rounds: int) -> list[Result]:
     """Measure one side after the other, print the tables, and return all figures."""
     results = []
     with tempfile.TemporaryDirectory(prefix="fedlora-bench-") as temporary:
         bundle = Path(temporary) / "bundle"
         export_bundle(bundle)
-        for side in options.side:
+        for side in sides:
             print(f"== {SIDES[side]}", file=sys.stderr, flush=True)
             work = Path(temporary) / side
-            results.append(measure(side, bundle, work, options.nodes, options.rounds))
+            results.append(measure(side, bundle, work, nodes, rounds))
     print(federation_table(results))
     return results
 
@@ -84,12 +79,8 @@ def export_bundle(folder: Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def measure(
-    side: str, bundle: Path, work: Path, nodes: int, rounds: int, app: Path | None = None
-) -> Result:
+def measure(side: str, bundle: Path, work: Path, nodes: int, rounds: int) -> Result:
     """Run one federation in `work`; return what its rounds and its client processes took.
-
-    app: the folder of another Flower app than fedlora's own.
 
     Raises `FederationError` when a process ends or a run does not come to its end.
     """
@@ -98,7 +89,7 @@ def measure(
     )
     work.mkdir(parents=True)
     staged, out, times = work / "fedlora-app", work / "run", work / "times.jsonl"
-    flower._stage(app or app_root(), config, staged)
+    flower._stage(app_root(), config, staged)
     _put_clock(staged)
     environment = {"FEDLORA_BENCH_TIMES": str(times)}
     with _federation(side, work, nodes, bundle, environment) as (port, own, processes):
@@ -127,7 +118,7 @@ def measure(
         "seconds": [record.seconds for record in records],
         "statuses": [record.status for record in records],
         "rounds": _parts_of_rounds(clients, rounds),
-        "phases": [getattr(record, "phases", None) for record in records],
+        "phases": [dict(record.phases) for record in records],
         "clients": clients,
         "cpu_of_trees": cpu,
         "busy_cores": busy,
@@ -135,8 +126,8 @@ def measure(
 
 
 def federation_table(results: list[Result]) -> str:
-    """Rounds and their parts, then client processes: medians, lowest to highest in brackets."""
-    rows, processes = [], []
+    """Rounds and their parts, client processes, the server: medians, lowest to highest."""
+    rows, processes, servers = [], [], []
     for result in results:
         name = SIDES[result["side"]]
         cells = [name, spread(result["seconds"][1:] or result["seconds"])]
@@ -148,12 +139,17 @@ def federation_table(results: list[Result]) -> str:
         for what, group in (("first", cold), ("later", warm)):
             if group:
                 processes.append([name, what, *_process_cells(group)])
+        later = result["phases"][1:] or result["phases"]
+        servers.append([name, *(spread([phase[key] for phase in later]) for key in PHASES)])
     header = ("side", "round s", *PARTS, "cores busy")
     process_header = (
         "side", "processes", "until the app runs: wall s", "CPU s", "until it is open: wall s",
         "CPU s", "whole process: CPU s",
     )  # fmt: skip
-    return "\n\n".join((table(header, rows), table(process_header, processes)))
+    server_header = ("side", *(f"server: {phase} s" for phase in PHASES))
+    return "\n\n".join(
+        (table(header, rows), table(process_header, processes), table(server_header, servers))
+    )
 
 
 def _process_cells(clients: list[Result]) -> list[str]:
@@ -171,15 +167,13 @@ def _parts_of_rounds(clients: list[Result], rounds: int) -> list[dict[str, float
     found = []
     sent = {c["round"]: c["sent"][0] for c in clients if c["kind"] == "train"}
     for number in range(1, rounds + 1):
-        own = [
-            c for c in clients if c["round"] == str(number) and all(mark in c for mark in MARKS)
-        ]
+        own = [c for c in clients if c["round"] == str(number) and all(mark in c for mark in MARKS)]
         if not own:
             continue
         last = max(own, key=lambda c: c["answered"][0])
         clock = [last[mark][0] for mark in MARKS]
         clock.append(sent.get(str(number + 1), float("nan")))
-        steps = [later - earlier for earlier, later in zip(clock, clock[1:], strict=False)]
+        steps = [later - earlier for earlier, later in itertools.pairwise(clock)]
         found.append({part: s for part, s in zip(PARTS, steps, strict=True) if s == s})
     # After the last round no message tells when the answers had come back.
     return [parts for parts in found if len(parts) == len(PARTS)]
@@ -266,7 +260,7 @@ def _wait_for_rounds(
 
 
 def _tree_cpu(process: subprocess.Popen[bytes]) -> float:
-    """Return the CPU time of a process and all below it, also of those that ended and are reaped."""
+    """Return the CPU time of a process and all below it, those that have ended included."""
     total = tree_seconds(family(process.pid))
     for member in family(process.pid):
         with contextlib.suppress(psutil.NoSuchProcess):

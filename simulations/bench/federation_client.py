@@ -14,9 +14,10 @@ import os  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-import clients.app  # noqa: E402
 from flwr.app import Context, Message  # noqa: E402
 from flwr.clientapp import ClientApp  # noqa: E402
+
+import clients.app  # noqa: E402
 
 imported = time.time(), time.process_time()
 

@@ -67,10 +67,8 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, Any]:
     """Flower's SuperNode, SuperExec and grid of a deployed server; unchanged after the test."""
     names = (private._SUPERNODE, private._SUPEREXEC, private._GRID)
     found = tuple(import_module(name) for name in names)
-    for module, attributes in zip(
-        found, (("time", "subprocess", "pull_objects"), ("time", "get_executor"), ("pull_objects",)),
-        strict=True,
-    ):  # fmt: skip
+    replaced = (("time", "subprocess", "pull_objects"), ("time", "get_executor"), ("pull_objects",))
+    for module, attributes in zip(found, replaced, strict=True):
         for attribute in attributes:
             monkeypatch.setattr(module, attribute, getattr(module, attribute))
     supernode, superexec, grid = found
@@ -79,7 +77,9 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, Any]:
 
 def test_the_sleeps_of_a_message_are_where_they_are_replaced(modules: Any) -> None:
     supernode, superexec, _ = modules
-    loop, reply = map(inspect.getsource, (supernode.start_client_internal, supernode._push_messages))
+    loop, reply = map(
+        inspect.getsource, (supernode.start_client_internal, supernode._push_messages)
+    )
     assert loop.count("time.sleep(3)") == 1
     assert reply.count("time.sleep(0.5)") == 2
     assert inspect.getsource(superexec.run_superexec).count("time.sleep(task_poll_interval)") == 1

@@ -152,5 +152,3 @@ def test_a_flower_with_other_names_gets_its_supernode_as_it_is(
     supernode.main(["--insecure"])
     assert started == [["--insecure"]]
     assert "started as it is, and waits longer: no attribute 'time'" in caplog.text
-
-
