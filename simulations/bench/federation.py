@@ -40,6 +40,7 @@ import psutil  # type: ignore[import-untyped]
 from fedlora.errors import FederationError
 from fedlora.experiment import ExperimentConfig, app_root, find_experiment
 from fedlora.federation.checkpoint import RoundRecord, read_rounds
+from fedlora.federation.deploy.supernode import supernode_command
 from fedlora.federation.phases import PHASES
 from fedlora.simulation import flower
 from simulations.bench.spent import family, machine_seconds, tree_seconds
@@ -204,7 +205,7 @@ def _federation(
     link = [flower._command("flower-superlink"), "--insecure", "--host", "127.0.0.1"]
     node = {
         "flower": [flower._command("flower-supernode")],
-        "fedlora": [sys.executable, "-m", "fedlora.federation.deploy.supernode"],
+        "fedlora": supernode_command(),
     }[side]
     processes = {"link": _start([*link, "--port", str(port)], work, "link", environment)}
     try:

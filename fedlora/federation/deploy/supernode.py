@@ -28,10 +28,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from fedlora.federation import _flower_private as private
 
-__all__ = ["WAKE_VARIABLE", "Pace", "SuperNodeWaits", "main"]
+__all__ = ["WAKE_VARIABLE", "Pace", "SuperNodeWaits", "main", "supernode_command"]
 
 WAKE_VARIABLE = "FEDLORA_SUPEREXEC_WAKE"  # number of the pipe's end that the SuperExec listens to
 ANSWER_SECONDS = 0.05  # between two looks for the answer of a client process
@@ -96,10 +97,19 @@ class SuperNodeWaits:
         self._sleep(min(seconds, ANSWER_SECONDS))
 
 
+def supernode_command(python: Path | None = None) -> list[str]:
+    """Return what stands in the place of ``flower-supernode`` in a command; its flags follow.
+
+    python: of another environment, which has to have fedlora too (None: the one that runs this).
+    """
+    return [str(python or sys.executable), "-m", "fedlora.federation.deploy.supernode"]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a SuperNode with Flower's own flags (None: of the command line) until it is stopped."""
     if arguments is not None:
         sys.argv = ["flower-supernode", *arguments]
+    safe = ["-P"] if sys.flags.safe_path else []  # as this process: without the working directory
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
@@ -112,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         private.with_sleep_in_supernode(SuperNodeWaits(wake))
         private.with_quick_objects_in_supernode()
         private.with_superexec(
-            [sys.executable, "-m", "fedlora.federation.deploy.superexec"],
+            [sys.executable, *safe, "-m", "fedlora.federation.deploy.superexec"],
             {WAKE_VARIABLE: str(reader)},
             (reader,),
         )
