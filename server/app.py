@@ -39,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
             config,
             Path(str(settings["out"])),
             min_clients=int(settings["min-clients"]),
-            on_round=_log_rounds(config.federation.rounds),
+            on_round=_print_rounds(config.federation.rounds),
         )
     except FedloraError as error:
         # One line that whoever reads this log can find: Flower adds a trace over many.
@@ -47,8 +47,10 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def _log_rounds(total: int) -> Callable[[RoundRecord], None]:
-    def log(record: RoundRecord) -> None:
-        _log.info("round %d/%d %s", record.round, total, round_words(record))
+def _print_rounds(total: int) -> Callable[[RoundRecord], None]:
+    """Return what says how each round went, where ``flwr log`` shows it."""
 
-    return log
+    def show(record: RoundRecord) -> None:
+        print(f"round {record.round}/{total} {round_words(record)}", flush=True)
+
+    return show

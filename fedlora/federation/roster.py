@@ -28,7 +28,8 @@ class Roster:
 
     setup: the record that a query brings. answers, refused: what the nodes that were asked at the
     start said, and those whose answer was wrong, who are asked again only after they were away.
-    min_clients: a round does not start with fewer known clients connected, for `timeout` seconds.
+    min_clients: a round does not start with fewer known clients connected, for `timeout` seconds;
+    with as many as answered at the start, if these were fewer.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Roster:
         self._here: set[int] = set()
         self._twice: set[int] = set()  # nodes with a client id that another one has
         self._needs_examples = needs_examples
-        self._min_clients, self._timeout = max(min_clients, 1), timeout
+        # Who was left out at the start is not waited for in every round.
+        met = len({answer.client_id for answer in answers.values()})
+        self._min_clients, self._timeout = min(max(min_clients, 1), met), timeout
 
     def update(self) -> tuple[dict[str, int], dict[str, ClientAnswer]]:
         """Return the connected clients' nodes and what they said, by client id.
