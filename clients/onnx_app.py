@@ -19,9 +19,9 @@ from fedlora.device.manifest import TOKENIZER, Manifest
 from fedlora.device.trainer import Trainer
 from fedlora.errors import ConfigError, UnsupportedError
 from fedlora.experiment import DataConfig, open_data
-from fedlora.federation import ClientSetup
 from fedlora.federation.client import require_base
 from fedlora.federation.owner import owners_bundle, owners_client, owners_setup
+from fedlora.federation.records import ClientSetup
 from fedlora.training import LocalRule, TrainConfig, TrainResult
 
 

@@ -15,9 +15,9 @@ from fedlora.adapter import Array
 from fedlora.aggregation import Broadcast
 from fedlora.bases import list_bases
 from fedlora.data import draw_batches, list_data
-from fedlora.federation import ClientSetup
 from fedlora.federation.client import require_base
 from fedlora.federation.owner import owners_checkpointing, owners_client, owners_setup
+from fedlora.federation.records import ClientSetup
 from fedlora.nn import beside, load_adapter_into, train_local
 from fedlora.randomness import rng
 from fedlora.training import LocalRule, TrainConfig, TrainResult
