@@ -91,6 +91,8 @@ class RoundRecord:
     dropped: tuple[Dropped, ...] = ()
     # What the method says of the round (`Method.noted`), each the largest over the layers.
     noted: Mapping[str, float] = field(default_factory=dict)
+    # What bytes_up and bytes_down would be in fp32, as "up" and "down", where a codec is in use.
+    fp32_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,7 @@ def _train(content: RecordDict, open_trainer: OpenTrainer, state: RecordDict | N
     _require_kept(broadcast.trainable, result.adapter, order.rule)
     if own and state is not None:
         write_state(task, state, pack(result.adapter, kept_segments(task)))
-    return _answered(task, result)
+    return _answered(task, trainer, result)
 
 
 def _train_corrected(task: TrainTask, trainer: Trainer, state: RecordDict | None) -> RecordDict:
@@ -171,15 +171,18 @@ def _train_corrected(task: TrainTask, trainer: Trainer, state: RecordDict | None
     _require_kept(sent.trainable, result.adapter, order.rule)
     before, after = (pack(a, form.segments) for a in (sent.trainable, result.adapter))
     following, change = next_control(own, sent.control, before, after, result.steps, order.train)
-    content = _answered(task, result, change)
+    content = _answered(task, trainer, result, change)
     write_own_control(form.buffer, state, order.round, following)
     return content
 
 
-def _answered(task: TrainTask, result: TrainResult, control: Array | None = None) -> RecordDict:
+def _answered(
+    task: TrainTask, trainer: Trainer, result: TrainResult, control: Array | None = None
+) -> RecordDict:
     return answer_task(
         task,
         pack(result.adapter, task.reply.segments),
+        client_id=trainer.client_id,
         num_examples=result.num_examples,
         loss=result.loss,
         steps=result.steps,

@@ -89,7 +89,8 @@ def run_federation(
             on_round(record)
 
     nodes = {client_id: node for client_id, (node, _) in answers.items()}
-    strategy = FederatedLora(config, method, checkpoint, nodes, save)
+    codecs = {client_id: answer.codecs for client_id, (_, answer) in answers.items()}
+    strategy = FederatedLora(config, method, checkpoint, nodes, save, codecs)
     rounds = config.federation.rounds - checkpoint.state.round
     if rounds > 0:
         strategy.start(grid, ArrayRecord(), num_rounds=rounds, timeout=timeout)
