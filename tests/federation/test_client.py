@@ -16,8 +16,8 @@ from fedlora.errors import DataError, FederationError, NonFiniteError
 from fedlora.federation import ClientSetup, handle_query, handle_train
 from fedlora.federation._flower_private import identify_process
 from fedlora.federation.buffers import BufferForm
-from fedlora.federation.codecs import CODECS
 from fedlora.federation.client import one_line
+from fedlora.federation.codecs import CODECS
 from fedlora.federation.guard import check_answer, check_reply
 from fedlora.federation.records import (
     BOTH,
