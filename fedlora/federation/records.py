@@ -66,7 +66,7 @@ T = TypeVar("T")
 BOTH: frozenset[Factor] = frozenset({"A", "B"})
 
 _ANSWER: Mapping[str, type] = {
-    "client_id": str, "rank": int, "num_examples": int, "codecs": list,
+    "client_id": str, "rank": int, "num_examples": int, "codecs": tuple,
 }  # fmt: skip
 _CODECS = FixedList(CODECS)
 MOST_CODECS = 32  # that an answer may name
@@ -130,12 +130,11 @@ class ClientAnswer:
                 raise FederationError(
                     f"client {self.client_id!r}: expected {name} >= 1, found {value}"
                 )
-        if len(self.codecs) > MOST_CODECS or not all(
-            type(codec) is str and 0 < len(codec) <= 20 for codec in self.codecs
-        ):
+        short = (type(codec) is str and 0 < len(codec) <= 20 for codec in self.codecs)
+        if self.codecs != CODECS and (len(self.codecs) > MOST_CODECS or not all(short)):
             raise FederationError(
-                f"client {self.client_id!r}: expected at most {MOST_CODECS} names of codecs with "
-                f"1 to 20 characters, found others"
+                f"client {self.client_id!r}: expected at most {MOST_CODECS} names of codecs, each "
+                "of 1 to 20 characters, found others"
             )
 
 
@@ -197,10 +196,10 @@ def decode_answer(content: RecordDict, who: str) -> ClientAnswer:
     if not isinstance(record, ConfigRecord):
         raise FederationError(f"{who}: expected a record 'client', found none")
     told: dict[str, Any] = dict(record.items())
+    if isinstance(told.get("codecs"), list):
+        told["codecs"] = tuple(told["codecs"])
     if told.keys() <= _ANSWER.keys() and all(type(v) is _ANSWER[key] for key, v in told.items()):
         try:
-            if "codecs" in told:
-                told["codecs"] = tuple(told["codecs"])
             return ClientAnswer(**told)
         except (FederationError, TypeError):  # what is wrong is said below
             pass
