@@ -12,6 +12,7 @@ from fedlora.adapter import Adapter
 from fedlora.evaluation import Trial, evaluate_many
 from fedlora.experiment import ExperimentConfig, find_experiment
 from fedlora.federation.checkpoint import read_rounds
+from fedlora.flat import pack, segments_of
 from fedlora.nn.cohort import client_job, train_cohort
 from fedlora.simulation.results import codec_bytes
 from fedlora.simulation.rounds import run_rounds
@@ -55,6 +56,18 @@ def test_the_same_rounds_as_one_client_after_another(tmp_path: Path, changes: An
     assert (np.concatenate(apart) > CLOSE).mean() < 0.05
 
 
+def test_rounding_downwards_does_not_drift(tmp_path: Path) -> None:
+    changes = {"federation__rounds": 5, "federation__cohort": PEOPLE}
+    plain, found = (
+        run_rounds(coded("fp32", down, **changes), tmp_path / down, PEOPLE).state.adapter
+        for down in ("fp32", "int4")
+    )
+    factors = segments_of(plain, {"A", "B"})
+    before, after = pack(plain, factors), pack(found, factors)
+    # Measured: 0.002 to 0.004. Were the rounded adapter what changes are added to, 0.09.
+    assert 0 < np.linalg.norm(after - before) <= 0.01 * np.linalg.norm(before)
+
+
 def test_the_servers_variate_stays_the_mean_of_the_clients(tmp_path: Path) -> None:
     """Variates travel in fp32: what the server adds is what every client has added to its own."""
     changes = {"federation__method": "ffa-lora", "federation__control_variates": True}
@@ -70,11 +83,11 @@ def test_the_servers_variate_stays_the_mean_of_the_clients(tmp_path: Path) -> No
     assert np.abs(found).max() > 1e-3
 
 
-def keyboard(up: str, down: str, out: Path, clients: int = 16, rounds: int = 6) -> dict[str, Any]:
+def keyboard(up: str, down: str, out: Path, clients: int = 12, rounds: int = 3) -> dict[str, Any]:
     """A short run of the bundled keyboard experiment: its bytes, and what people get of it.
 
-    Global and personal are means over all clients: loss in nats, and the share of next tokens that
-    are the first guess.
+    Global and personal are means over all clients, on 48 messages each: loss in nats, and the share
+    of next tokens that are the first guess.
     """
     overrides = {
         "federation.upload_codec": up,
@@ -88,7 +101,7 @@ def keyboard(up: str, down: str, out: Path, clients: int = 16, rounds: int = 6) 
     end = run_rounds(experiment, out, clients)
     world = shared_world(experiment.base, experiment.data, experiment.lora, experiment.seed)
     people = [world.data.client(name) for name in world.data.client_ids]
-    train = TrainConfig(local_steps=16, batch_size=8, learning_rate=2e-3)
+    train = TrainConfig(local_steps=8, batch_size=8, learning_rate=2e-3)
     start = end.state.adapter
     jobs = [
         client_job(data.train, data.client_id, start, train, seed=0, round="personal")
@@ -98,7 +111,7 @@ def keyboard(up: str, down: str, out: Path, clients: int = 16, rounds: int = 6) 
 
     def mean(adapters: list[Adapter]) -> dict[str, float]:
         trials = [
-            Trial(adapter, data.test, data.client_id)
+            Trial(adapter, data.test.take(range(min(48, len(data.test)))), data.client_id)
             for adapter, data in zip(adapters, people, strict=True)
         ]
         scores: list[Any] = evaluate_many(world.model, trials, world.task)
