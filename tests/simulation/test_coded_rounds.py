@@ -16,6 +16,7 @@ from fedlora.flat import pack, segments_of
 from fedlora.nn.cohort import client_job, train_cohort
 from fedlora.simulation.results import codec_bytes
 from fedlora.simulation.rounds import run_rounds
+from fedlora.simulation.simulate import simulate
 from fedlora.training import TrainConfig
 from fedlora.world import shared_world
 from tests.simulation.small import PEOPLE, config
@@ -54,6 +55,22 @@ def test_the_same_rounds_as_one_client_after_another(tmp_path: Path, changes: An
         for name in ("A", "B")
     ]
     assert (np.concatenate(apart) > CLOSE).mean() < 0.05
+
+
+def test_the_summary_tells_what_fp32_would_have_cost(tmp_path: Path) -> None:
+    short = {"federation__rounds": 1, "personalization__steps": 1}
+    plain = simulate(config(**short), out=tmp_path / "plain").summary
+    found = simulate(coded("int8", "fp32", **short), out=tmp_path / "int8").summary
+    assert "codecs" not in plain["extra"]
+    assert found["extra"]["codecs"]["up"] == {
+        "codec": "int8",
+        "bytes": found["bytes_up"],
+        "fp32_bytes": plain["bytes_up"],
+        "share": round(found["bytes_up"] / plain["bytes_up"], 4),
+    }
+    assert found["bytes_up"] < plain["bytes_up"]
+    # Nothing but the order's two words more.
+    assert found["bytes_down"] - plain["bytes_down"] == 8 * len("upload_codec" + "int8")
 
 
 def test_rounding_downwards_does_not_drift(tmp_path: Path) -> None:
