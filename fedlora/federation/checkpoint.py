@@ -99,6 +99,8 @@ class RoundRecord:
     clients: Mapping[str, float] = field(default_factory=dict)
     late: int = 0  # replies to older rounds that came in this one, and were thrown away
     declined: tuple[str, ...] = ()  # client ids: their owners do not allow it now; also in dropped
+    # What bytes_up and bytes_down would be in fp32, as "up" and "down", where a codec is in use.
+    fp32_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,7 @@ def _train(
     _require_kept(broadcast.trainable, result.adapter, order.rule)
     if own and state is not None:
         write_state(task, state, pack(result.adapter, kept_segments(task)))
-    return _answered(task, result, started)
+    return _answered(task, trainer, result, started)
 
 
 def _train_corrected(
@@ -198,19 +198,24 @@ def _train_corrected(
     _require_kept(sent.trainable, result.adapter, order.rule)
     before, after = (pack(a, form.segments) for a in (sent.trainable, result.adapter))
     following, change = next_control(own, sent.control, before, after, result.steps, order.train)
-    content = _answered(task, result, started, change)
+    content = _answered(task, trainer, result, started, change)
     write_own_control(form.buffer, state, order.round, following)
     return content
 
 
 def _answered(
-    task: TrainTask, result: TrainResult, started: float, control: Array | None = None
+    task: TrainTask,
+    trainer: Trainer,
+    result: TrainResult,
+    started: float,
+    control: Array | None = None,
 ) -> RecordDict:
     # To the hundredth: enough to see where a round's time goes, and no more of the device.
     seconds = round(time.monotonic() - started, 2)
     return answer_task(
         task,
         pack(result.adapter, task.reply.segments),
+        client_id=trainer.client_id,
         num_examples=result.num_examples,
         loss=result.loss,
         steps=result.steps,

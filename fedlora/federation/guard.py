@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlora.errors import FederationError
-from fedlora.federation.buffers import LAYOUT_KEYS, BufferForm
+from fedlora.federation.buffers import BufferForm
 from fedlora.federation.control import CONTROL, CONTROL_RECORDS, DIGEST
 from fedlora.federation.limits import REASONS, read_declined
 
@@ -22,7 +22,8 @@ R = TypeVar("R")
 
 # What a client may tell of a round; seconds: how long it took its process to answer.
 METRICS = frozenset({"loss", "num-examples", "seconds", "steps"})
-ANSWER_KEYS = frozenset({"client_id", "num_examples", "rank"})  # what it may tell of itself
+# What it may tell of itself.
+ANSWER_KEYS = frozenset({"client_id", "codecs", "num_examples", "rank"})
 _METRICS_UNCOUNTED = METRICS - {"num-examples"}
 _ANSWER_KEYS_UNCOUNTED = ANSWER_KEYS - {"num_examples"}
 _REPLY_RECORDS = frozenset({"factors", "layout", "metrics"})
@@ -41,28 +42,32 @@ def check_answer(content: RecordDict, *, share_num_examples: bool) -> None:
 
 
 def check_reply(
-    content: RecordDict, form: BufferForm, *, share_num_examples: bool, controlled: bool = False
+    content: RecordDict,
+    form: BufferForm,
+    *,
+    share_num_examples: bool,
+    control: BufferForm | None = None,
 ) -> None:
     """Raise `FederationError` unless `content` is a round's reply and nothing more.
 
-    `form` is of the factors that the method shares in this round. controlled: whether one row of
-    the same size, the change of a control variate, is asked for beside them.
+    form: of the factors that the method shares in this round, as they travel. control: of the
+    change of a control variate, where that is asked for beside them.
     """
-    records = _REPLY_RECORDS_CONTROLLED if controlled else _REPLY_RECORDS
+    records = _REPLY_RECORDS if control is None else _REPLY_RECORDS_CONTROLLED
     _refuse_others("the reply", content.keys(), records)
     factors = _record(content, "factors", ArrayRecord)
     layout = _record(content, "layout", ConfigRecord)
     metrics = _record(content, "metrics", MetricRecord)
     _refuse_others("record factors", factors.keys(), _ARRAYS)
-    _refuse_others("record layout", layout.keys(), LAYOUT_KEYS)
+    _refuse_others("record layout", layout.keys(), form.keys)
     texts = cast(list[str], layout["segments"])
     if texts != list(form.texts):  # a list that is the form's own is nothing but what is allowed
         _refuse_others("the layout", texts, frozenset(form.texts))
     _require_size("factors", factors, form)
-    if controlled:
-        control = _record(content, CONTROL, ArrayRecord)
-        _refuse_others("record control", control.keys(), _ARRAYS)
-        _require_size(CONTROL, control, form)
+    if control is not None:
+        change = _record(content, CONTROL, ArrayRecord)
+        _refuse_others("record control", change.keys(), _ARRAYS)
+        _require_size(CONTROL, change, control)
         _refuse_others(f"record {DIGEST}", _record(content, DIGEST, ConfigRecord).keys(), _DIGEST)
     allowed = METRICS if share_num_examples else _METRICS_UNCOUNTED
     _refuse_others("the metrics", metrics.keys(), allowed)
@@ -82,7 +87,7 @@ def check_declined(content: RecordDict) -> None:
 
 def _require_size(name: str, record: ArrayRecord, form: BufferForm) -> None:
     array = record["factors"]
-    if array.shape != (form.size,) or len(array.data) != len(form.header) + 4 * form.size:
+    if array.shape != (form.length,) or len(array.data) != form.num_bytes:
         raise FederationError(f"refused to send {name}: their number is not that of the layout")
 
 

@@ -103,6 +103,7 @@ def run_federation(
             on_round(record)
 
     nodes = {client_id: node for client_id, (node, _) in answers.items()}
+    codecs = {client_id: answer.codecs for client_id, (_, answer) in answers.items()}
     roster = None
     if isinstance(grid, QuorumGrid):
         roster = Roster(
@@ -114,7 +115,7 @@ def run_federation(
             min_clients=min_clients,
             timeout=timeout,
         )
-    strategy = FederatedLora(config, method, checkpoint, nodes, save, roster, pause=pause)
+    strategy = FederatedLora(config, method, checkpoint, nodes, save, roster, codecs, pause=pause)
     # More than once when devices declined a round: it was tried again, and one is left over.
     while (rounds := config.federation.rounds - strategy.checkpoint.state.round) > 0:
         strategy.start(grid, ArrayRecord(), num_rounds=rounds, timeout=timeout)

@@ -36,6 +36,7 @@ from fedlora.errors import (
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint, ClientRecord, Dropped, RoundRecord
 from fedlora.federation.client import one_line
+from fedlora.federation.codecs import FP32, SERVER, Codec, Codecs, agreed, rounding
 from fedlora.federation.control import put_control
 from fedlora.federation.limits import DECLINED, read_declined
 from fedlora.federation.phases import PhaseClock, slowest_and_median
@@ -96,6 +97,8 @@ class _Round:
     clock: PhaseClock = field(default_factory=PhaseClock)
     client_seconds: list[float] = field(default_factory=list)
     late: int = 0  # replies to older rounds
+    surplus_up: int = 0  # what would come on top of these in fp32
+    surplus_down: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +117,15 @@ class _Prepared:
     content: Callable[[], RecordDict]  # a message with records of its own
     num_bytes: int
     form: ReplyForm
+    fp32_surplus: int  # bytes that the message would have more in fp32
 
 
 class FederatedLora(Strategy):
     """Federated LoRA by a `Method`, from a checkpoint on.
 
-    `nodes` maps client ids to the node ids that Flower gave them in this run. After each round
-    `save` gets the new checkpoint and the round's record; `checkpoint` is always the latest.
+    `nodes` maps client ids to the node ids that Flower gave them in this run, `codecs` to the
+    codecs that they know; who is not named there knows fp32 alone. After each round `save` gets the
+    new checkpoint and the round's record; `checkpoint` is always the latest.
     `roster`: who is connected now, asked before each round; None: the same nodes all along.
     A round without an update in which as many clients declined as failed (or more; silence is
     neither) is no failed one: it is tried again, with another cohort, after `pause` seconds.
@@ -137,6 +142,7 @@ class FederatedLora(Strategy):
         nodes: Mapping[str, int],
         save: Callable[[Checkpoint, RoundRecord], None],
         roster: Roster | None = None,
+        codecs: Mapping[str, Sequence[str]] | None = None,
         *,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -145,6 +151,8 @@ class FederatedLora(Strategy):
         self._nodes = dict(nodes)
         self._save = save
         self._roster = roster
+        self._codecs = dict(codecs or {})
+        self._otherwise: set[str] = set()  # clients that were said to travel otherwise
         self._round: _Round | None = None
         self._save_seconds = 0.0
         self._have_clients(checkpoint)
@@ -160,6 +168,7 @@ class FederatedLora(Strategy):
         clock = PhaseClock(self._save_seconds)
         if self._roster is not None:
             self._nodes, answers = self._roster.update()
+            self._codecs |= {client_id: answer.codecs for client_id, answer in answers.items()}
             told = with_answers(self.checkpoint, answers, joining=number)
             if told is not self.checkpoint:
                 self._have_clients(told)
@@ -239,17 +248,15 @@ class FederatedLora(Strategy):
 
     def _messages(self, current: _Round, grid: Grid) -> Iterator[Message]:
         setup = to_record(ClientSetup.of(self.config))
-        order = to_record(
-            TrainOrder(
-                current.number,
-                self.config.seed,
-                self.config.federation.train_in(current.number),
-                self.method.uploaded(current.number),
-                self.method.rule(current.number),
-            )
+        order = TrainOrder(
+            current.number,
+            self.config.seed,
+            self.config.federation.train_in(current.number),
+            self.method.uploaded(current.number),
+            self.method.rule(current.number),
         )
         dealt = bool(self.config.federation.client_ranks)
-        prepare = _PrepareOnce(self.method, setup, order, current.number, dealt=dealt)
+        prepare = _PrepareOnce(self.method, setup, order, dealt=dealt)
         for client_id in current.cohort:
             node = self._nodes.get(client_id)
             if node is None:
@@ -257,10 +264,26 @@ class FederatedLora(Strategy):
                 continue
             client = self._clients[client_id]
             profile = ClientProfile(client_id, self._ranks[client_id], client.num_examples)
-            prepared = prepare(self.checkpoint.state, profile)
+            codecs = self._agreed(client_id)
+            prepared = prepare(self.checkpoint.state, profile, codecs)
             current.awaited[node] = _Sent(client_id, prepared.form)
             current.bytes_down += prepared.num_bytes
+            current.surplus_down += prepared.fp32_surplus
             yield Message(prepared.content(), node, "train", group_id=str(current.number))
+
+    def _agreed(self, client_id: str) -> Codecs:
+        """Return how a client's factors travel; say once who does not know the run's codecs."""
+        federation = self.config.federation
+        wanted = Codecs(federation.upload_codec, federation.download_codec)
+        found = agreed(wanted, self._codecs.get(client_id, (FP32,)))
+        if found != wanted and client_id not in self._otherwise:
+            self._otherwise.add(client_id)
+            _log.warning(
+                "client %r travels up in %s and down in %s: it does not know what this run uses, "
+                "%s and %s",
+                *(client_id, found.upload, found.download, wanted.upload, wanted.download),
+            )
+        return found
 
     def _updates(self, current: _Round, replies: Iterable[Message]) -> Iterator[Update]:
         """Yield an update per valid reply; drop the others, each with its reason."""
@@ -290,6 +313,7 @@ class FederatedLora(Strategy):
                     current.declined.append(sent.client_id)
                     current.dropped.append(Dropped(sent.client_id, f"{DECLINED}{word}"))
                     continue
+                current.surplus_up += sent.form.wire.fp32_surplus
                 reply, weight = self._check(current, sent, message)
             except FedloraError as error:
                 current.failures += 1
@@ -369,6 +393,16 @@ class FederatedLora(Strategy):
         named = (client for client, its_node in self._nodes.items() if its_node == node)
         return next(named, f"node {node}")
 
+    def _fp32_bytes(self, current: _Round) -> Mapping[str, int]:
+        """Return what the round's bytes would have been in fp32; nothing where they are."""
+        federation = self.config.federation
+        if federation.upload_codec == federation.download_codec == FP32:
+            return {}
+        return {
+            "up": current.bytes_up + current.surplus_up,
+            "down": current.bytes_down + current.surplus_down,
+        }
+
     def _drop(self, current: _Round, client: str, reason: str) -> None:
         dropped = Dropped(client, one_line(reason))
         current.dropped.append(dropped)
@@ -396,6 +430,7 @@ class FederatedLora(Strategy):
             clients=slowest_and_median(current.client_seconds),
             late=current.late,
             declined=tuple(current.declined),
+            fp32_bytes=self._fp32_bytes(current),
         )
         self.checkpoint = replace(
             checkpoint,
@@ -486,25 +521,28 @@ class _PrepareOnce:
     """Prepare what clients share once a round: a method's broadcast for a rank, and its records."""
 
     def __init__(
-        self, method: Method, setup: ConfigRecord, order: ConfigRecord, round: int, *, dealt: bool
+        self, method: Method, setup: ConfigRecord, order: TrainOrder, *, dealt: bool
     ) -> None:
         self._method, self._setup, self._order = method, setup, order
         self._dealt = dealt  # whether the experiment gives clients their ranks
-        self._uploaded, self._round = method.uploaded(round), round
-        self._of_rank: dict[int | None, _Prepared] = {}
-        self._kept: dict[tuple[int, int], _Prepared] = {}
-        self._frozen: tuple[Adapter, EncodedAdapter] | None = None  # the last one, of any rank
+        self._uploaded, self._round = order.uploaded, order.round
+        self._orders: dict[Codec, ConfigRecord] = {}  # by upload codec
+        self._of_rank: dict[tuple[int | None, Codecs], _Prepared] = {}
+        self._kept: dict[tuple[int, int, Codecs], _Prepared] = {}
+        # The last one in each codec, of any rank.
+        self._frozen: dict[Codec, tuple[Adapter, EncodedAdapter]] = {}
 
-    def __call__(self, state: ServerState, profile: ClientProfile) -> _Prepared:
-        """Return the messages for a client; the same value for the same adapters."""
+    def __call__(self, state: ServerState, profile: ClientProfile, codecs: Codecs) -> _Prepared:
+        """Return the messages for a client; the same value for the same adapters and codecs."""
         if self._method.broadcasts_by_client:
-            return self._once(self._method.broadcast(state, profile))
-        found = self._of_rank.get(profile.rank)
+            return self._once(self._method.broadcast(state, profile), codecs)
+        key = profile.rank, codecs
+        found = self._of_rank.get(key)
         if found is None:
-            found = self._once(self._method.broadcast(state, profile))
+            found = self._once(self._method.broadcast(state, profile), codecs)
             if self._dealt:
                 self._require_rank(profile, found.source.trainable)
-            self._of_rank[profile.rank] = found
+            self._of_rank[key] = found
         return found
 
     def _require_rank(self, profile: ClientProfile, sent: Adapter) -> None:
@@ -517,30 +555,58 @@ class _PrepareOnce:
                 "leave the key out"
             )
 
-    def _once(self, broadcast: Broadcast) -> _Prepared:
-        key = id(broadcast.trainable), id(broadcast.frozen)
+    def _once(self, broadcast: Broadcast, codecs: Codecs) -> _Prepared:
+        key = id(broadcast.trainable), id(broadcast.frozen), codecs
         found = self._kept.get(key)
         if found is None:
             if len(self._kept) >= 4:  # those of single clients do not pile up
                 self._kept.clear()
-            found = self._kept[key] = self._prepared(broadcast)
+            found = self._kept[key] = self._prepared(broadcast, codecs)
         return found
 
-    def _prepared(self, broadcast: Broadcast) -> _Prepared:
-        trainable = encode_adapter(broadcast.trainable, BOTH, self._round)
-        frozen = None
+    def _prepared(self, broadcast: Broadcast, codecs: Codecs) -> _Prepared:
+        trainable = self._encoded(broadcast.trainable, codecs.download, SERVER)
+        surplus, frozen = trainable.fp32_surplus, None
         if broadcast.frozen is not None:
-            if self._frozen is None or self._frozen[0] is not broadcast.frozen:
-                encoded = encode_adapter(broadcast.frozen, BOTH, self._round)
-                self._frozen = broadcast.frozen, encoded
-            frozen = self._frozen[1]
-        controlled = broadcast.control is not None
-        form = ReplyForm.of(broadcast.trainable, self._uploaded, self._round, controlled=controlled)
+            kept = self._frozen.get(codecs.download)
+            if kept is None or kept[0] is not broadcast.frozen:
+                encoded = self._encoded(broadcast.frozen, codecs.download, f"{SERVER}, frozen")
+                kept = self._frozen[codecs.download] = broadcast.frozen, encoded
+            frozen = kept[1]
+            surplus += frozen.fp32_surplus
+        form = ReplyForm.of(
+            trainable.sent,
+            self._uploaded,
+            self._round,
+            controlled=broadcast.control is not None,
+            codec=codecs.upload,
+            own=broadcast.trainable,
+        )
         control = RecordDict()
         if broadcast.control is not None:
             put_control(control, form.buffer, broadcast.control)
-        content = partial(train_content, self._setup, self._order, trainable, frozen, control)
-        return _Prepared(broadcast, content, content_bytes(content()), form)
+        order = self._order_in(codecs.upload)
+        surplus += self._order_in(FP32).count_bytes() - order.count_bytes()
+        content = partial(train_content, self._setup, order, trainable, frozen, control)
+        return _Prepared(broadcast, content, content_bytes(content()), form, surplus)
+
+    def _encoded(self, adapter: Adapter, codec: Codec, who: str) -> EncodedAdapter:
+        """Return an adapter's records; fp32 where a number is too large for the codec.
+
+        Replies may hold numbers up to 1e6, fp16 ends at 65504: that must not end the run.
+        """
+        draws = rounding(codec, self._order.seed, who, self._round)
+        try:
+            return encode_adapter(adapter, BOTH, self._round, codec, draws)
+        except NonFiniteError as error:
+            _log.warning("round %d: sent as fp32: %s", self._round, error)
+            return encode_adapter(adapter, BOTH, self._round)
+
+    def _order_in(self, codec: Codec) -> ConfigRecord:
+        if codec not in self._orders:
+            order = self._order if codec == FP32 else replace(self._order, upload_codec=codec)
+            self._orders[codec] = to_record(order)
+        return self._orders[codec]
 
 
 def _mean_loss(current: _Round) -> float | None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedlora.experiment import FederationConfig
+from fedlora.federation.checkpoint import RoundRecord
 from fedlora.metrics import gain, share_better, summarize
 
-__all__ = ["ADAPTERS", "cross_matrix", "results", "table"]
+__all__ = ["ADAPTERS", "codec_bytes", "cross_matrix", "results", "table"]
 
 ADAPTERS = ("base", "own", "global", "personal")
 
@@ -40,6 +42,23 @@ def results(rows: Sequence[Row], *, metric: str, higher_is_better: bool) -> dict
             **_kept(taking_part, held_out),
         },
     }
+
+
+def codec_bytes(config: FederationConfig, rounds: Sequence[RoundRecord]) -> dict[str, Any]:
+    """Return ``{"codecs": ...}``: what the run's bytes are and would be in fp32; {} where they are.
+
+    Shares are of all bytes of the rounds' messages, layouts and settings included. They are None
+    where nothing travelled.
+    """
+    if config.upload_codec == config.download_codec == "fp32":
+        return {}
+    found: dict[str, Any] = {}
+    for way, codec in (("up", config.upload_codec), ("down", config.download_codec)):
+        total = sum(getattr(record, f"bytes_{way}") for record in rounds)
+        plain = sum(record.fp32_bytes.get(way, 0) for record in rounds)
+        share = round(total / plain, 4) if plain else None
+        found[way] = {"codec": codec, "bytes": total, "fp32_bytes": plain, "share": share}
+    return {"codecs": found}
 
 
 def cross_matrix(

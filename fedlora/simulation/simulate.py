@@ -37,7 +37,7 @@ from fedlora.simulation.folder import (
     require_free,
 )
 from fedlora.simulation.people import cross_evaluate, evaluate_clients
-from fedlora.simulation.results import results, table
+from fedlora.simulation.results import codec_bytes, results, table
 from fedlora.simulation.rounds import PRIVATE, run_rounds
 from fedlora.simulation.slab import starts_of
 from fedlora.world import shared_world
@@ -167,10 +167,12 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
         "fedlora_version": __version__,
         "privacy": None,
     }
+    rounds = read_rounds(folder)
+    summary["extra"] |= codec_bytes(config.federation, rounds)
     summary["extra"]["notes"] = [
         *world.data.notes,
         *filter(None, [describe_faults(config.faults)]),
-        *_notes(checkpoint, read_rounds(folder), len(took_part) - len(tested)),
+        *_notes(checkpoint, rounds, len(took_part) - len(tested)),
         *(f"not in the means: {row['failed']}" for row in rows if "failed" in row),
     ]
     if kept and config.engine.kind != "cohort":

@@ -17,6 +17,7 @@ from fedlora.federation import ClientSetup, handle_query, handle_train
 from fedlora.federation._flower_private import identify_process
 from fedlora.federation.buffers import BufferForm
 from fedlora.federation.client import one_line
+from fedlora.federation.codecs import CODECS
 from fedlora.federation.guard import check_answer, check_reply
 from fedlora.federation.records import (
     BOTH,
@@ -58,13 +59,15 @@ def trainer(change: Callable[[TrainResult], TrainResult] = lambda result: result
 
 def test_a_query_is_answered_with_id_rank_and_examples() -> None:
     reply = handle_query(query_message(), lambda setup: FakeTrainer(1, 7, rank=4))
-    assert dict(reply.content["client"]) == {"client_id": "c1", "rank": 4, "num_examples": 7}
+    assert dict(reply.content["client"]) == {
+        "client_id": "c1", "rank": 4, "num_examples": 7, "codecs": list(CODECS),
+    }  # fmt: skip
 
 
 def test_with_equal_weights_no_count_leaves_the_client() -> None:
     equal = {"federation__weights": "equal"}
     reply = handle_query(query_message(**equal), lambda setup: trainer())
-    assert dict(reply.content["client"]) == {"client_id": "c1"}
+    assert dict(reply.content["client"]) == {"client_id": "c1", "codecs": list(CODECS)}
     reply = handle_train(train_message(**equal), lambda setup: trainer())
     assert set(reply.content["metrics"]) == {"loss", "seconds", "steps"}
 
@@ -252,7 +255,7 @@ def test_the_guard_stops_a_count_when_weights_are_equal() -> None:
     check_answer(answer, share_num_examples=True)
     with raises(
         FederationError,
-        "refused to send 'num_examples' in record client: only client_id, rank may leave this "
-        "client",
+        "refused to send 'num_examples' in record client: only client_id, codecs, rank may leave "
+        "this client",
     ):
         check_answer(answer, share_num_examples=False)

@@ -412,10 +412,10 @@ GUARDED: dict[str, tuple[Callable[[RecordDict], None], str]] = {
 def test_the_guard_knows_what_may_leave_beside_the_factors(case: str) -> None:
     change, text = GUARDED[case]
     form, content = form_and_reply()
-    check_reply(content, form.buffer, share_num_examples=True, controlled=True)
+    check_reply(content, form.buffer, share_num_examples=True, control=form.buffer)
     change(content)
     with raises(FederationError, text):
-        check_reply(content, form.buffer, share_num_examples=True, controlled=True)
+        check_reply(content, form.buffer, share_num_examples=True, control=form.buffer)
 
 
 def test_a_round_that_runs_again_reads_what_it_read_before() -> None:
