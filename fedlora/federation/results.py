@@ -6,12 +6,19 @@ value}}}``, with "kept_global" (whether) where clients keep the better adapter.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from fedlora import __version__
+from fedlora.errors import RunError
+from fedlora.experiment import ExperimentConfig
+from fedlora.federation.checkpoint import Checkpoint, RoundRecord
+from fedlora.federation.folder import SUMMARY
 from fedlora.metrics import gain, share_better, summarize
 
-__all__ = ["ADAPTERS", "cross_matrix", "results", "table"]
+__all__ = ["ADAPTERS", "cross_matrix", "results", "run_notes", "run_summary", "run_table", "table"]
 
 ADAPTERS = ("base", "own", "global", "personal")
 
@@ -42,6 +49,42 @@ def results(rows: Sequence[Row], *, metric: str, higher_is_better: bool) -> dict
     }
 
 
+def run_summary(
+    config: ExperimentConfig,
+    checkpoint: Checkpoint,
+    rows: Sequence[Row],
+    *,
+    metric: str,
+    higher_is_better: bool,
+) -> dict[str, Any]:
+    """Return summary.json, all but its notes and seconds; rows of clients that failed count not."""
+    scored = [row for row in rows if "scores" in row]
+    return {
+        "name": config.name,
+        "rounds": checkpoint.state.round,
+        **results(scored, metric=metric, higher_is_better=higher_is_better),
+        "bytes_up": checkpoint.bytes_up,
+        "bytes_down": checkpoint.bytes_down,
+        "seed": config.seed,
+        "fedlora_version": __version__,
+        "privacy": None,
+    }
+
+
+def run_notes(
+    checkpoint: Checkpoint, rounds: Sequence[RoundRecord], rows: Sequence[Row], untested: int
+) -> list[str]:
+    """Return what a reader of the result must know of clients that it does not hold."""
+    notes = []
+    if out := checkpoint.left_out:
+        notes.append(f"{len(out)} clients were left out from the start; {out[0].reason}")
+    if lost := [dropped for record in rounds for dropped in record.dropped]:
+        notes.append(f"{len(lost)} replies did not count; the last: {lost[-1].reason}")
+    if untested:
+        notes.append(f"{untested} clients without held-out examples are not evaluated")
+    return notes + [f"not in the means: {row['failed']}" for row in rows if "failed" in row]
+
+
 def cross_matrix(
     clients: Sequence[str], values: Sequence[Sequence[float]], *, higher_is_better: bool
 ) -> dict[str, Any]:
@@ -60,6 +103,17 @@ def cross_matrix(
         "values": [list(row) for row in values],
         "own_beats_others": wins,
     }
+
+
+def run_table(out: Path) -> str:
+    """Return `table` of a finished run's folder. Raises `RunError` when there is no summary."""
+    path = out / SUMMARY
+    try:
+        return table(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RunError(f"{path}: no results of a finished run: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path}: not a run's summary: {error!r}") from None
 
 
 def table(summary: Mapping[str, Any]) -> str:
