@@ -13,7 +13,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedlora.errors import ConfigError, MissingExtraError
-from fedlora.federation import ClientSetup, Trainer, handle_query, handle_train
+from fedlora.federation import (
+    ClientSetup,
+    Trainer,
+    handle_evaluate,
+    handle_query,
+    handle_train,
+)
+from fedlora.federation.owner import owners_state
 
 app = ClientApp()
 
@@ -21,13 +28,22 @@ app = ClientApp()
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Say who this client is."""
-    return handle_query(message, lambda setup: _open(setup, context))
+    device = owners_state(context.node_config)
+    return handle_query(message, lambda setup: _open(setup, context), device)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train for one round."""
-    return handle_train(message, lambda setup: _open(setup, context), context.state)
+    device = owners_state(context.node_config)
+    return handle_train(message, lambda setup: _open(setup, context), context.state, device)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Personalize the global adapter, evaluate, and keep both where the owner says."""
+    device = owners_state(context.node_config)
+    return handle_evaluate(message, lambda setup: _open(setup, context), context.state, device)
 
 
 def _open(setup: ClientSetup, context: Context) -> Trainer:

@@ -16,7 +16,13 @@ from fedlora.federation.checkpoint import (
     read_checkpoint,
     read_rounds,
 )
-from fedlora.federation.client import OpenTrainer, Trainer, handle_query, handle_train
+from fedlora.federation.client import (
+    OpenTrainer,
+    Trainer,
+    handle_evaluate,
+    handle_query,
+    handle_train,
+)
 from fedlora.federation.records import ClientSetup
 from fedlora.federation.sampling import draw_cohort, draw_held_out
 from fedlora.federation.server import run_federation
@@ -33,6 +39,7 @@ __all__ = [
     "Trainer",
     "draw_cohort",
     "draw_held_out",
+    "handle_evaluate",
     "handle_query",
     "handle_train",
     "has_checkpoint",

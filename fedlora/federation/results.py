@@ -16,11 +16,10 @@ from fedlora.errors import RunError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint, RoundRecord
 from fedlora.federation.folder import SUMMARY
+from fedlora.federation.guard import ADAPTERS
 from fedlora.metrics import gain, share_better, summarize
 
 __all__ = ["ADAPTERS", "cross_matrix", "results", "run_notes", "run_summary", "run_table", "table"]
-
-ADAPTERS = ("base", "own", "global", "personal")
 
 Row = Mapping[str, Any]
 

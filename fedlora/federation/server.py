@@ -6,6 +6,7 @@ The server needs no torch: the starting adapter is drawn from the base's card.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +31,7 @@ from fedlora.federation.checkpoint import (
     write_checkpoint,
 )
 from fedlora.federation.client import one_line
+from fedlora.federation.folder import EXPERIMENT
 from fedlora.federation.records import (
     ClientAnswer,
     ClientSetup,
@@ -38,7 +40,9 @@ from fedlora.federation.records import (
     to_record,
 )
 from fedlora.federation.sampling import draw_held_out
-from fedlora.federation.strategy import FederatedLora
+from fedlora.federation.stage import OnClient, evaluate_devices, require_stage
+from fedlora.federation.strategy import FederatedLora, named_run
+from fedlora.files import write_atomic
 from fedlora.targets import initial_adapter
 
 __all__ = ["run_federation"]
@@ -57,6 +61,8 @@ def run_federation(
     timeout: float = 3600.0,
     clients_remember: bool = False,
     on_round: Callable[[RoundRecord], None] | None = None,
+    evaluate: bool = False,
+    on_client: OnClient | None = None,
 ) -> ServerState:
     """Run, or go on with, the federation that `config` describes; return its last state.
 
@@ -65,20 +71,30 @@ def run_federation(
     the base), `method` overrides the config's by a value of one's own. The run starts once
     `min_clients` nodes are connected. `clients_remember`: whether clients of a resumed run still
     have what they kept in it. Flower's do not: a state belongs to one of its runs, and a resumed
-    run is a new one. Control variates then begin at zero on both sides. `timeout` (seconds) limits
-    the wait for nodes, and each round's.
+    run is a new one; devices with a state folder do. Where not all of them remember, control
+    variates begin at zero on both sides. `timeout` (seconds) limits the wait for nodes, and each
+    round's. `evaluate`: whether all clients personalize and evaluate the global adapter at the end
+    (`fedlora.federation.stage`), each of which is told to `on_client`.
 
     Raises `RunError` for another experiment's checkpoint, `FederationError` when no client answers
     or three rounds in a row bring no update, `ConfigError` for a cohort larger than the population.
     """
     method = method or config.federation.build_method()
+    if evaluate:
+        require_stage(config)
     resumed = resume_run(out, config) if has_checkpoint(out) else None
+    run = resumed.run if resumed is not None and resumed.run else secrets.token_hex(16)
+    setup = ClientSetup.of(config, named_run(run, method))
+    answers, left_out = _meet_clients(grid, config, setup, min_clients, timeout)
     if resumed is not None and method.local.correction is not None and not clients_remember:
-        _log.warning("resumed: control variates begin at zero, clients have theirs no longer")
-        resumed = replace(resumed, state=without_control(resumed.state))
-    answers, left_out = _meet_clients(grid, config, min_clients, timeout)
+        if not all(answer.remembers for _, answer in answers.values()):
+            _log.warning("resumed: control variates begin at zero, clients have theirs no longer")
+            resumed = replace(resumed, state=without_control(resumed.state))
+            run = secrets.token_hex(16)  # so that those of clients that remember begin there too
     checkpoint = resumed or _start(config, initial, answers, left_out)
-    checkpoint = _with_answers(checkpoint, answers)
+    checkpoint = replace(_with_answers(checkpoint, answers), run=run)
+    if evaluate:
+        write_atomic(out / EXPERIMENT, config.to_toml().encode())
     if resumed is None:
         write_checkpoint(out, checkpoint, config)
 
@@ -93,6 +109,11 @@ def run_federation(
     rounds = config.federation.rounds - checkpoint.state.round
     if rounds > 0:
         strategy.start(grid, ArrayRecord(), num_rounds=rounds, timeout=timeout)
+    if evaluate:
+        evaluate_devices(
+            grid, config, method, strategy.checkpoint, nodes, out,
+            timeout=timeout, on_client=on_client,
+        )  # fmt: skip
     return strategy.checkpoint.state
 
 
@@ -146,11 +167,15 @@ def _with_answers(
 
 
 def _meet_clients(
-    grid: Grid, config: ExperimentConfig, min_clients: int, timeout: float
+    grid: Grid,
+    config: ExperimentConfig,
+    about: ClientSetup,
+    min_clients: int,
+    timeout: float,
 ) -> tuple[dict[str, tuple[int, ClientAnswer]], tuple[Dropped, ...]]:
     """Ask every node who it is. Return (node id, answer) by client id, and who was left out."""
     nodes = _wait_for_nodes(grid, min_clients, timeout)
-    setup = to_record(ClientSetup.of(config))
+    setup = to_record(about)
     messages = (Message(query_content(setup), node, "query", group_id="0") for node in nodes)
     asked = frozenset(nodes)
     answers: dict[str, tuple[int, ClientAnswer]] = {}

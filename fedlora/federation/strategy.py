@@ -55,7 +55,7 @@ from fedlora.federation.replies import (
 )
 from fedlora.federation.sampling import draw_cohort
 
-__all__ = ["MAX_FAILED_ROUNDS", "FederatedLora", "deal_ranks"]
+__all__ = ["MAX_FAILED_ROUNDS", "FederatedLora", "deal_ranks", "named_run"]
 
 MAX_FAILED_ROUNDS = 3  # in a row without one valid update, before the run is given up
 
@@ -180,7 +180,7 @@ class FederatedLora(Strategy):
         )
 
     def _messages(self, current: _Round, grid: Grid) -> Iterator[Message]:
-        setup = to_record(ClientSetup.of(self.config))
+        setup = to_record(ClientSetup.of(self.config, named_run(self.checkpoint.run, self.method)))
         order = to_record(
             TrainOrder(
                 current.number,
@@ -308,6 +308,12 @@ class FederatedLora(Strategy):
                 f"round {record.round}: {MAX_FAILED_ROUNDS} rounds in a row without one valid "
                 f"update; the last was {last.client}: {last.reason}"
             )
+
+
+def named_run(run: str, method: Method) -> str | None:
+    """Return the run's name where clients keep something of their own under it."""
+    keeps = method.local.correction is not None or method.keeps_own
+    return (run or "unnamed") if keeps else None
 
 
 def deal_ranks(clients: Sequence[ClientRecord], config: ExperimentConfig) -> dict[str, int | None]:

@@ -75,7 +75,7 @@ def run_in_flower(
         with _superlink(work, owner_environment(config)) as link:
             run_config = (
                 f'experiment="simulations/experiment.toml" out="{out.resolve()}" '
-                f"min-clients={num_clients}"
+                f"min-clients={num_clients} evaluate=false"
             )
             nodes = f"num-supernodes={num_clients} client-resources-num-cpus=1"
             output = link.flwr("run", str(staged), "--federation-config", nodes, "-c", run_config)
