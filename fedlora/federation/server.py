@@ -86,11 +86,11 @@ def run_federation(
     run = resumed.run if resumed is not None and resumed.run else secrets.token_hex(16)
     setup = ClientSetup.of(config, named_run(run, method))
     answers, left_out = _meet_clients(grid, config, setup, min_clients, timeout)
-    if resumed is not None and method.local.correction is not None and not clients_remember:
-        if not all(answer.remembers for _, answer in answers.values()):
-            _log.warning("resumed: control variates begin at zero, clients have theirs no longer")
-            resumed = replace(resumed, state=without_control(resumed.state))
-            run = secrets.token_hex(16)  # so that those of clients that remember begin there too
+    remembered = clients_remember or all(answer.remembers for _, answer in answers.values())
+    if resumed is not None and method.local.correction is not None and not remembered:
+        _log.warning("resumed: control variates begin at zero, clients have theirs no longer")
+        resumed = replace(resumed, state=without_control(resumed.state))
+        run = secrets.token_hex(16)  # so that those of clients that remember begin there too
     checkpoint = resumed or _start(config, initial, answers, left_out)
     checkpoint = replace(_with_answers(checkpoint, answers), run=run)
     if evaluate:

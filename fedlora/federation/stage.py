@@ -1,4 +1,4 @@
-"""The last stage of a run on devices: every client evaluates, and the run's folder gets its results.
+"""The last stage of a run on devices: every client evaluates, and the run's folder has results.
 
 One message goes to every client that was met, held-out ones too. Each trains its own and its
 personal adapter on its own data and tells how base, own, global and personal do on its held-out
@@ -52,9 +52,9 @@ def require_stage(config: ExperimentConfig) -> None:
     """Raise `ConfigError` for what devices cannot do after the rounds; to be asked before them."""
     if config.personalization.kind != "personal":
         raise ConfigError(
-            f"personalization.kind: expected 'personal' on devices, found "
-            f"{config.personalization.kind!r}, which needs both adapters in every request; simulate "
-            "it, or change the key"
+            "personalization.kind: expected 'personal' on devices, found "
+            f"{config.personalization.kind!r}, which needs both adapters in every request; change "
+            "it, or simulate this experiment"
         )
 
 
@@ -185,7 +185,7 @@ def _row(client: ClientRecord, reply: Message, config: ExperimentConfig) -> dict
         return _failed(client, reply.error.reason or "failed, no reason")
     declined = reply.content.get("declined")
     if isinstance(declined, ConfigRecord):
-        return _failed(client, f"declined: {declined.get('reason', 'no reason')}")
+        return _failed(client, f"declined: {declined.get('reason')!s}")
     try:
         scores, kept = decode_scores(
             reply.content,
