@@ -33,6 +33,7 @@ from fedlora.federation.control import (
     read_own_control,
     write_own_control,
 )
+from fedlora.federation.device_state import DeviceState
 from fedlora.federation.guard import check_reply
 from fedlora.federation.own_rows import ContextRows
 from fedlora.federation.records import BOTH, TrainOrder, to_record
@@ -62,6 +63,10 @@ class Quadratic:
     @property
     def client_id(self) -> str:
         return f"c{self.number}"
+
+    @property
+    def initial(self) -> Adapter:
+        return start_adapter(scaffold_config())
 
     def train(
         self,
@@ -120,8 +125,13 @@ def problem(size: int) -> Any:
 
 
 def spied(
-    config: ExperimentConfig, out: Path, examples: tuple[int, ...] = (10,) * CLIENTS
+    config: ExperimentConfig,
+    out: Path,
+    examples: tuple[int, ...] = (10,) * CLIENTS,
+    states: Path | None = None,
+    forgets: int | None = None,
 ) -> tuple[ServerState, Spied]:
+    """Run a federation; states: where each client has a folder of its own, but one that forgets."""
     start = start_adapter(config)
     factors = config.federation.build_method().uploaded(1)
     gradients, _ = problem(RowForm.of(start, factors).size)
@@ -131,13 +141,17 @@ def spied(
         k = int(context.node_config["partition-id"])
         return lambda setup: Quadratic(k, examples[k], gradient=gradients[k])
 
+    def device(context: Context) -> DeviceState | None:
+        k = context.node_config["partition-id"]
+        return None if states is None or k == forgets else DeviceState(states / str(k))
+
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        return handle_query(message, opener(context))
+        return handle_query(message, opener(context), device(context))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return handle_train(message, opener(context), context.state)
+        return handle_train(message, opener(context), context.state, device(context))
 
     grid = Spied(app)
     return run_federation(grid, config, out, initial=start), grid
@@ -524,6 +538,34 @@ def test_clients_that_forgot_begin_anew_together_with_the_server(
     np.testing.assert_allclose(
         read_own_control(form, ContextRows(grid.state_of(1)), 8), own[1], rtol=0, atol=CLOSE
     )
+
+
+def test_devices_that_remember_go_on_where_they_were(tmp_path: Path) -> None:
+    """With state folders a resumed run is a run in one go, variates and all."""
+    whole, _ = spied(scaffold_config(federation__rounds=6), tmp_path / "whole")
+    for rounds in (4, 6):
+        config = scaffold_config(federation__rounds=rounds)
+        resumed, _ = spied(config, tmp_path / "run", states=tmp_path / "states")
+    np.testing.assert_array_equal(row_of(resumed.adapter), row_of(whole.adapter))
+    np.testing.assert_array_equal(control_of(resumed), control_of(whole))
+
+
+def test_one_that_forgot_makes_all_begin_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also those that remember: the server's variate is the mean of everyone's."""
+    states = tmp_path / "states"
+    spied(scaffold_config(federation__rounds=5), tmp_path, states=states)
+    run_before = read_checkpoint(tmp_path).run
+    before = row_of(read_checkpoint(tmp_path).state.adapter)
+    config = scaffold_config(federation__rounds=7)
+    state, _ = spied(config, tmp_path, states=states, forgets=2)
+    assert "control variates begin at zero" in caplog.text
+    assert read_checkpoint(tmp_path).run != run_before
+    gradients, _ = problem(len(before))
+    x, c, _ = scaffold(gradients, before, [range(CLIENTS)] * 2, STEPS, RATE)
+    np.testing.assert_allclose(row_of(state.adapter), x, rtol=0, atol=CLOSE)
+    np.testing.assert_allclose(control_of(state), c, rtol=0, atol=CLOSE)
 
 
 def test_a_server_optimizer_goes_behind_control_variates(tmp_path: Path) -> None:

@@ -291,7 +291,8 @@ def _scores(change: Any) -> RecordDict:
         (
             _scores(lambda scores: scores.pop("own.loss")),
             "c: expected the same measures of base, own, global, personal, the loss among them, "
-            "found base.accuracy, base.loss, global.accuracy, global.loss, own.accuracy, personal.a",
+            "found base.accuracy, base.loss, global.accuracy, global.loss, own.accuracy, "
+            "personal.a",
         ),
         (
             _scores(lambda scores: scores.__setitem__("own.accuracy", 1.5)),
