@@ -114,11 +114,6 @@ class Method:
         """Return the factors that clients train in `round` and keep to themselves."""
         return self.trained(round) - self.shared - {"magnitude"}
 
-    @property
-    def keeps_own(self) -> bool:
-        """Whether clients train and keep factors to themselves in any round."""
-        return any(self.kept(round) for round in (1, 2))  # what is trained alternates at most
-
     def uploaded(self, round: int) -> frozenset[Factor]:
         """Return the factors that leave a device in `round`: those trained and shared."""
         return self.trained(round) & self.shared

@@ -84,7 +84,7 @@ def run_federation(
         require_stage(config)
     resumed = resume_run(out, config) if has_checkpoint(out) else None
     run = resumed.run if resumed is not None and resumed.run else secrets.token_hex(16)
-    setup = ClientSetup.of(config, named_run(run, method))
+    setup = ClientSetup.of(config, named_run(run, config, method))
     answers, left_out = _meet_clients(grid, config, setup, min_clients, timeout)
     remembered = clients_remember or all(answer.remembers for _, answer in answers.values())
     if resumed is not None and method.local.correction is not None and not remembered:

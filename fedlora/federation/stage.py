@@ -139,7 +139,7 @@ class _Contents:
         state, train = checkpoint.state, config.personal_training
         kept = method.kept(max(1, state.round))
         self._method, self._state = method, state
-        self._setup = to_record(ClientSetup.of(config, named_run(checkpoint.run, method)))
+        self._setup = to_record(ClientSetup.of(config, named_run(checkpoint.run, config, method)))
         self._trainable = encode_adapter(state.trainable, BOTH, state.round)
         self._frozen = None
         if state.frozen is not None:

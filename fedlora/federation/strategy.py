@@ -123,6 +123,7 @@ class FederatedLora(Strategy):
         self._clients = {client.client_id: client for client in checkpoint.clients}
         self._ranks = deal_ranks(checkpoint.clients, config)
         self._round: _Round | None = None
+        self._run = named_run(checkpoint.run, config, method)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -180,7 +181,7 @@ class FederatedLora(Strategy):
         )
 
     def _messages(self, current: _Round, grid: Grid) -> Iterator[Message]:
-        setup = to_record(ClientSetup.of(self.config, named_run(self.checkpoint.run, self.method)))
+        setup = to_record(ClientSetup.of(self.config, self._run))
         order = to_record(
             TrainOrder(
                 current.number,
@@ -310,9 +311,10 @@ class FederatedLora(Strategy):
             )
 
 
-def named_run(run: str, method: Method) -> str | None:
-    """Return the run's name where clients keep something of their own under it."""
-    keeps = method.local.correction is not None or method.keeps_own
+def named_run(run: str, config: ExperimentConfig, method: Method) -> str | None:
+    """Return the run's name where clients keep something of their own under it in any round."""
+    rounds = range(1, config.federation.rounds + 1)
+    keeps = method.local.correction is not None or any(map(method.kept, rounds))
     return (run or "unnamed") if keeps else None
 
 

@@ -26,9 +26,9 @@ from tests.clients.small_base import BASE, write_bundle
 from tests.clients.test_onnx_app import DATA, PEOPLE, config
 from tests.federation.fakes import raises
 
-# The cohort engine sums the same numbers in another order: factors differ by 1e-7, and the losses
-# of a few steps by what that makes of them. A device of its own has the sequential engine's bits.
-CLOSE = 1e-5
+# The same factors, bit for bit, are evaluated in passes of another shape: logits of order 10 differ
+# by float32's 1e-6, and losses by no more.
+CLOSE = 5e-6
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +67,22 @@ def scores_of(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["client"]: {k: v for k, v in row.items() if k != "seconds"} for row in rows}
 
 
+def assert_close(found: Any, expected: Any, where: str = "") -> None:
+    """Equal tables, whose numbers may differ by `CLOSE`."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_close(found[key], value, f"{where}.{key}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=CLOSE, rel=CLOSE), where
+    else:
+        assert found == expected, where
+
+
 def test_devices_in_torch_have_the_numbers_of_a_simulation(tmp_path: Path) -> None:
     watch = {
-        "data.held_out_clients": 0.2, "data.validation_share": 0.1, "federation.rounds": 2,
-        "federation.cohort": 4, "federation.local_steps": 2, "personalization.steps": 4,
+        "data.clients": 5, "data.held_out_clients": 0.2, "data.validation_share": 0.1,
+        "federation.rounds": 2, "federation.cohort": 3, "federation.local_steps": 2, "personalization.steps": 4,
         "personalization.keep_better": True, "personalization.proximal_weight": 0.1,
         "personalization.learning_rate": 2e-3,
     }  # fmt: skip
@@ -79,13 +91,11 @@ def test_devices_in_torch_have_the_numbers_of_a_simulation(tmp_path: Path) -> No
     )
     experiment = ExperimentConfig.from_toml("simulations/watch.toml", watch)
     states = tmp_path / "states"
-    summary = devices(experiment, tmp_path / "run", 10, owner_node_config(experiment), states)
-    assert scores_of(tmp_path / "run") == scores_of(tmp_path / "alone")
-    timeless = {"seconds": 0}
-    expected = alone.summary | timeless
+    summary = devices(experiment, tmp_path / "run", 5, owner_node_config(experiment), states)
+    assert_close(scores_of(tmp_path / "run"), scores_of(tmp_path / "alone"))
     assert summary["extra"].pop("notes") == []
-    expected["extra"].pop("notes")  # of the data, which the server has not
-    assert summary | timeless == expected
+    alone.summary["extra"].pop("notes")  # of the data, which the server has not
+    assert_close(summary | {"seconds": 0}, alone.summary | {"seconds": 0})
     assert load_adapter(tmp_path / "run" / "adapter") == alone.adapter
     numbers = {c: n for n, c in enumerate(sorted(scores_of(tmp_path / "run")))}
     for client, number in numbers.items():
