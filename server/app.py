@@ -8,6 +8,7 @@ Run config: ``experiment`` (a TOML file; a relative path is taken from this app'
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context
@@ -15,8 +16,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.errors import FedloraError
 from fedlora.experiment import ExperimentConfig
-from fedlora.federation import run_federation
+from fedlora.federation import QuorumGrid, RoundRecord, round_words, run_federation
+from fedlora.federation.faults import with_faults
 from fedlora.federation.results import run_table
+
+AT_ONCE = 32  # messages in one call to the SuperLink: their arrays are all in memory together
 
 app = ServerApp()
 _log = logging.getLogger("fedlora.server")
@@ -31,11 +35,33 @@ def main(grid: Grid, context: Context) -> None:
     try:
         config = ExperimentConfig.from_toml(experiment)
         run_federation(
-            grid, config, out, min_clients=int(settings["min-clients"]), evaluate=evaluate
+            QuorumGrid(
+                with_faults(grid, config.faults, real_time=True),
+                config.quorum,
+                config.federation.cohort,
+                at_once=AT_ONCE,
+            ),
+            config,
+            out,
+            min_clients=int(settings["min-clients"]),
+            on_round=_print_rounds(config.federation.rounds),
+            evaluate=evaluate,
+            on_client=lambda done, total, client: print(
+                f"evaluated {done}/{total} {client}", flush=True
+            ),
         )
         if evaluate:
-            _log.info("results:\n%s", run_table(out))
+            print(run_table(out), flush=True)
     except FedloraError as error:
         # One line that whoever reads this log can find: Flower adds a trace over many.
         _log.error("fedlora-error %s: %s", type(error).__name__, error)
         raise
+
+
+def _print_rounds(total: int) -> Callable[[RoundRecord], None]:
+    """Return what says how each round went, where ``flwr log`` shows it."""
+
+    def show(record: RoundRecord) -> None:
+        print(f"round {record.round}/{total} {round_words(record)}", flush=True)
+
+    return show

@@ -8,6 +8,7 @@ sent, of all others the name and the place. The whole error is logged on the cli
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,8 @@ from fedlora.federation._flower_private import CLIENT_ERROR
 from fedlora.federation.control import next_control, read_own_control, write_own_control
 from fedlora.federation.device_state import DeviceState
 from fedlora.federation.evaluate import answer_scores, read_evaluate
+from fedlora.federation.guard import check_declined
+from fedlora.federation.limits import declined_content
 from fedlora.federation.own_rows import ContextRows, OwnRows
 from fedlora.federation.person import Part, compare_adapters, provenance_of, require_rank
 from fedlora.federation.private import (
@@ -47,6 +50,7 @@ __all__ = [
     "OpenTrainer",
     "Trainer",
     "error_reply",
+    "handle_declined",
     "handle_evaluate",
     "handle_query",
     "handle_train",
@@ -120,14 +124,21 @@ def handle_train(
     open_trainer: OpenTrainer,
     state: RecordDict | None = None,
     device: DeviceState | None = None,
+    *,
+    min_examples: int = 0,
 ) -> Message:
     """Train for one round; the reply holds the uploaded factors and the declared metrics.
 
     state, device: this client's own (`Context.state`, and the folder that its owner has named,
     which goes first), for factors that it trains and does not share and for its control variate;
-    without any of them a round that has either is refused.
+    without any of them a round that has either is refused. min_examples: with fewer the device
+    declines, as its owner wants.
     """
-    return _answer(message, lambda: _train(message.content, open_trainer, state, device))
+
+    def build() -> RecordDict:
+        return _train(message.content, open_trainer, state, device, min_examples)
+
+    return _answer(message, build)
 
 
 def handle_evaluate(
@@ -135,12 +146,23 @@ def handle_evaluate(
     open_trainer: OpenTrainer,
     state: RecordDict | None = None,
     device: DeviceState | None = None,
+    *,
+    min_examples: int = 0,
 ) -> Message:
     """Train this client's own and personal adapter; the reply holds their declared measures.
 
-    state, device: as in `handle_train`. The device keeps the global and the personal adapter.
+    The arguments are those of `handle_train`. The device keeps the global and the personal adapter.
     """
-    return _answer(message, lambda: _evaluate(message.content, open_trainer, state, device))
+
+    def build() -> RecordDict:
+        return _evaluate(message.content, open_trainer, state, device, min_examples)
+
+    return _answer(message, build)
+
+
+def handle_declined(message: Message, reason: str) -> Message:
+    """Decline to take part in a round; the reply holds one of the words of `limits.REASONS`."""
+    return _answer(message, lambda: _declined(reason))
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -181,15 +203,25 @@ def _query(
     return answer_query(setup, trainer.client_id, trainer.rank, count, remembers=remembers)
 
 
+def _declined(reason: str) -> RecordDict:
+    content = declined_content(reason)
+    check_declined(content)
+    return content
+
+
 def _train(
     content: RecordDict,
     open_trainer: OpenTrainer,
     state: RecordDict | None,
     device: DeviceState | None,
+    min_examples: int,
 ) -> RecordDict:
+    started = time.monotonic()
     task = read_task(content)
     order, broadcast = task.order, task.broadcast
     trainer = open_trainer(task.setup)
+    if min_examples and trainer.num_examples < min_examples:
+        return _declined("examples")
     require_rank(broadcast.trainable, trainer.rank)
     rows = None
     own = kept_factors(task)
@@ -205,12 +237,12 @@ def _train(
         if row is not None:
             broadcast = Broadcast(with_kept(task, row), broadcast.frozen)
     if order.rule.correction is not None:
-        return _train_corrected(task, trainer, rows)
+        return _train_corrected(task, trainer, rows, started)
     result = trainer.train(broadcast, order.train, order.rule, order.round, order.seed)
     _require_kept(broadcast.trainable, result.adapter, order.rule)
     if rows is not None:
         write_own_factors(task, rows, pack(result.adapter, kept_segments(task)))
-    return _answered(task, result)
+    return _answered(task, result, started)
 
 
 def _evaluate(
@@ -218,9 +250,12 @@ def _evaluate(
     open_trainer: OpenTrainer,
     state: RecordDict | None,
     device: DeviceState | None,
+    min_examples: int,
 ) -> RecordDict:
     task = read_evaluate(content)
     trainer = open_trainer(task.setup)
+    if min_examples and trainer.num_examples < min_examples:
+        return _declined("examples")
     rows = _rows(task.setup, trainer, state, device) if task.order.kept else None
     if device is not None:
         device.open(trainer.initial.base)  # what is wrong with it is said before the training
@@ -239,7 +274,9 @@ def _rows(
     return None if state is None else ContextRows(state)
 
 
-def _train_corrected(task: TrainTask, trainer: Trainer, rows: OwnRows | None) -> RecordDict:
+def _train_corrected(
+    task: TrainTask, trainer: Trainer, rows: OwnRows | None, started: float
+) -> RecordDict:
     """Train with control variates, keep the client's next one, and send how it has changed."""
     order, sent, form = task.order, task.broadcast, task.reply
     if rows is None or sent.control is None:
@@ -253,19 +290,23 @@ def _train_corrected(task: TrainTask, trainer: Trainer, rows: OwnRows | None) ->
     _require_kept(sent.trainable, result.adapter, order.rule)
     before, after = (pack(a, form.segments) for a in (sent.trainable, result.adapter))
     following, change = next_control(own, sent.control, before, after, result.steps, order.train)
-    content = _answered(task, result, change)
+    content = _answered(task, result, started, change)
     write_own_control(form.buffer, rows, order.round, following)
     return content
 
 
-def _answered(task: TrainTask, result: TrainResult, control: Array | None = None) -> RecordDict:
+def _answered(
+    task: TrainTask, result: TrainResult, started: float, control: Array | None = None
+) -> RecordDict:
+    # To the hundredth: enough to see where a round's time goes, and no more of the device.
+    seconds = round(time.monotonic() - started, 2)
     return answer_task(
         task,
         pack(result.adapter, task.reply.segments),
         num_examples=result.num_examples,
         loss=result.loss,
         steps=result.steps,
-        metrics=result.metrics,
+        metrics={"seconds": seconds, **result.metrics},
         control=control,
     )
 

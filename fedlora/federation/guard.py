@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedlora.errors import FederationError
 from fedlora.federation.buffers import LAYOUT_KEYS, BufferForm
 from fedlora.federation.control import CONTROL, CONTROL_RECORDS, DIGEST
+from fedlora.federation.limits import REASONS, read_declined
 
 __all__ = [
     "ADAPTERS",
@@ -23,13 +24,15 @@ __all__ = [
     "METRICS",
     "SCORES",
     "check_answer",
+    "check_declined",
     "check_reply",
     "check_scores",
 ]
 
 R = TypeVar("R")
 
-METRICS = frozenset({"loss", "num-examples", "steps"})  # what a client may tell of a round
+# What a client may tell of a round; seconds: how long it took its process to answer.
+METRICS = frozenset({"loss", "num-examples", "seconds", "steps"})
 ANSWER_KEYS = frozenset({"client_id", "num_examples", "rank"})  # what it may tell of itself
 # What a client may tell of its adapters in the evaluation at the end of a run: means over its
 # held-out examples.
@@ -98,6 +101,15 @@ def check_scores(content: RecordDict) -> None:
     for name, value in scores.items():
         if type(value) not in (int, float):
             raise FederationError(f"refused to send score {name!r}: it is not one number")
+
+
+def check_declined(content: RecordDict) -> None:
+    """Raise `FederationError` unless `content` declines by one of the fixed words, and no more."""
+    if read_declined(content) is None:
+        raise FederationError(
+            f"refused to send: a device that declines says one of {', '.join(REASONS)} and nothing "
+            "else"
+        )
 
 
 def _require_size(name: str, record: ArrayRecord, form: BufferForm) -> None:

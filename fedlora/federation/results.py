@@ -17,6 +17,7 @@ from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint, RoundRecord
 from fedlora.federation.folder import SUMMARY
 from fedlora.federation.guard import ADAPTERS
+from fedlora.federation.limits import DECLINED
 from fedlora.metrics import gain, share_better, summarize
 
 __all__ = ["ADAPTERS", "cross_matrix", "results", "run_notes", "run_summary", "run_table", "table"]
@@ -77,8 +78,11 @@ def run_notes(
     notes = []
     if out := checkpoint.left_out:
         notes.append(f"{len(out)} clients were left out from the start; {out[0].reason}")
-    if lost := [dropped for record in rounds for dropped in record.dropped]:
+    told = [dropped for record in rounds for dropped in record.dropped]
+    if lost := [dropped for dropped in told if not dropped.reason.startswith(DECLINED)]:
         notes.append(f"{len(lost)} replies did not count; the last: {lost[-1].reason}")
+    if declined := len(told) - len(lost):
+        notes.append(f"{declined} times a device declined to take part in a round")
     if untested:
         notes.append(f"{untested} clients without held-out examples are not evaluated")
     return notes + [f"not in the means: {row['failed']}" for row in rows if "failed" in row]

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Message
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora.adapter import Adapter
@@ -28,6 +28,7 @@ from fedlora.federation.checkpoint import Checkpoint, ClientRecord, read_rounds
 from fedlora.federation.client import one_line
 from fedlora.federation.evaluate import EvaluateOrder, decode_scores, evaluate_content
 from fedlora.federation.folder import CLIENTS, SUMMARY, append_row, rows_of_global, save_global
+from fedlora.federation.limits import DECLINED, read_declined
 from fedlora.federation.records import (
     BOTH,
     ClientSetup,
@@ -183,10 +184,9 @@ def _row(client: ClientRecord, reply: Message, config: ExperimentConfig) -> dict
     """Return a client's row; what a stranger sent must not end everyone's run."""
     if reply.has_error():
         return _failed(client, reply.error.reason or "failed, no reason")
-    declined = reply.content.get("declined")
-    if isinstance(declined, ConfigRecord):
-        return _failed(client, f"declined: {declined.get('reason')!s}")
     try:
+        if word := read_declined(reply.content):
+            return _failed(client, f"{DECLINED}{word}")
         scores, kept = decode_scores(
             reply.content,
             f"client {client.client_id!r}",

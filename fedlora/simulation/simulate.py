@@ -19,6 +19,7 @@ from fedlora.federation.checkpoint import (
     read_checkpoint,
     read_rounds,
 )
+from fedlora.federation.faults import describe_faults
 from fedlora.federation.folder import (
     CLIENTS,
     EXPERIMENT,
@@ -30,6 +31,7 @@ from fedlora.federation.folder import (
     require_free,
     save_global,
 )
+from fedlora.federation.phases import round_words
 from fedlora.federation.results import run_notes, run_summary, table
 from fedlora.files import write_atomic
 from fedlora.formats import load_adapter
@@ -158,6 +160,7 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     untested = len(took_part) - len(tested)
     summary["extra"]["notes"] = [
         *world.data.notes,
+        *filter(None, [describe_faults(config.faults)]),
         *run_notes(checkpoint, read_rounds(folder), rows, untested),
     ]
     if kept and config.engine.kind != "cohort":
@@ -185,9 +188,7 @@ def _show_rounds(
     total = config.federation.rounds
 
     def show(record: RoundRecord) -> None:
-        loss = "" if record.loss is None else f"loss {record.loss:.4f}"
-        lost = f"{len(record.dropped)} dropped" if record.dropped else ""
-        report("rounds", record.round, total, " ".join(filter(None, (loss, lost))))
+        report("rounds", record.round, total, round_words(record))
 
     done = read_checkpoint(folder).state.round if has_checkpoint(folder) else 0
     report("rounds", done, total, "")

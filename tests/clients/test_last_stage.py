@@ -83,8 +83,8 @@ def test_devices_in_torch_have_the_numbers_of_a_simulation(tmp_path: Path) -> No
     watch = {
         "data.clients": 5, "data.held_out_clients": 0.2, "data.validation_share": 0.1,
         "federation.rounds": 2, "federation.cohort": 3, "federation.local_steps": 2,
-        "personalization.steps": 4, "personalization.keep_better": True, "personalization.proximal_weight": 0.1,
-        "personalization.learning_rate": 2e-3,
+        "personalization.steps": 4, "personalization.keep_better": True,
+        "personalization.proximal_weight": 0.1, "personalization.learning_rate": 2e-3,
     }  # fmt: skip
     alone = simulate(
         "watch", overrides=watch | {"engine.kind": "sequential"}, out=tmp_path / "alone"
