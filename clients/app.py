@@ -14,16 +14,17 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedlora.errors import ConfigError, MissingExtraError
-from fedlora.federation import (
-    ClientSetup,
+from fedlora.federation.client import (
     Trainer,
+    error_reply,
+    handle_declined,
     handle_evaluate,
     handle_query,
     handle_train,
 )
-from fedlora.federation.client import error_reply, handle_declined
+from fedlora.federation.device_state import owners_state
 from fedlora.federation.limits import owners_limits, reason_to_decline
-from fedlora.federation.owner import owners_state
+from fedlora.federation.records import ClientSetup
 
 app = ClientApp()
 

@@ -17,12 +17,9 @@ from fedlora.adapter import Adapter, Array
 from fedlora.aggregation import Broadcast
 from fedlora.data import FederatedData, draw_batches, list_data
 from fedlora.device.manifest import TOKENIZER, Manifest
-from fedlora.device.scoring import evaluate
-from fedlora.device.session import Session
 from fedlora.device.trainer import Trainer
 from fedlora.errors import ConfigError, UnsupportedError
 from fedlora.experiment import DataConfig, open_data
-from fedlora.federation import ClientSetup
 from fedlora.federation.client import require_base
 from fedlora.federation.owner import (
     owners_bundle,
@@ -32,6 +29,7 @@ from fedlora.federation.owner import (
     owners_setup,
     owners_threads,
 )
+from fedlora.federation.records import ClientSetup
 from fedlora.targets import initial_adapter
 from fedlora.training import LocalRule, TrainConfig, TrainResult
 
@@ -90,6 +88,9 @@ class OnnxTrainer:
         self, adapter: Adapter, part: Literal["validation", "test"]
     ) -> Mapping[str, float] | None:
         """Return the measures of an adapter on a part of this client's data; None without any."""
+        from fedlora.device.scoring import evaluate  # not needed to train
+        from fedlora.device.session import Session
+
         examples = getattr(self.data.client(self.client_id), part)
         if not len(examples):
             return None

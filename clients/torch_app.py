@@ -16,8 +16,6 @@ from fedlora.adapter import Adapter, Array
 from fedlora.aggregation import Broadcast
 from fedlora.bases import list_bases
 from fedlora.data import draw_batches, list_data
-from fedlora.evaluation import evaluate
-from fedlora.federation import ClientSetup
 from fedlora.federation.client import require_base
 from fedlora.federation.owner import (
     owners_checkpointing,
@@ -25,6 +23,7 @@ from fedlora.federation.owner import (
     owners_rank,
     owners_setup,
 )
+from fedlora.federation.records import ClientSetup
 from fedlora.nn import beside, load_adapter_into, train_local
 from fedlora.randomness import rng
 from fedlora.training import LocalRule, TrainConfig, TrainResult
@@ -80,6 +79,8 @@ class TorchTrainer:
         self, adapter: Adapter, part: Literal["validation", "test"]
     ) -> Mapping[str, float] | None:
         """Return the measures of an adapter on a part of this client's data; None without any."""
+        from fedlora.evaluation import evaluate  # not needed to train
+
         examples = getattr(self.world.data.client(self.client_id), part)
         if not len(examples):
             return None

@@ -7,6 +7,7 @@ Run config: ``experiment`` (a TOML file; a relative path is taken from this app'
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora.errors import FedloraError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation import QuorumGrid, RoundRecord, round_words, run_federation
+from fedlora.federation._flower_private import with_quick_objects_in_grid
 from fedlora.federation.faults import with_faults
 from fedlora.federation.results import run_table
 
@@ -34,6 +36,8 @@ def main(grid: Grid, context: Context) -> None:
     out, evaluate = Path(str(settings["out"])), bool(settings.get("evaluate", True))
     try:
         config = ExperimentConfig.from_toml(experiment)
+        with contextlib.suppress(ImportError, AttributeError):  # another Flower: it waits longer
+            with_quick_objects_in_grid()
         run_federation(
             QuorumGrid(
                 with_faults(grid, config.faults, real_time=True),

@@ -1,0 +1,1 @@
+"""A federation on real devices: what starts its processes."""
