@@ -118,8 +118,8 @@ METHODS: dict[str, dict[str, Any]] = {
 def test_onnx_and_torch_devices_and_the_cohort_engine_agree(
     name: str, bundle: Path, tmp_path: Path
 ) -> None:
-    experiment = config(**METHODS[name], personalization__steps=6)
-    node = {"bundle": str(bundle), "base": BASE, "data": DATA}
+    experiment = config(**METHODS[name], personalization__steps=6, federation__rounds=2)
+    node = {"bundle": str(bundle), "base": BASE, "data": DATA, "threads": 1}
     onnx = frozenset(range(0, PEOPLE, 2))
     summary = devices(experiment, tmp_path / "mixed", PEOPLE, node, tmp_path / "states", onnx)
     assert (summary["clients"], summary["extra"]["notes"]) == (PEOPLE, [])
@@ -176,8 +176,10 @@ def test_the_owner_says_rank_threads_and_memory(bundle: Path) -> None:
 
 def test_devices_of_several_ranks_in_one_federation(bundle: Path, tmp_path: Path) -> None:
     """Client 3 trains rank 1, whatever the server's is; what is served is the whole adapter."""
-    experiment = config(federation__method="flexlora", federation__cohort=PEOPLE)
-    node = {"bundle": str(bundle), "base": BASE, "data": DATA}
+    experiment = config(
+        federation__method="flexlora", federation__cohort=PEOPLE, federation__rounds=1
+    )
+    node = {"bundle": str(bundle), "base": BASE, "data": DATA, "threads": 1}
 
     def app(message: Message, context: Context) -> Message:
         number = int(context.node_config["partition-id"])
@@ -190,7 +192,8 @@ def test_devices_of_several_ranks_in_one_federation(bundle: Path, tmp_path: Path
         return client_app(message, context)
 
     grid = InProcessGrid(app, PEOPLE, node_config=node)  # type: ignore[arg-type]
-    state = run_federation(grid, experiment, tmp_path / "run", evaluate=True)
+    with one_torch_thread():
+        state = run_federation(grid, experiment, tmp_path / "run", evaluate=True)
     assert set(state.adapter.ranks) == {2}
     rows = read_rows(tmp_path / "run" / "clients.jsonl")
     assert all("scores" in row for row in rows)
