@@ -203,3 +203,22 @@ def test_devices_of_several_ranks_in_one_federation(bundle: Path, tmp_path: Path
         assert personal is not None
         assert set(personal.ranks) == {1 if number in (2, 3) else 2}
         assert store.global_adapter() == state.adapter
+
+
+def test_the_owners_limits_hold_for_the_last_stage_too(bundle: Path, tmp_path: Path) -> None:
+    """Client c02 has 3 training examples, and its owner wants at least 5."""
+
+    def app(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 2:
+            context.node_config["min-examples"] = 5
+        return client_app(message, context)
+
+    node = {"bundle": str(bundle), "base": BASE, "data": DATA, "trainer": "onnx", "threads": 1}
+    grid = InProcessGrid(app, PEOPLE, node_config=node)  # type: ignore[arg-type]
+    run_federation(grid, config(federation__rounds=0), tmp_path, evaluate=True)
+    rows = read_rows(tmp_path / "clients.jsonl")
+    assert rows[2]["failed"] == "client 'c02': declined: examples"
+    assert [row["client"] for row in rows if "failed" in row] == ["c02"]
+    # Without a round every client's own adapter is what it trains in the personalization.
+    assert rows[5]["scores"]["base"] == rows[5]["scores"]["global"]
+    assert rows[5]["scores"]["own"] != rows[5]["scores"]["base"]
