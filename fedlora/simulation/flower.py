@@ -189,6 +189,9 @@ def _wait(
             ask_again = time.monotonic() + STATUS_SECONDS
             status = _status(link, run_id)
             if status == "finished:completed":
+                for record in read_rounds(out)[seen:]:  # the question may take as long as a run
+                    if on_round is not None:
+                        on_round(record)
                 return
             if status.startswith("finished"):
                 raise _failure(link.flwr("log", run_id, "--show"), status)
