@@ -26,7 +26,13 @@ if TYPE_CHECKING:
         read_checkpoint,
         read_rounds,
     )
-    from fedlora.federation.client import OpenTrainer, Trainer, handle_query, handle_train
+    from fedlora.federation.client import (
+        OpenTrainer,
+        Trainer,
+        handle_evaluate,
+        handle_query,
+        handle_train,
+    )
     from fedlora.federation.phases import round_words
     from fedlora.federation.quorum import QuorumGrid
     from fedlora.federation.records import ClientSetup
@@ -46,6 +52,7 @@ __all__ = [
     "Trainer",
     "draw_cohort",
     "draw_held_out",
+    "handle_evaluate",
     "handle_query",
     "handle_train",
     "has_checkpoint",
@@ -60,7 +67,7 @@ _NAMES = {
         "Checkpoint", "ClientRecord", "Dropped", "RoundRecord", "has_checkpoint",
         "read_checkpoint", "read_rounds",
     ),
-    "client": ("OpenTrainer", "Trainer", "handle_query", "handle_train"),
+    "client": ("OpenTrainer", "Trainer", "handle_evaluate", "handle_query", "handle_train"),
     "phases": ("round_words",),
     "quorum": ("QuorumGrid",),
     "records": ("ClientSetup",),

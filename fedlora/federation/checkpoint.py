@@ -114,6 +114,8 @@ class Checkpoint:
     seconds: float = 0.0  # of all rounds
     failed_in_a_row: int = 0
     left_out: tuple[Dropped, ...] = field(default=())  # at the start of the run
+    # Drawn once for a run: clients keep their own rows under it. Not part of what is computed.
+    run: str = field(default="", compare=False)
 
     @property
     def client_ids(self) -> tuple[str, ...]:
@@ -149,6 +151,7 @@ def write_checkpoint(out: Path, checkpoint: Checkpoint, config: ExperimentConfig
     document = {
         "version": VERSION,
         "round": state.round,
+        "run": checkpoint.run,
         "files": files,
         "experiment": config.to_table(),
         "experiment_digest": _experiment_digest(config.to_table()),
@@ -188,6 +191,7 @@ def _checkpoint(out: Path, document: dict[str, Any]) -> Checkpoint:
             document["seconds"],
             document["failed_in_a_row"],
             tuple(from_plain(Dropped, dropped) for dropped in document["left_out"]),
+            str(document.get("run", "")),
         )
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise RunError(

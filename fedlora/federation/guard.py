@@ -16,7 +16,18 @@ from fedlora.federation.buffers import BufferForm
 from fedlora.federation.control import CONTROL, CONTROL_RECORDS, DIGEST
 from fedlora.federation.limits import REASONS, read_declined
 
-__all__ = ["ANSWER_KEYS", "METRICS", "check_answer", "check_declined", "check_reply"]
+__all__ = [
+    "ADAPTERS",
+    "ANSWER_KEYS",
+    "KEPT_GLOBAL",
+    "MEASURES",
+    "METRICS",
+    "SCORES",
+    "check_answer",
+    "check_declined",
+    "check_reply",
+    "check_scores",
+]
 
 R = TypeVar("R")
 
@@ -24,6 +35,12 @@ R = TypeVar("R")
 METRICS = frozenset({"loss", "num-examples", "seconds", "steps"})
 # What it may tell of itself.
 ANSWER_KEYS = frozenset({"client_id", "codecs", "num_examples", "rank"})
+# What a client may tell of its adapters in the evaluation at the end of a run: means over its
+# held-out examples.
+ADAPTERS = ("base", "own", "global", "personal")
+MEASURES = ("loss", "accuracy", "perplexity", "bits_per_character", "top1", "top3")
+SCORES = frozenset(f"{adapter}.{measure}" for adapter in ADAPTERS for measure in MEASURES)
+KEPT_GLOBAL = "kept-global"  # whether it serves the global adapter, which did better in validation
 _METRICS_UNCOUNTED = METRICS - {"num-examples"}
 _ANSWER_KEYS_UNCOUNTED = ANSWER_KEYS - {"num_examples"}
 _REPLY_RECORDS = frozenset({"factors", "layout", "metrics"})
@@ -33,11 +50,16 @@ _ARRAYS = frozenset({"factors"})
 _DIGEST = frozenset({"digest"})
 
 
-def check_answer(content: RecordDict, *, share_num_examples: bool) -> None:
-    """Raise `FederationError` unless `content` is an answer to a query and nothing more."""
+def check_answer(content: RecordDict, *, share_num_examples: bool, remembers: bool = False) -> None:
+    """Raise `FederationError` unless `content` is an answer to a query and nothing more.
+
+    remembers: whether it was asked whether this client keeps its own rows over restarts.
+    """
     _refuse_others("the reply", content.keys(), _ANSWER_RECORDS)
     client = _record(content, "client", ConfigRecord)
     allowed = ANSWER_KEYS if share_num_examples else _ANSWER_KEYS_UNCOUNTED
+    if remembers:
+        allowed |= {"remembers"}
     _refuse_others("record client", client.keys(), allowed)
 
 
@@ -74,6 +96,16 @@ def check_reply(
     for name, value in metrics.items():
         if type(value) not in (int, float):
             raise FederationError(f"refused to send metric {name!r}: it is not one number")
+
+
+def check_scores(content: RecordDict) -> None:
+    """Raise `FederationError` unless `content` is an evaluation's reply and nothing more."""
+    _refuse_others("the reply", content.keys(), frozenset({"scores"}))
+    scores = _record(content, "scores", MetricRecord)
+    _refuse_others("the scores", scores.keys(), SCORES | {KEPT_GLOBAL})
+    for name, value in scores.items():
+        if type(value) not in (int, float):
+            raise FederationError(f"refused to send score {name!r}: it is not one number")
 
 
 def check_declined(content: RecordDict) -> None:

@@ -1,8 +1,7 @@
 """What the server and its clients say to each other, as Flower records.
 
     query   down  "setup"                                    ClientSetup, flat scalars
-            up    "client"                                   client-id, rank, num-examples,
-                                                             codecs that it knows
+            up    "client"                                   ClientAnswer
     train   down  "setup", "train"                           TrainOrder, flat scalars
                   "factors" + "layout"                       the trainable adapter
                   "frozen" + "frozen-layout"                 the part that stays (if there is one)
@@ -54,6 +53,7 @@ __all__ = [
     "content_bytes",
     "decode_answer",
     "decode_broadcast",
+    "decode_start",
     "encode_adapter",
     "from_record",
     "query_content",
@@ -66,7 +66,7 @@ T = TypeVar("T")
 BOTH: frozenset[Factor] = frozenset({"A", "B"})
 
 _ANSWER: Mapping[str, type] = {
-    "client_id": str, "rank": int, "num_examples": int, "codecs": tuple,
+    "client_id": str, "rank": int, "num_examples": int, "codecs": tuple, "remembers": bool,
 }  # fmt: skip
 _CODECS = FixedList(CODECS)
 MOST_CODECS = 32  # that an answer may name
@@ -87,14 +87,21 @@ class ClientSetup:
     lora: LoraConfig
     seed: int
     share_num_examples: bool = True  # False with equal weights: the count stays on the device
+    # Which run this is, where clients keep something of their own from round to round.
+    run: str | None = None
 
     @classmethod
-    def of(cls, config: ExperimentConfig) -> ClientSetup:
+    def of(cls, config: ExperimentConfig, run: str | None = None) -> ClientSetup:
         """Return the part of an experiment that clients get."""
         # `extra` holds PEFT keys of any type, which change nothing here.
         lora = replace(config.lora, extra={})
         return cls(
-            config.base, config.data, lora, config.seed, config.federation.weights == "examples"
+            config.base,
+            config.data,
+            lora,
+            config.seed,
+            config.federation.weights == "examples",
+            run,
         )
 
 
@@ -119,6 +126,7 @@ class ClientAnswer:
     num_examples: int | None = None  # None: not told, the weights are equal
     # That the client can read and write. Unknown names are allowed: its software may be newer.
     codecs: tuple[str, ...] = (FP32,)
+    remembers: bool | None = None  # whether it keeps its own rows over restarts; None: not asked
 
     def __post_init__(self) -> None:
         if not self.client_id or len(self.client_id) > 200 or not self.client_id.isprintable():
@@ -183,6 +191,7 @@ def answer_content(answer: ClientAnswer) -> RecordDict:
     """Return what a client answers to a query."""
     told = {
         "client_id": answer.client_id, "rank": answer.rank, "num_examples": answer.num_examples,
+        "remembers": answer.remembers,
     }  # fmt: skip
     known: dict[str, Any] = {key: value for key, value in told.items() if value is not None}
     if answer.codecs != (FP32,):
@@ -255,6 +264,13 @@ def decode_broadcast(content: RecordDict, setup: ClientSetup) -> Broadcast:
     if "frozen" in content:
         frozen = _decode_adapter(content, "frozen", "frozen-layout", setup.lora)
     return Broadcast(_decode_adapter(content, "factors", "layout", setup.lora), frozen)
+
+
+def decode_start(content: RecordDict, setup: ClientSetup) -> Adapter | None:
+    """Read what a client of a smaller rank starts from, where that is sent; raises as above."""
+    if "start" not in content:
+        return None
+    return _decode_adapter(content, "start", "start-layout", setup.lora)
 
 
 def content_bytes(content: RecordDict) -> int:

@@ -6,6 +6,7 @@ The server needs no torch: the starting adapter is drawn from the base's card.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -30,6 +31,7 @@ from fedlora.federation.checkpoint import (
     write_checkpoint,
 )
 from fedlora.federation.client import one_line
+from fedlora.federation.folder import EXPERIMENT
 from fedlora.federation.quorum import QuorumGrid, Wait
 from fedlora.federation.records import (
     ClientAnswer,
@@ -38,7 +40,9 @@ from fedlora.federation.records import (
 )
 from fedlora.federation.roster import Roster, query_messages, read_answer
 from fedlora.federation.sampling import draw_held_out
-from fedlora.federation.strategy import FederatedLora, with_answers
+from fedlora.federation.stage import OnClient, evaluate_devices, require_stage
+from fedlora.federation.strategy import FederatedLora, named_run, with_answers
+from fedlora.files import write_atomic
 from fedlora.targets import initial_adapter
 
 __all__ = ["run_federation"]
@@ -61,6 +65,8 @@ def run_federation(
     timeout: float = 3600.0,
     clients_remember: bool = False,
     on_round: Callable[[RoundRecord], None] | None = None,
+    evaluate: bool = False,
+    on_client: OnClient | None = None,
     pause: Callable[[float], None] = time.sleep,
 ) -> ServerState:
     """Run, or go on with, the federation that `config` describes; return its last state.
@@ -70,9 +76,11 @@ def run_federation(
     the base), `method` overrides the config's by a value of one's own. The run starts once
     `min_clients` nodes are connected. `clients_remember`: whether clients of a resumed run still
     have what they kept in it. Flower's do not: a state belongs to one of its runs, and a resumed
-    run is a new one. Control variates then begin at zero on both sides. `timeout` (seconds) limits
-    the wait for nodes, and each round's. `pause` waits so many seconds before a round that its
-    devices declined is tried again.
+    run is a new one; devices with a state folder do. Where not all of them remember, control
+    variates begin at zero on both sides. `timeout` (seconds) limits the wait for nodes, and each
+    round's. `evaluate`: whether all clients personalize and evaluate the global adapter at the end
+    (`fedlora.federation.stage`), each of which is told to `on_client`. `pause` waits so many
+    seconds before a round that its devices declined is tried again.
 
     Through a `QuorumGrid` clients also come and go: a node that is gone is not asked, one that
     returns is, and a new one joins the population at a round's start. Through any other grid the
@@ -83,16 +91,24 @@ def run_federation(
     population.
     """
     method = method or config.federation.build_method()
+    if evaluate:
+        require_stage(config)
     resumed = resume_run(out, config) if has_checkpoint(out) else None
-    if resumed is not None and method.local.correction is not None and not clients_remember:
-        _log.warning("resumed: control variates begin at zero, clients have theirs no longer")
-        resumed = replace(resumed, state=without_control(resumed.state))
-    setup = to_record(ClientSetup.of(config))
+    run = resumed.run if resumed is not None and resumed.run else secrets.token_hex(16)
+    setup = to_record(ClientSetup.of(config, named_run(run, config, method)))
     needs_examples = config.federation.weights == "examples"
     answers, left_out = _meet_clients(grid, setup, needs_examples, min_clients, timeout)
+    remembered = clients_remember or all(answer.remembers for _, answer in answers.values())
+    if resumed is not None and method.local.correction is not None and not remembered:
+        _log.warning("resumed: control variates begin at zero, clients have theirs no longer")
+        resumed = replace(resumed, state=without_control(resumed.state))
+        run = secrets.token_hex(16)  # so that those of clients that remember begin there too
+        setup = to_record(ClientSetup.of(config, run))
     checkpoint = resumed or _start(config, initial, answers, tuple(left_out.values()))
     said = {client_id: answer for client_id, (_, answer) in answers.items()}
-    checkpoint = with_answers(checkpoint, said)
+    checkpoint = replace(with_answers(checkpoint, said), run=run)
+    if evaluate:
+        write_atomic(out / EXPERIMENT, config.to_toml().encode())
     if resumed is None:
         write_checkpoint(out, checkpoint, config)
 
@@ -119,6 +135,11 @@ def run_federation(
     # More than once when devices declined a round: it was tried again, and one is left over.
     while (rounds := config.federation.rounds - strategy.checkpoint.state.round) > 0:
         strategy.start(grid, ArrayRecord(), num_rounds=rounds, timeout=timeout)
+    if evaluate:
+        evaluate_devices(
+            grid, config, method, strategy.checkpoint, strategy.connected(), out,
+            timeout=timeout, on_client=on_client,
+        )  # fmt: skip
     return strategy.checkpoint.state
 
 

@@ -62,7 +62,13 @@ from fedlora.federation.replies import (
 from fedlora.federation.roster import Roster
 from fedlora.federation.sampling import draw_cohort
 
-__all__ = ["FederatedLora", "deal_ranks", "most_failed_rounds", "with_answers"]
+__all__ = [
+    "FederatedLora",
+    "deal_ranks",
+    "most_failed_rounds",
+    "named_run",
+    "with_answers",
+]
 
 # Without one valid update in so many rounds in a row, and from so many clients, a run is given up.
 # By rounds alone, 86 % of all runs of 100 rounds would end whose cohort is one client and which
@@ -154,11 +160,18 @@ class FederatedLora(Strategy):
         self._codecs = dict(codecs or {})
         self._otherwise: set[str] = set()  # clients that were said to travel otherwise
         self._round: _Round | None = None
+        self._run = named_run(checkpoint.run, config, method)
         self._save_seconds = 0.0
         self._have_clients(checkpoint)
         self._pause = pause
         self._again = 0  # cohorts that have declined the round that is next
         self._paused = 0.0  # seconds, for their sake
+
+    def connected(self) -> Mapping[str, int]:
+        """Return the nodes of the clients that are here now, by client id."""
+        if self._roster is not None:
+            self._nodes, _ = self._roster.update()
+        return self._nodes
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -247,7 +260,7 @@ class FederatedLora(Strategy):
         self._ranks = deal_ranks(checkpoint.clients, self.config)
 
     def _messages(self, current: _Round, grid: Grid) -> Iterator[Message]:
-        setup = to_record(ClientSetup.of(self.config))
+        setup = to_record(ClientSetup.of(self.config, self._run))
         order = TrainOrder(
             current.number,
             self.config.seed,
@@ -452,6 +465,13 @@ class FederatedLora(Strategy):
                 f"round {record.round}: {most} rounds in a row without one valid "
                 f"update; the last was {last.client}: {last.reason}"
             )
+
+
+def named_run(run: str, config: ExperimentConfig, method: Method) -> str | None:
+    """Return the run's name where clients keep something of their own under it in any round."""
+    rounds = range(1, config.federation.rounds + 1)
+    keeps = method.local.correction is not None or any(map(method.kept, rounds))
+    return (run or "unnamed") if keeps else None
 
 
 def most_failed_rounds(cohort: int) -> int:

@@ -65,12 +65,22 @@ def read_task(content: RecordDict) -> TrainTask:
 
 
 def answer_query(
-    setup: ClientSetup, client_id: str, rank: int | None, num_examples: int
+    setup: ClientSetup,
+    client_id: str,
+    rank: int | None,
+    num_examples: int,
+    *,
+    remembers: bool = False,
 ) -> RecordDict:
-    """Return a client's answer to a query. Raises `FederationError` for a senseless value."""
+    """Return a client's answer to a query. Raises `FederationError` for a senseless value.
+
+    remembers: whether the client keeps its own rows over restarts; told where a run is named.
+    """
     count = num_examples if setup.share_num_examples else None
-    content = answer_content(ClientAnswer(client_id, rank, count, CODECS))
-    check_answer(content, share_num_examples=setup.share_num_examples)
+    asked = setup.run is not None
+    answer = ClientAnswer(client_id, rank, count, CODECS, remembers if asked else None)
+    content = answer_content(answer)
+    check_answer(content, share_num_examples=setup.share_num_examples, remembers=asked)
     return content
 
 

@@ -75,7 +75,7 @@ def run_in_flower(
         with _superlink(work, owner_environment(config)) as link:
             run_config = (
                 f'experiment="simulations/experiment.toml" out="{out.resolve()}" '
-                f"min-clients={num_clients}"
+                f"min-clients={num_clients} evaluate=false"
             )
             nodes = f"num-supernodes={num_clients} client-resources-num-cpus=1"
             output = link.flwr("run", str(staged), "--federation-config", nodes, "-c", run_config)
@@ -189,6 +189,9 @@ def _wait(
             ask_again = time.monotonic() + STATUS_SECONDS
             status = _status(link, run_id)
             if status == "finished:completed":
+                for record in read_rounds(out)[seen:]:  # the question may take as long as a run
+                    if on_round is not None:
+                        on_round(record)
                 return
             if status.startswith("finished"):
                 raise _failure(link.flwr("log", run_id, "--show"), status)

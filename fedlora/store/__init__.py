@@ -5,6 +5,7 @@
       bundle/                  a copy of the device bundle, unless it is used where it is
       adapters/DIGEST.safetensors   packed files, each named by its SHA-256
       cache/                   whatever was made of the owner's data and can be made again
+      federation/RUN/KIND      what a client keeps to itself from round to round
       .lock
 
 A commit writes the new adapter beside the others, puts it on the disk, and only then renames a new
@@ -19,7 +20,8 @@ An updater can keep more than one global adapter here: `state.json` has a versio
 this module relies on there being two adapters at most.
 """
 
+from fedlora.store.kept import RunRows
 from fedlora.store.status import BundleEntry, GlobalEntry, PersonalEntry, Status
 from fedlora.store.store import Store
 
-__all__ = ["BundleEntry", "GlobalEntry", "PersonalEntry", "Status", "Store"]
+__all__ = ["BundleEntry", "GlobalEntry", "PersonalEntry", "RunRows", "Status", "Store"]

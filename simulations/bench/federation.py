@@ -101,7 +101,10 @@ def measure(side: str, bundle: Path, work: Path, nodes: int, rounds: int) -> Res
             f'[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
         machine, begun = machine_seconds(), time.monotonic()
-        run_config = f'experiment="simulations/experiment.toml" out="{out}" min-clients={nodes}'
+        run_config = (
+            f'experiment="simulations/experiment.toml" out="{out}" min-clients={nodes} '
+            "evaluate=false"
+        )
         command = [flower._command("flwr"), "run", str(staged), "-c", run_config]
         done = subprocess.run(command, env=home, capture_output=True, text=True, timeout=120)
         found = re.search(r"started run (\d+)", done.stdout + done.stderr)

@@ -36,10 +36,10 @@ from fedlora.federation.replies import (
     encode_reply_row,
     reply_bytes,
 )
+from fedlora.federation.results import codec_bytes
 from fedlora.federation.tasks import answer_task, read_task
 from fedlora.flat import pack, segments_of
 from fedlora.simulation.grid import InProcessGrid
-from fedlora.simulation.results import codec_bytes
 from fedlora.targets import LayerSpec, initial_adapter
 from fedlora.training import LocalRule, TrainConfig, TrainResult
 from tests.federation.fakes import (

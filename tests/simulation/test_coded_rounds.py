@@ -12,9 +12,9 @@ from fedlora.adapter import Adapter
 from fedlora.evaluation import Trial, evaluate_many
 from fedlora.experiment import ExperimentConfig, find_experiment
 from fedlora.federation.checkpoint import read_rounds
+from fedlora.federation.results import codec_bytes
 from fedlora.flat import pack, segments_of
 from fedlora.nn.cohort import client_job, train_cohort
-from fedlora.simulation.results import codec_bytes
 from fedlora.simulation.rounds import run_rounds
 from fedlora.simulation.simulate import simulate
 from fedlora.training import TrainConfig
