@@ -35,6 +35,7 @@ BESIDE: dict[str, set[str]] = {
     "store": {"formats"},
     "simulation": {"federation"},
     "export": {"device"},
+    "ota": {"device"},
     "mixing": {"evaluation", "nn", "data"},
     "personalization": {"mixing", "evaluation", "nn", "bases", "data", "experiment", "world"},
     "evaluation": {"nn", "bases", "data"},

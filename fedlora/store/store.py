@@ -255,10 +255,17 @@ class Store:
             before = self.status()
             if before.pending is None:
                 return False
-            self._commit(
-                replace(before, pending=None, tries=0, rejected=_rejected(before, before.pending))
-            )
+            rejected = _rejected(before, before.pending.release)
+            self._commit(replace(before, pending=None, tries=0, rejected=rejected))
             return True
+
+    def reject(self, release: int) -> None:
+        """Remember that a release is not for this device."""
+        with self.lock():
+            before = self.status()
+            rejected = _rejected(before, release)
+            if rejected != before.rejected:
+                self._commit(replace(before, rejected=rejected))
 
     def drop_pending(self) -> bool:
         """Drop the staged release, which may be staged again; whether there was one."""
@@ -283,7 +290,7 @@ class Store:
                 check_digest(
                     self._file(before.previous.digest), data, before.previous.digest, "fetch again"
                 )
-            rejected = _rejected(before, before.installed)
+            rejected = _rejected(before, before.installed.release)
             after = _with_active(before, before.previous)
             self._commit(replace(after, previous=None, rejected=rejected))
 
@@ -409,9 +416,9 @@ def _with_active(status: Status, entry: GlobalEntry | None) -> Status:
     return replace(status, installed=entry, personal=personal)
 
 
-def _rejected(status: Status, entry: GlobalEntry) -> tuple[int, ...]:
-    """Return the rejected versions, with that of an entry among them."""
-    found = set(status.rejected) | ({entry.release} if entry.release is not None else set())
+def _rejected(status: Status, release: int | None) -> tuple[int, ...]:
+    """Return the rejected versions, with another one among them."""
+    found = set(status.rejected) | (set() if release is None else {release})
     return tuple(sorted(found)[-MAX_REJECTED:])
 
 
