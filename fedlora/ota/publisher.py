@@ -207,7 +207,9 @@ class Publisher:
         with self._lock():
             self.roles.require_keys(*ONLINE)
             self._remove_leftovers()
-            if self._is_half_over("rollout"):
+            if not self.roles.is_accepted("targets"):  # their keys were being replaced
+                self.roles.write("targets", self.roles.targets())
+            if not self.roles.is_accepted("rollout") or self._is_half_over("rollout"):
                 self.roles.write("rollout", self.roles.rollout())
             self._make_visible(required=True)
             self._remove_old_metadata()
@@ -322,7 +324,8 @@ class Publisher:
         """Write snapshot and timestamp. required: raise where their keys are not here."""
         if not required and not self.roles.can_sign("snapshot", "timestamp"):
             return
-        if not self.roles.is_published() or self._is_half_over("snapshot"):
+        published = self.roles.is_published() and self.roles.is_accepted("snapshot")
+        if not published or self._is_half_over("snapshot"):
             self.roles.write_snapshot()
         self.roles.write_timestamp()
 
@@ -356,7 +359,9 @@ class Publisher:
 
     def _rotate_rollout(self, old: list[Key], new: list[Key], threshold: int) -> None:
         """The delegation is in the targets, so one timestamp changes both at once."""
-        rollout = self.roles.rollout()
+        planned = self.roles.can_sign(ROLLOUT_ROLE)
+        if planned:  # what a crash leaves is then accepted with either targets
+            self.roles.write("rollout", self.roles.rollout(), also=new)
         targets = self.roles.targets()
         delegations = targets.delegations
         assert delegations is not None
@@ -368,7 +373,8 @@ class Publisher:
             targets.add_key(key, ROLLOUT_ROLE)
         role.threshold = threshold
         self.roles.write("targets", targets)
-        self.roles.write("rollout", rollout)
+        if not planned:
+            self.roles.write("rollout", self.roles.rollout())
         self._make_visible(required=True)
 
     def _replace_root(self, change: Any) -> None:

@@ -241,7 +241,7 @@ def share_of(device_id: str, channel: str, version: int) -> float:
     releases, so that it is not always the same devices that go first.
 
     >>> round(share_of("a", "stable", 7), 3)
-    86.494
+    73.588
     """
     words = hashlib.sha256(canonical_json([device_id, channel, version])).digest()
     return int.from_bytes(words[:8], "big") / 2**64 * 100

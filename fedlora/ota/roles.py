@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from securesystemslib.signer import Key
-from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
+from tuf.api.exceptions import RepositoryError, StorageError, UnsignedMetadataError
 from tuf.api.metadata import (
     Delegations,
     Metadata,
@@ -168,6 +168,20 @@ class Roles:
         timestamp.snapshot_meta = self._meta("snapshot")
         self.write("timestamp", timestamp, also=also)
 
+    def is_accepted(self, role: str) -> bool:
+        """Whether a role's newest metadata is signed by its newest keys: not so after a crash in
+        the middle of their replacement."""
+        path = self._path(role)
+        if path is None:
+            return False
+        metadata = self._read(path)
+        delegator = self.targets() if role == ROLLOUT_ROLE else self.root()
+        try:
+            delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
+        except UnsignedMetadataError:
+            return False
+        return True
+
     def is_published(self) -> bool:
         """Whether devices see the newest targets and rollout."""
         if self._path("timestamp") is None:
@@ -198,13 +212,16 @@ class Roles:
                 f"{self.folder}: expected metadata of the role {role}, found none; make a "
                 "repository with fedlora ota init"
             )
-        try:
-            signed = Metadata.from_file(str(path)).signed
-        except (DeserializationError, RepositoryError, OSError) as error:
-            raise PublishError(f"{path}: cannot be read: {error}") from None
+        signed = self._read(path).signed
         if not isinstance(signed, kind):
             raise PublishError(f"{path}: expected the role {role}, found {signed.type}")
         return signed
+
+    def _read(self, path: Path) -> Metadata[Any]:
+        try:
+            return Metadata.from_file(str(path))
+        except (DeserializationError, RepositoryError, StorageError, OSError) as error:
+            raise PublishError(f"{path}: cannot be read: {error}") from None
 
     def _path(self, role: str) -> Path | None:
         """Return the newest file of a role."""
