@@ -121,6 +121,7 @@ class DeviceUpdater:
                     self.store.drop_pending()
                 else:
                     downloaded = self._stage(client, release)
+                clear(self._folder / "partial")
             finally:
                 fetcher.close()
             self.last_poll = Poll(release, reasons, fetcher.requests, fetcher.received, downloaded)
@@ -220,7 +221,6 @@ class DeviceUpdater:
             release=release.version,
             provenance=release.provenance,
         )
-        clear(partial)
         return True
 
     def _device_id(self) -> str:

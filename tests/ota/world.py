@@ -73,8 +73,9 @@ def big_adapter(seed: int, megabytes: float = 1.0) -> fl.Adapter:
 def big_bundle(folder: Path) -> Path:
     """Write what looks like the bundle of a base with one wide layer."""
     folder.mkdir()
-    (folder / "infer.onnx").write_bytes(b"graph")
-    path = folder / "infer.onnx"
+    for name in ("base.onnx.data", "infer.onnx"):
+        (folder / name).write_bytes(name.encode())
+    files = {path.name: FileInfo(sha256_of(path), path.stat().st_size) for path in folder.iterdir()}
     manifest = Manifest(
         base=BASE,
         base_id="toy",
@@ -82,7 +83,7 @@ def big_bundle(folder: Path) -> Path:
         layers={"a": LayerSpec("linear", (WIDTH,), WIDTH)},
         lora=big_adapter(0, 0.04).config,
         graphs={"infer.onnx": GraphInfo("infer")},
-        files={"infer.onnx": FileInfo(sha256_of(path), path.stat().st_size)},
+        files=files,
         input_dtype="float32",
         input_shape=(4,),
         outputs=5,
