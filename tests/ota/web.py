@@ -97,6 +97,11 @@ class Request(BaseHTTPRequestHandler):
         pass
 
 
+class _Quiet(ThreadingHTTPServer):
+    def handle_error(self, *_: Any) -> None:
+        """A device that hangs up is no news."""
+
+
 Behaviour = Callable[[Request], None]
 
 
@@ -113,7 +118,7 @@ class Web:
         self.sent = self.received = 0
         self.lock = threading.Lock()
         handler = type("Handler", (Request,), {"web": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = _Quiet(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self._server.block_on_close = False
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
