@@ -1,4 +1,4 @@
-"""Kill a device that updates, at instants uniform over the time from its first request to its commit.
+"""Kill a device that updates, at instants uniform over its update, from first request to commit.
 
     python -m tests.ota.kills FOLDER HITS
 

@@ -33,8 +33,7 @@ ACTIONS: dict[str, tuple[Callable[[Store], object], tuple[fl.Adapter | None, ...
     "commit_personal": (lambda s: s.commit_personal(NEW, {"loss": 1.0}), (GLOBAL, NEW)),
     "install_global": (lambda s: s.install_global(NEW, {"round": 2}), (NEW, PERSONAL)),
     "forget": (lambda s: s.forget(), (GLOBAL, None)),
-    "stage": (lambda s: stage(s), (GLOBAL, PERSONAL)),
-    "stage and commit": (lambda s: (stage(s), s.commit_pending(7)), (NEW, PERSONAL)),
+    "commit a release": (lambda s: s.commit_pending(7), (NEW, PERSONAL)),
     "the same again": (lambda s: s.commit_personal(PERSONAL, {}), (GLOBAL, PERSONAL)),
 }
 OLD = (GLOBAL, PERSONAL)
@@ -46,6 +45,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = Store.create(folder / "state", make_bundle(folder / "bundle"))
     store.install_global(GLOBAL)
     store.commit_personal(PERSONAL, {"loss": 2.0})
+    stage(store)
     (store.cache / "sentences").write_bytes(b"private")
     return store.path
 
