@@ -137,7 +137,8 @@ class DeviceUpdater:
     def revert(self, release: Release) -> None:
         """Drop a fetched release, or go back from a committed one; it is not fetched again.
 
-        Raises `ReleaseError` when it is neither staged nor served.
+        Nothing happens to one that is rejected already. Raises `ReleaseError` when it is neither
+        staged nor served.
         """
         with self.store.lock():
             status = self.store.status()
@@ -145,7 +146,7 @@ class DeviceUpdater:
                 self.store.reject_pending()
             elif status.installed is not None and status.installed.release == release.version:
                 self.store.revert()
-            else:
+            elif release.version not in status.rejected:  # else it is done: trials ran out
                 raise ReleaseError(
                     f"{self.store.path}: release {release.version} is neither staged nor served; "
                     "there is nothing to revert"
