@@ -192,8 +192,9 @@ class DeviceUpdater:
         """Stage a release that is not staged yet; whether it had to be downloaded."""
         with contextlib.suppress(FormatError, ReleaseError):  # a slot's file is damaged: fetch it
             pending = self.store.status().pending
-            if pending is not None and pending.release == release.version:
-                self.store.pending_adapter()
+            staged = None if pending is None else (pending.release, pending.digest)
+            if staged == (release.version, release.digest):
+                self.store.pending_adapter()  # its file is whole
                 return False
             if self.store.stage_again(
                 release.digest, channel=release.channel, release=release.version
