@@ -17,7 +17,16 @@
     ├── FederationError            a round, a client's reply or a message is wrong
     │   └── TooFewUpdatesError     a rule needs more clients than this round has left
     ├── RunError                   a run folder cannot be written, or cannot be resumed
-    └── StoreError                 a device's state folder is missing, taken or in use
+    ├── StoreError                 a device's state folder is missing, taken or in use
+    └── UpdateError                over the air: a release cannot be published or fetched
+        ├── PublishError           a key is missing, or the repository would not be accepted
+        ├── MetadataError          signed metadata is refused
+        │   ├── SignatureError     too few signatures of trusted keys
+        │   ├── VersionError       older than, or not what, was seen or announced before
+        │   └── ExpiryError        expired, or the clock is wrong
+        ├── DownloadError          a server cannot be reached, answers wrongly or breaks off
+        │   └── SlowDownloadError  slower than the minimum rate, or past the deadline
+        └── ReleaseError           a release is not what was signed, or does not fit this device
 
 A message is one line: where, what was expected, what was found, what to do. The command line prints
 it and nothing else; `exit_code` says which code it ends with.
@@ -34,19 +43,28 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DigestMismatchError",
+    "DownloadError",
+    "ExpiryError",
     "FederationError",
     "FedloraError",
     "FormatError",
     "LayerMismatchError",
+    "MetadataError",
     "MissingExtraError",
     "NonFiniteError",
+    "PublishError",
+    "ReleaseError",
     "RunError",
     "ShapeMismatchError",
+    "SignatureError",
+    "SlowDownloadError",
     "StoreError",
     "TooFewUpdatesError",
     "UnknownNameError",
     "UnsupportedError",
+    "UpdateError",
     "UsageError",
+    "VersionError",
     "nearest",
     "unknown_name",
 ]
@@ -131,6 +149,42 @@ class RunError(FedloraError):
 
 class StoreError(FedloraError):
     """The state folder of a device is missing, taken or in use."""
+
+
+class UpdateError(FedloraError):
+    """Over the air: a release cannot be published or fetched."""
+
+
+class PublishError(UpdateError):
+    """A key is missing, or the repository would not be accepted by its devices."""
+
+
+class MetadataError(UpdateError):
+    """Signed metadata is refused; what is installed stays."""
+
+
+class SignatureError(MetadataError):
+    """Metadata has too few signatures of trusted keys."""
+
+
+class VersionError(MetadataError):
+    """Metadata is older than what was seen before, or not the one that was announced."""
+
+
+class ExpiryError(MetadataError):
+    """Metadata has expired, or the clock is wrong."""
+
+
+class DownloadError(UpdateError):
+    """A server cannot be reached, answers wrongly or breaks off."""
+
+
+class SlowDownloadError(DownloadError):
+    """A download is slower than its minimum rate, or past its deadline."""
+
+
+class ReleaseError(UpdateError):
+    """A release is not what was signed, or does not fit this device."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -35,6 +35,7 @@ BESIDE: dict[str, set[str]] = {
     "store": {"formats"},
     "simulation": {"federation"},
     "export": {"device"},
+    "ota": {"device"},
     "mixing": {"evaluation", "nn", "data"},
     "personalization": {"mixing", "evaluation", "nn", "bases", "data", "experiment", "world"},
     "evaluation": {"nn", "bases", "data"},
@@ -184,6 +185,15 @@ def test_what_a_client_process_adds_to_flower_takes_less_than_a_second() -> None
     )
     # Measured: 0.25 to 0.4 s of processor time; the best of three, and room for slow machines.
     assert min(float(run_python(code)) for _ in range(3)) < 1.0
+
+
+def test_over_the_air_needs_neither_torch_nor_flower_nor_onnx_runtime() -> None:
+    heavy = ("torch", "flwr", "onnxruntime", "tokenizers", "transformers", "typer")
+    modules = "fedlora.ota.publisher, fedlora.ota.updater, fedlora.ota.conformance"
+    code = f"import sys\nimport {modules}\nprint([n for n in {heavy!r} if n in sys.modules])"
+    assert run_python(code) == "[]"
+    code = "import sys\nimport fedlora.ota, fedlora.cli.ota\nprint('tuf' in sys.modules)"
+    assert run_python(code) == "False"
 
 
 def test_importing_fedlora_takes_less_than_half_a_second() -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fedlora import __version__
-from fedlora.cli import adapters, budget, compare, data, device, export, models, simulate
+from fedlora.cli import adapters, budget, compare, data, device, export, models, ota, simulate
 from fedlora.errors import FedloraError, MissingExtraError
 
 __all__ = ["app", "main"]
@@ -33,19 +33,23 @@ app.command()(export.export)
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
 app.add_typer(device.app, name="device")
+app.add_typer(ota.app, name="ota")
 
 # Which extra brings a package that fedlora imports only where it is needed.
 _EXTRAS = {
+    "cryptography": "ota",
     "flwr": "sim",
     "gguf": "text",
     "matplotlib": "plots",
     "onnx": "export",
     "onnxruntime": "device",
     "ray": "ray",
+    "securesystemslib": "ota",
     "tokenizers": "text",
     "tomli_w": "sim",
     "torch": "train",
     "transformers": "text",
+    "tuf": "ota",
 }
 
 

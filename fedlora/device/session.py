@@ -29,19 +29,15 @@ import numpy.typing as npt
 from fedlora.adapter import Adapter, Array
 from fedlora.data.text import encode_classes
 from fedlora.device.decoding import Decoder
+from fedlora.device.fit import check_adapter
 from fedlora.device.generate import generate
 from fedlora.device.manifest import Manifest, factor_names, factors_of, zero_factors
 from fedlora.device.runtime import OpenBundle, open_bundle, run_graph
 from fedlora.device.suggest import Suggestion, Words, suggest
 from fedlora.errors import (
-    BaseMismatchError,
     ConfigError,
     DataError,
-    LayerMismatchError,
     NonFiniteError,
-    ShapeMismatchError,
-    UnsupportedError,
-    nearest,
     unknown_name,
 )
 from fedlora.formats import load_adapter
@@ -302,41 +298,3 @@ class Session:
         labels = self.manifest.labels
         label = labels[index] if labels is not None else str(index)
         return Prediction(label, index, float(probabilities[index]), probabilities)
-
-
-def check_adapter(adapter: Adapter, manifest: Manifest) -> None:
-    """Raise unless an adapter fits a bundle: its base, its layers and their shapes.
-
-    Raises `UnsupportedError`, `BaseMismatchError`, `LayerMismatchError` and `ShapeMismatchError`.
-    """
-    if not isinstance(adapter, Adapter):
-        raise ConfigError(
-            f"expected an Adapter, found {type(adapter).__name__}; read a file with Session.load"
-        )
-    if adapter.config.uses_dora:
-        raise UnsupportedError(
-            "a DoRA adapter normalizes the base's weights, so no factors can be fed for it; "
-            "export it merged: fedlora export --merge"
-        )
-    if manifest.merged is not None:
-        raise BaseMismatchError(
-            f"expected no adapter: {manifest.merged[:12]} is merged into this bundle's weights; "
-            "export the base without --merge"
-        )
-    if adapter.base is not None and adapter.base != manifest.base:
-        raise BaseMismatchError(
-            f"expected an adapter of the bundle's base {manifest.base[:12]} ({manifest.base_id}), "
-            f"found one of {adapter.base[:12]}"
-        )
-    for path, layer in adapter.layers.items():
-        spec = manifest.layers.get(path)
-        if spec is None:
-            raise LayerMismatchError(
-                f"the bundle takes no factors for layer {path!r}{nearest(path, manifest.layers)}"
-            )
-        found = layer.kind, layer.in_shape, layer.out_features
-        if found != (spec.kind, spec.in_shape, spec.out_features):
-            raise ShapeMismatchError(
-                f"layer {path!r}: expected {spec.kind} {spec.in_shape} -> {spec.out_features}, "
-                f"found {layer.kind} {layer.in_shape} -> {layer.out_features}"
-            )

@@ -16,8 +16,11 @@ next process that takes the lock removes what the crash left over. Whoever only 
 Files are unlinked, not overwritten: on flash and on copying file systems overwriting would promise
 what they do not do. Where deleted bytes must not be found again, encrypt the disk.
 
-An updater can keep more than one global adapter here: `state.json` has a version, and nothing in
-this module relies on there being two adapters at most.
+Global adapters have three slots. ``active`` is served. ``pending`` is a release that an updater has
+verified and put there, never served: after a health check it is committed, which makes it active
+and what was active ``previous``; or it is rejected, and its version remembered. `Store.revert` goes
+one step back. ``tries`` counts the trials of a pending release, so that one that brings the process
+down again and again is rejected by itself.
 """
 
 from fedlora.store.kept import RunRows

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.adapter import Adapter
-from fedlora.errors import BaseMismatchError, FormatError, StoreError
+from fedlora.errors import BaseMismatchError, FormatError, ReleaseError, StoreError
 from fedlora.files import lock_file, replace_folder, sync_folder, write_atomic
 from fedlora.formats.packed import decode_packed, encode_packed
 from fedlora.formats.tensors import MAX_FILE_BYTES, parse_tensors, read_bytes
@@ -28,6 +28,7 @@ from fedlora.store.bundle import (
     write_new,
 )
 from fedlora.store.status import (
+    MAX_REJECTED,
     BundleEntry,
     GlobalEntry,
     PersonalEntry,
@@ -36,8 +37,9 @@ from fedlora.store.status import (
     status_bytes,
 )
 
-__all__ = ["Store"]
+__all__ = ["MAX_TRIES", "Store"]
 
+MAX_TRIES = 3  # trials of a staged release that are begun and not committed
 STATE, LOCK, ADAPTERS, BUNDLE, CACHE = "state.json", ".lock", "adapters", "bundle", "cache"
 KEPT = "federation"  # what a client keeps of its runs: `fedlora.store.kept`
 
@@ -179,13 +181,131 @@ class Store:
             before = self.status()
             digest, num_bytes = self._add(adapter, before, provenance)
             entry = GlobalEntry(digest, num_bytes, adapter.fingerprint(), dict(provenance or {}))
-            personal = before.personal
-            if personal is not None and (
-                before.installed is None or before.installed.fingerprint != entry.fingerprint
-            ):
-                stale = personal.started_from != entry.fingerprint
-                personal = replace(personal, stale=stale)
-            self._commit(replace(before, installed=entry, personal=personal))
+            # Whoever installs by hand has the file; nothing is kept to go back to.
+            self._commit(replace(_with_active(before, entry), previous=None))
+
+    def stage(
+        self,
+        data: bytes,
+        *,
+        digest: str,
+        channel: str,
+        release: int,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Put the bytes of a release into the slot `pending`, in the place of what is there.
+
+        data: a packed file with this SHA-256, whose metadata was verified by the caller. The file
+        is kept as it is. Nothing that is served changes. Raises `DigestMismatchError`,
+        `FormatError`, and `BaseMismatchError` unless it names this state's base.
+        """
+        check_digest(self.path / f"release {release}", data, digest, "fetch it again")
+        where = f"release {release}"
+        adapter = decode_packed(parse_tensors(data, where), where, verified=False).adapter
+        with self.lock():
+            before = self.status()
+            self._require_base(adapter, before, exactly=True)
+            self._write(digest, data)
+            entry = GlobalEntry(
+                digest, len(data), adapter.fingerprint(), dict(provenance or {}), channel, release
+            )
+            self._commit(replace(before, pending=entry, tries=0))
+
+    def stage_again(self, digest: str, *, channel: str, release: int) -> bool:
+        """Stage an adapter that is in a slot already, as another release; whether it was there."""
+        with self.lock():
+            before = self.status()
+            for entry in (before.pending, before.installed, before.previous):
+                if entry is not None and entry.digest == digest:
+                    check_digest(self._file(digest), self._read(entry), digest, "fetch it again")
+                    staged = replace(entry, channel=channel, release=release)
+                    self._commit(replace(before, pending=staged, tries=0))
+                    return True
+            return False
+
+    def pending_adapter(self) -> Adapter | None:
+        """Return the staged adapter, None if there is none."""
+        return self._load(lambda status: status.pending)
+
+    def begin_trial(self) -> Adapter | None:
+        """Count a trial of the staged adapter, and return it.
+
+        The count is on the disk before the adapter is used, so that one that brings the process
+        down is not tried for ever: after `MAX_TRIES` trials that did not end in `commit_pending`,
+        the release is rejected, and this returns None.
+        """
+        with self.lock():
+            before = self.status()
+            if before.pending is None:
+                return None
+            if before.tries >= MAX_TRIES:
+                self.reject_pending()
+                return None
+            self._commit(replace(before, tries=before.tries + 1))
+            return self.pending_adapter()
+
+    def commit_pending(self, release: int) -> None:
+        """Make the staged release the one that is served; the one before is kept to go back to.
+
+        Raises `ReleaseError` when another release is staged, or none, or when its file is damaged.
+        """
+        with self.lock():
+            before = self.status()
+            entry = before.pending
+            if entry is None or entry.release != release:
+                found = "none" if entry is None else str(entry.release)
+                raise ReleaseError(
+                    f"{self.path}: expected release {release} to be staged, found {found}; fetch "
+                    "it again"
+                )
+            check_digest(self._file(entry.digest), self._read(entry), entry.digest, "fetch again")
+            after = _with_active(before, entry)
+            self._commit(replace(after, previous=before.installed, pending=None, tries=0))
+
+    def reject_pending(self) -> bool:
+        """Drop the staged release for good; whether there was one."""
+        with self.lock():
+            before = self.status()
+            if before.pending is None:
+                return False
+            rejected = _rejected(before, before.pending.release)
+            self._commit(replace(before, pending=None, tries=0, rejected=rejected))
+            return True
+
+    def reject(self, release: int) -> None:
+        """Remember that a release is not for this device."""
+        with self.lock():
+            before = self.status()
+            rejected = _rejected(before, release)
+            if rejected != before.rejected:
+                self._commit(replace(before, rejected=rejected))
+
+    def drop_pending(self) -> bool:
+        """Drop the staged release, which may be staged again; whether there was one."""
+        with self.lock():
+            before = self.status()
+            if before.pending is not None:
+                self._commit(replace(before, pending=None, tries=0))
+            return before.pending is not None
+
+    def revert(self) -> None:
+        """Serve the adapter before the active one again, or the base; reject the active release.
+
+        One step: after it there is nothing to go back to. A staged release stays. Raises
+        `ReleaseError` when no global adapter is active, or the one before is damaged.
+        """
+        with self.lock():
+            before = self.status()
+            if before.installed is None:
+                raise ReleaseError(f"{self.path}: expected a global adapter to revert, found none")
+            if before.previous is not None:
+                data = self._read(before.previous)
+                check_digest(
+                    self._file(before.previous.digest), data, before.previous.digest, "fetch again"
+                )
+            rejected = _rejected(before, before.installed.release)
+            after = _with_active(before, before.previous)
+            self._commit(replace(after, previous=None, rejected=rejected))
 
     def commit_personal(
         self, adapter: Adapter, metrics: Mapping[str, Any], *, from_base: bool = False
@@ -230,7 +350,9 @@ class Store:
                 entry = PersonalEntry(
                     digest, num_bytes, personal.fingerprint(), started, False, dict(metrics)
                 )
-            self._commit(replace(before, installed=installed, personal=entry))
+            # As when a file is installed by hand: nothing is kept to go back to.
+            status = replace(_with_active(before, installed), previous=None)
+            self._commit(replace(status, personal=entry))
 
     def forget(self) -> bool:
         """Erase the personal adapter, its metrics, the cache, and what was kept of federations.
@@ -251,16 +373,33 @@ class Store:
         self, adapter: Adapter, status: Status, provenance: Mapping[str, Any] | None
     ) -> tuple[str, int]:
         """Write an adapter's file, and return its digest and size."""
-        if adapter.base is not None and adapter.base != status.bundle.base:
-            raise BaseMismatchError(
-                f"{self.path}: expected an adapter of the base {status.bundle.base[:12]}…, found "
-                f"one of {adapter.base[:12]}…; it only means something on its own base"
-            )
+        self._require_base(adapter, status)
         data = encode_packed(adapter, provenance=provenance)
         decode_packed(parse_tensors(data, "adapter"), "adapter")  # what cannot be read: refused
         digest = hashlib.sha256(data).hexdigest()
-        write_atomic(self._file(digest), data, mode=0o600)
+        self._write(digest, data)
         return digest, len(data)
+
+    def _require_base(self, adapter: Adapter, status: Status, *, exactly: bool = False) -> None:
+        """exactly: an adapter that names no base is refused too."""
+        if adapter.base != status.bundle.base and (exactly or adapter.base is not None):
+            found = "of no base" if adapter.base is None else f"of {adapter.base[:12]}…"
+            raise BaseMismatchError(
+                f"{self.path}: expected an adapter of the base {status.bundle.base[:12]}…, found "
+                f"one {found}; it only means something on its own base"
+            )
+
+    def _write(self, digest: str, data: bytes) -> None:
+        write_atomic(self._file(digest), data, mode=0o600)
+
+    def _read(self, entry: GlobalEntry) -> bytes:
+        """Return the bytes of a slot's file. Raises `ReleaseError`."""
+        try:
+            return read_bytes(self._file(entry.digest), MAX_FILE_BYTES)
+        except (FormatError, OSError) as error:
+            raise ReleaseError(
+                f"{self._file(entry.digest)}: cannot be read ({error}): fetch it again"
+            ) from None
 
     def _commit(self, status: Status) -> None:
         status = replace(status, commits=status.commits + 1)
@@ -308,6 +447,22 @@ class Store:
 
     def _file(self, digest: str) -> Path:
         return self.path / ADAPTERS / f"{digest}.safetensors"
+
+
+def _with_active(status: Status, entry: GlobalEntry | None) -> Status:
+    """Return a status with another active global adapter, and whether the personal one is stale."""
+    personal = status.personal
+    old = None if status.installed is None else status.installed.fingerprint
+    new = None if entry is None else entry.fingerprint
+    if personal is not None and old != new:
+        personal = replace(personal, stale=personal.started_from != new)
+    return replace(status, installed=entry, personal=personal)
+
+
+def _rejected(status: Status, release: int | None) -> tuple[int, ...]:
+    """Return the rejected versions, with another one among them."""
+    found = set(status.rejected) | (set() if release is None else {release})
+    return tuple(sorted(found)[-MAX_REJECTED:])
 
 
 _AGAIN = "put it back, or make a new state with fedlora device init"

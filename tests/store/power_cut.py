@@ -72,6 +72,7 @@ class Disk:
             replace=self._rename(os.replace),
             rename=self._rename(os.rename),
             unlink=self._remove(os.unlink),
+            remove=self._remove(os.remove),
             rmdir=self._remove(os.rmdir),
             mkdir=self._mkdir(os.mkdir),
             chmod=self._plain("chmod", os.chmod),
@@ -175,8 +176,12 @@ class Disk:
             real(source, target)
             if inside:
                 start, end = (Path(os.path.abspath(path)) for path in (source, target))
-                assert start.parent == end.parent, "a rename between folders is two changes"
-                self._changed(start, end.name, self._node(start))
+                node = self._node(start)
+                if start.parent == end.parent:
+                    self._changed(start, end.name, node)
+                else:  # two changes, of which a cut may keep either
+                    self._changed(end, end.name, node)
+                    self._changed(start, None, None)
 
         return call
 

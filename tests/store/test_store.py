@@ -223,18 +223,18 @@ def _change(record: dict, key: str, value: object) -> None:
 
 DROP = object()
 BAD_STATES = {
-    "newer": ("version", 2, "state of version 1"),
+    "newer": ("version", 3, "state of version 1 or 2"),
     "unknown key": ("slot", "a", "missing or unknown keys"),
     "missing key": ("personal", DROP, "missing or unknown keys"),
     "commits": ("commits", -1, "commits: expected a whole number"),
     "no bundle": ("bundle", None, "bundle: expected an object with digest, base, folder"),
     "digest": ("personal.digest", "../../etc/passwd", "personal: digest: unexpected value"),
-    "digest in capitals": ("global.digest", "AB" * 32, "global: digest: unexpected value"),
+    "digest in capitals": ("active.digest", "AB" * 32, "active: digest: unexpected value"),
     "stale": ("personal.stale", 0, "personal: stale"),
     "metrics": ("personal.metrics", [], "personal: metrics"),
-    "extra": ("global.extra", 1, "global: expected an object"),
+    "extra": ("active.extra", 1, "active: expected an object"),
     "base": ("bundle.base", "\n", "bundle: base"),
-    "no global": ("global", False, "global: expected an object"),
+    "no global": ("active", False, "active: expected an object"),
 }
 
 
