@@ -17,6 +17,8 @@ from fedlora.federation.checkpoint import (
     read_rounds,
 )
 from fedlora.federation.client import OpenTrainer, Trainer, handle_query, handle_train
+from fedlora.federation.phases import round_words
+from fedlora.federation.quorum import QuorumGrid
 from fedlora.federation.records import ClientSetup
 from fedlora.federation.sampling import draw_cohort, draw_held_out
 from fedlora.federation.server import run_federation
@@ -29,6 +31,7 @@ __all__ = [
     "Dropped",
     "FederatedLora",
     "OpenTrainer",
+    "QuorumGrid",
     "RoundRecord",
     "Trainer",
     "draw_cohort",
@@ -38,5 +41,6 @@ __all__ = [
     "has_checkpoint",
     "read_checkpoint",
     "read_rounds",
+    "round_words",
     "run_federation",
 ]

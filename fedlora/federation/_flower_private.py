@@ -13,9 +13,19 @@ from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["CLIENT_ERROR", "LINK_NODE_ID", "Run", "empty_run", "identify_process", "set_message_id"]
+__all__ = [
+    "CLIENT_ERROR",
+    "LINK_NODE_ID",
+    "MESSAGE_UNAVAILABLE",
+    "Run",
+    "empty_run",
+    "identify_process",
+    "set_message_id",
+    "set_source_node",
+]
 
 CLIENT_ERROR: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+MESSAGE_UNAVAILABLE: int = ErrorCode.MESSAGE_UNAVAILABLE  # it expired, or was never there
 LINK_NODE_ID: int = SUPERLINK_NODE_ID
 
 
@@ -36,3 +46,8 @@ def identify_process(run_id: int = 1) -> None:
 def set_message_id(message: Message, message_id: str) -> None:
     """Give a message the id that a SuperLink would give it."""
     message.metadata.__dict__["_message_id"] = message_id
+
+
+def set_source_node(message: Message, node_id: int) -> None:
+    """Say that a message comes from a node, where a SuperLink has answered in its place."""
+    message.metadata.__dict__["_src_node_id"] = node_id

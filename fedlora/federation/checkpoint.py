@@ -67,6 +67,7 @@ class ClientRecord:
     held_out: bool = False  # never sampled
     rounds: int = 0  # in which it gave a valid update
     steps: int = 0  # optimizer steps over these rounds
+    joined: int = 0  # the round from which it may be sampled; 0: it was there at the start
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,12 @@ class RoundRecord:
     dropped: tuple[Dropped, ...] = ()
     # What the method says of the round (`Method.noted`), each the largest over the layers.
     noted: Mapping[str, float] = field(default_factory=dict)
+    phases: Mapping[str, float] = field(
+        default_factory=dict
+    )  # seconds; `fedlora.federation.phases`
+    # The clients' own seconds, "slowest" and "median"; empty where none tells.
+    clients: Mapping[str, float] = field(default_factory=dict)
+    late: int = 0  # replies to older rounds that came in this one, and were thrown away
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,11 +261,17 @@ def _with_clients(document: Mapping[str, Any], clients: Sequence[ClientRecord]) 
         f'  {{"client_id": {json.dumps(c.client_id)}, "rank": {_or_null(c.rank)}, '
         f'"num_examples": {_or_null(c.num_examples)}, '
         f'"held_out": {"true" if c.held_out else "false"}, '
-        f'"rounds": {c.rounds}, "steps": {c.steps}}}'
+        f'"rounds": {c.rounds}, "steps": {c.steps}'
+        f"{_joined(c)}}}"
         for c in clients
     )
     head = json.dumps(document, indent=1).removesuffix("\n}")
     return b"".join((head.encode(), b',\n "clients": [\n', ",\n".join(lines).encode(), b"\n ]\n}"))
+
+
+def _joined(client: ClientRecord) -> str:
+    """Return the round that it joined in; most were there at the start, and nothing is said."""
+    return f', "joined": {client.joined}' if client.joined else ""
 
 
 def _or_null(number: int | None) -> int | str:

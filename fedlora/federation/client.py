@@ -8,6 +8,7 @@ sent, of all others the name and the place. The whole error is logged on the cli
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,7 @@ def _query(content: RecordDict, open_trainer: OpenTrainer) -> RecordDict:
 
 
 def _train(content: RecordDict, open_trainer: OpenTrainer, state: RecordDict | None) -> RecordDict:
+    started = time.monotonic()
     task = read_task(content)
     order, broadcast = task.order, task.broadcast
     trainer = open_trainer(task.setup)
@@ -149,15 +151,17 @@ def _train(content: RecordDict, open_trainer: OpenTrainer, state: RecordDict | N
         if row is not None:
             broadcast = Broadcast(with_kept(task, row), broadcast.frozen)
     if order.rule.correction is not None:
-        return _train_corrected(task, trainer, state)
+        return _train_corrected(task, trainer, state, started)
     result = trainer.train(broadcast, order.train, order.rule, order.round, order.seed)
     _require_kept(broadcast.trainable, result.adapter, order.rule)
     if own and state is not None:
         write_state(task, state, pack(result.adapter, kept_segments(task)))
-    return _answered(task, result)
+    return _answered(task, result, started)
 
 
-def _train_corrected(task: TrainTask, trainer: Trainer, state: RecordDict | None) -> RecordDict:
+def _train_corrected(
+    task: TrainTask, trainer: Trainer, state: RecordDict | None, started: float
+) -> RecordDict:
     """Train with control variates, keep the client's next one, and send how it has changed."""
     order, sent, form = task.order, task.broadcast, task.reply
     if state is None or sent.control is None:
@@ -171,19 +175,23 @@ def _train_corrected(task: TrainTask, trainer: Trainer, state: RecordDict | None
     _require_kept(sent.trainable, result.adapter, order.rule)
     before, after = (pack(a, form.segments) for a in (sent.trainable, result.adapter))
     following, change = next_control(own, sent.control, before, after, result.steps, order.train)
-    content = _answered(task, result, change)
+    content = _answered(task, result, started, change)
     write_own_control(form.buffer, state, order.round, following)
     return content
 
 
-def _answered(task: TrainTask, result: TrainResult, control: Array | None = None) -> RecordDict:
+def _answered(
+    task: TrainTask, result: TrainResult, started: float, control: Array | None = None
+) -> RecordDict:
+    # To the hundredth: enough to see where a round's time goes, and no more of the device than that.
+    seconds = round(time.monotonic() - started, 2)
     return answer_task(
         task,
         pack(result.adapter, task.reply.segments),
         num_examples=result.num_examples,
         loss=result.loss,
         steps=result.steps,
-        metrics=result.metrics,
+        metrics={"seconds": seconds, **result.metrics},
         control=control,
     )
 

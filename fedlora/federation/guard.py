@@ -19,7 +19,8 @@ __all__ = ["ANSWER_KEYS", "METRICS", "check_answer", "check_reply"]
 
 R = TypeVar("R")
 
-METRICS = frozenset({"loss", "num-examples", "steps"})  # what a client may tell of a round
+# What a client may tell of a round; seconds: how long it took its process to answer.
+METRICS = frozenset({"loss", "num-examples", "seconds", "steps"})
 ANSWER_KEYS = frozenset({"client_id", "num_examples", "rank"})  # what it may tell of itself
 _METRICS_UNCOUNTED = METRICS - {"num-examples"}
 _ANSWER_KEYS_UNCOUNTED = ANSWER_KEYS - {"num_examples"}

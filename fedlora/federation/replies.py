@@ -6,7 +6,7 @@ compares with it in one step, and looks closer only where something differs, to 
 
     "factors"  one array "factors"
     "layout"   segments, kinds, scalings, base, round, digest
-    "metrics"  loss, steps, num-examples
+    "metrics"  loss, steps, num-examples, seconds (may be left out)
 
 With control variates, "control" and "control-digest" beside these (`fedlora.federation.control`).
 """
@@ -107,6 +107,7 @@ class Reply:
     loss: float  # NaN when there was no step
     steps: int
     control: Array | None = None  # the change of its control variate, as a row of the factors
+    seconds: float | None = None  # how long the client took, as it says itself
 
 
 def encode_reply_row(
@@ -165,7 +166,8 @@ def decode_reply(content: RecordDict, form: ReplyForm, who: str) -> Reply:
         control = read_control(content, form.rows, form.buffer, who)
     else:
         require_no_control(content, who)
-    return Reply(adapter, *_metrics(content, who), control)
+    count, loss, steps, seconds = _metrics(content, who)
+    return Reply(adapter, count, loss, steps, control, seconds)
 
 
 def require_answerable(adapter: Adapter) -> None:
@@ -209,7 +211,7 @@ def _require_same(layout: Mapping[str, Any], form: ReplyForm, who: str) -> None:
         raise FederationError(f"{who}: expected the server's scalings, found others")
 
 
-def _metrics(content: RecordDict, who: str) -> tuple[int | None, float, int]:
+def _metrics(content: RecordDict, who: str) -> tuple[int | None, float, int, float | None]:
     record = content.get("metrics")
     found = dict(record.items()) if isinstance(record, MetricRecord) else {}
     if "loss" not in found or "steps" not in found:
@@ -223,7 +225,10 @@ def _metrics(content: RecordDict, who: str) -> tuple[int | None, float, int]:
         raise FederationError(f"{who}: expected a finite loss, found {loss!r}")
     if abs(loss) > LARGEST_LOSS:
         raise FederationError(f"{who}: expected a loss up to {LARGEST_LOSS:g}, found {loss!r}")
-    return count, loss, steps
+    seconds = found.get("seconds")
+    if seconds is not None and (type(seconds) is not float or not 0 <= seconds < math.inf):
+        raise FederationError(f"{who}: expected seconds, a finite number >= 0, found {seconds!r}")
+    return count, loss, steps, seconds
 
 
 def _short(fingerprint: str | None) -> str:

@@ -36,8 +36,11 @@ from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint, ClientRecord, Dropped, RoundRecord
 from fedlora.federation.client import one_line
 from fedlora.federation.control import put_control
+from fedlora.federation.phases import PhaseClock, slowest_and_median
+from fedlora.federation.quorum import Replies
 from fedlora.federation.records import (
     BOTH,
+    ClientAnswer,
     ClientSetup,
     EncodedAdapter,
     TrainOrder,
@@ -53,9 +56,10 @@ from fedlora.federation.replies import (
     reply_bytes,
     require_answerable,
 )
+from fedlora.federation.roster import Roster
 from fedlora.federation.sampling import draw_cohort
 
-__all__ = ["MAX_FAILED_ROUNDS", "FederatedLora", "deal_ranks"]
+__all__ = ["MAX_FAILED_ROUNDS", "FederatedLora", "deal_ranks", "with_answers"]
 
 MAX_FAILED_ROUNDS = 3  # in a row without one valid update, before the run is given up
 
@@ -77,6 +81,9 @@ class _Round:
     loss_weight: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    clock: PhaseClock = field(default_factory=PhaseClock)
+    client_seconds: list[float] = field(default_factory=list)
+    late: int = 0  # replies to older rounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +109,7 @@ class FederatedLora(Strategy):
 
     `nodes` maps client ids to the node ids that Flower gave them in this run. After each round
     `save` gets the new checkpoint and the round's record; `checkpoint` is always the latest.
+    `roster`: who is connected now, asked before each round; None: the same nodes all along.
     Raises `FederationError` after `MAX_FAILED_ROUNDS` rounds in a row without an update.
     """
 
@@ -112,33 +120,38 @@ class FederatedLora(Strategy):
         checkpoint: Checkpoint,
         nodes: Mapping[str, int],
         save: Callable[[Checkpoint, RoundRecord], None],
+        roster: Roster | None = None,
     ) -> None:
         self.config = config
         self.method = method
-        weight = _total_weight(checkpoint, config)
-        state = replace(checkpoint.state, total_weight=weight)
-        self.checkpoint = replace(checkpoint, state=state)
         self._nodes = dict(nodes)
         self._save = save
-        self._clients = {client.client_id: client for client in checkpoint.clients}
-        self._ranks = deal_ranks(checkpoint.clients, config)
+        self._roster = roster
         self._round: _Round | None = None
+        self._save_seconds = 0.0
+        self._have_clients(checkpoint)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the cohort and yield one message per client, each with its own records."""
-        federation, state = self.config.federation, self.checkpoint.state
-        number = state.round + 1
+        federation, number = self.config.federation, self.checkpoint.state.round + 1
+        started, clock = time.monotonic(), PhaseClock(self._save_seconds)
+        if self._roster is not None:
+            self._nodes, answers = self._roster.update()
+            self._have_clients(with_answers(self.checkpoint, answers, joining=number))
+        more = self.config.quorum.over_selection if self.config.quorum else 0.0
         cohort = draw_cohort(
             self.checkpoint.client_ids,
-            federation.cohort,
+            math.ceil(federation.cohort * (1 + more) - 1e-9),  # 10 * 1.1 is a little over 11
             number,
             self.config.seed,
             federation.sampling,
         )
-        self._round = _Round(number, cohort, time.monotonic())
-        return self._messages(self._round, grid)
+        self._round = current = _Round(number, cohort, started, clock=clock)
+        messages = clock.within("prepare", self._messages(current, grid))
+        clock.enter("send")
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -147,11 +160,21 @@ class FederatedLora(Strategy):
         current = self._round
         if current is None:
             raise FederationError("aggregate_train was called before configure_train")
-        after = self._aggregated(current, self._updates(current, replies))
+        current.clock.enter("aggregate")
+        if isinstance(replies, Replies):
+            replies.count_by(lambda: len(current.valid))
+        received = current.clock.within("wait", replies)
+        after = self._aggregated(current, self._updates(current, received))
         # A round that fails changes nothing but the number.
         state = after or replace(self.checkpoint.state, round=current.number)
+        silent = "no reply in time"
+        if isinstance(replies, Replies):
+            current.late = replies.late
+            current.bytes_up += replies.late_bytes
+            if replies.ended == "quorum":
+                silent = f"no reply before the round ended with {len(current.valid)} others'"
         for sent in current.awaited.values():
-            self._drop(current, sent.client_id, "no reply in time")
+            self._drop(current, sent.client_id, silent)
         self._finish(current, replace(self.checkpoint, state=state), updated=after is not None)
         loss = _mean_loss(current)
         return None, None if loss is None else MetricRecord({"loss": loss})
@@ -178,6 +201,14 @@ class FederatedLora(Strategy):
             self.config.federation.cohort,
             self.config.federation.sampling,
         )
+
+    def _have_clients(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint whose clients may be others than before."""
+        weight = _total_weight(checkpoint, self.config)
+        state = replace(checkpoint.state, total_weight=weight)
+        self.checkpoint = replace(checkpoint, state=state)
+        self._clients = {client.client_id: client for client in checkpoint.clients}
+        self._ranks = deal_ranks(checkpoint.clients, self.config)
 
     def _messages(self, current: _Round, grid: Grid) -> Iterator[Message]:
         setup = to_record(ClientSetup.of(self.config))
@@ -231,6 +262,8 @@ class FederatedLora(Strategy):
                 self._drop(current, sent.client_id, f"{reason} ({type(error).__name__})")
                 continue
             current.valid[sent.client_id] = reply.steps
+            if reply.seconds is not None:
+                current.client_seconds.append(reply.seconds)
             if math.isfinite(reply.loss):
                 current.loss_sum += weight * reply.loss
                 current.loss_weight += weight
@@ -291,6 +324,9 @@ class FederatedLora(Strategy):
             bytes_down=current.bytes_down,
             dropped=tuple(current.dropped),
             noted=_noted(self.method, checkpoint.state) if updated else {},
+            phases=current.clock.seconds(),
+            clients=slowest_and_median(current.client_seconds),
+            late=current.late,
         )
         self.checkpoint = replace(
             checkpoint,
@@ -301,7 +337,9 @@ class FederatedLora(Strategy):
             failed_in_a_row=checkpoint.failed_in_a_row + 1 if failed else 0,
         )
         self._round = None
+        saving = time.monotonic()
         self._save(self.checkpoint, record)
+        self._save_seconds = time.monotonic() - saving
         if self.checkpoint.failed_in_a_row >= MAX_FAILED_ROUNDS:
             last = record.dropped[-1] if record.dropped else Dropped("nobody", "no reply")
             raise FederationError(
@@ -314,16 +352,54 @@ def deal_ranks(clients: Sequence[ClientRecord], config: ExperimentConfig) -> dic
     """Return the rank that each client trains; None: the global adapter's.
 
     `federation.client_ranks` are dealt out in turn over the sorted ids, so that a rank stays with
-    its client whoever is drawn, and when the run is resumed. A client that names its own rank keeps
-    that, but for what is over the largest of the run: nothing more is sent.
+    its client whoever is drawn, and when the run is resumed; those who joined later come after all
+    who were there before them. A client that names its own rank keeps that, but for what is over
+    the largest of the run: nothing more is sent.
     """
     dealt: Sequence[int | None] = config.federation.client_ranks or (None,)
     most = max(config.lora.rank, *config.lora.rank_pattern.values(), 1)
     found: dict[str, int | None] = {}
-    for place, client in enumerate(sorted(clients, key=lambda client: client.client_id)):
+    ordered = sorted(clients, key=lambda client: (client.joined, client.client_id))
+    for place, client in enumerate(ordered):
         rank = dealt[place % len(dealt)]
         found[client.client_id] = rank if client.rank is None else min(client.rank, most)
     return found
+
+
+def with_answers(
+    checkpoint: Checkpoint, answers: Mapping[str, ClientAnswer], joining: int | None = None
+) -> Checkpoint:
+    """Return the checkpoint with what the clients just said of themselves.
+
+    joining: the round from which clients that the run does not know take part; None: they do not.
+    Nobody leaves the population: a client that is gone is dropped when it is drawn, so that a
+    resumed run draws the same cohorts. Who joins is never held out, but for another copy of a
+    person ("u7#2") who is.
+
+    The checkpoint is the very same where nothing changes.
+    """
+    known = {client.client_id for client in checkpoint.clients}
+    clients = [_told(client, answers.get(client.client_id)) for client in checkpoint.clients]
+    if joining is not None and not answers.keys() <= known:
+        apart = {client_id.partition("#")[0] for client_id in checkpoint.held_out}
+        for client_id in answers.keys() - known:
+            held_out = client_id.partition("#")[0] in apart
+            client = ClientRecord(client_id, held_out=held_out, joined=joining)
+            clients.append(_told(client, answers[client_id]))
+            _log.info("client %r joins in round %d", client_id, joining)
+        clients.sort(key=lambda client: client.client_id)
+    changed = len(clients) != len(checkpoint.clients) or any(
+        new is not old for new, old in zip(clients, checkpoint.clients, strict=True)
+    )
+    return replace(checkpoint, clients=tuple(clients)) if changed else checkpoint
+
+
+def _told(client: ClientRecord, answer: ClientAnswer | None) -> ClientRecord:
+    if answer is None:
+        return client
+    if (client.rank, client.num_examples) == (answer.rank, answer.num_examples):
+        return client
+    return replace(client, rank=answer.rank, num_examples=answer.num_examples)
 
 
 class _PrepareOnce:
@@ -409,11 +485,4 @@ def _counted(client: ClientRecord, valid: Mapping[str, int]) -> ClientRecord:
     steps = valid.get(client.client_id)
     if steps is None:
         return client
-    return ClientRecord(
-        client.client_id,
-        client.rank,
-        client.num_examples,
-        client.held_out,
-        client.rounds + 1,
-        client.steps + steps,
-    )
+    return replace(client, rounds=client.rounds + 1, steps=client.steps + steps)

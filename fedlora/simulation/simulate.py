@@ -21,6 +21,7 @@ from fedlora.federation.checkpoint import (
     read_checkpoint,
     read_rounds,
 )
+from fedlora.federation.phases import round_words
 from fedlora.files import write_atomic
 from fedlora.formats import load_adapter, save_adapter
 from fedlora.nn.inject import kept_activations
@@ -206,9 +207,7 @@ def _show_rounds(
     total = config.federation.rounds
 
     def show(record: RoundRecord) -> None:
-        loss = "" if record.loss is None else f"loss {record.loss:.4f}"
-        lost = f"{len(record.dropped)} dropped" if record.dropped else ""
-        report("rounds", record.round, total, " ".join(filter(None, (loss, lost))))
+        report("rounds", record.round, total, round_words(record))
 
     done = read_checkpoint(folder).state.round if has_checkpoint(folder) else 0
     report("rounds", done, total, "")

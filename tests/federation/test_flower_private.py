@@ -15,6 +15,7 @@ PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strate
 
 def test_the_constants_are_flowers() -> None:
     assert private.CLIENT_ERROR == 2
+    assert private.MESSAGE_UNAVAILABLE == 3
     assert private.LINK_NODE_ID == 1
 
 
@@ -25,6 +26,8 @@ def test_a_message_can_be_made_and_numbered_in_this_process() -> None:
     private.set_message_id(message, "abc")
     assert message.metadata.message_id == "abc"
     assert Message(RecordDict(), reply_to=message).metadata.reply_to_message_id == "abc"
+    private.set_source_node(message, 9)
+    assert message.metadata.src_node_id == 9
     private.identify_process()
 
 
