@@ -148,6 +148,6 @@ def _require_certificates(federation: Federation) -> None:
 
 
 def _reason(output: str) -> str:
-    """Return what a flwr command complained of: JSON with an error, or its last line."""
-    found = re.search(r'"error-message":\s*"(.*)"', output)
+    """Return what a flwr command complained of: the SuperLink's own words, or its last line."""
+    found = re.search(r"\[code: \d+\] ([^\n\\\"]+)", output)
     return found.group(1) if found else last_line(output)

@@ -28,7 +28,7 @@ from fedlora.federation.flower_commands import flower_environment, free_port, la
 from fedlora.federation.owner import owner_node_config
 from fedlora.federation.sampling import draw_held_out
 
-__all__ = ["down", "fitting_cohort", "plan", "resumed", "status", "up", "with_bundle"]
+__all__ = ["down", "fitting_cohort", "plan", "resumed", "start_nodes", "status", "up", "with_bundle"]
 
 Say = Callable[[str], None]
 
@@ -222,10 +222,16 @@ def _bring_up(federation: Federation, config: ExperimentConfig, say: Say) -> Fed
         port = free_port() if link is None else link.port
         federation = start_link(federation, Link("127.0.0.1", port))
         say(f"link: up on 127.0.0.1:{port}")
-    for node in federation.nodes:
-        federation = _bring_node_up(federation, node, config)
+    federation = start_nodes(federation, config)
     trainers = ", ".join(node.trainer for node in federation.nodes)
     say(f"nodes: {len(federation.nodes)} started ({trainers})")
+    return federation
+
+
+def start_nodes(federation: Federation, config: ExperimentConfig) -> Federation:
+    """Register and start every node that does not run, also in the middle of a run."""
+    for node in federation.nodes:
+        federation = _bring_node_up(federation, node, config)
     return federation
 
 

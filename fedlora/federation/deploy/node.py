@@ -191,14 +191,9 @@ def run_node(options: NodeOptions, *, wait: float = 60.0, say: Callable[[str], N
 def node_refusal(log: str, link: str, key: Path | None) -> str | None:
     """Return one line if a SuperNode's log says that its key was refused, else None."""
     text = without_colors(log)
-    # Flower 1.41: its code 305 covers every failure to connect; the SuperLink's own word follows.
-    refused = re.search(
-        r"\[code: \d+\] ([^\n]*(?:not (?:registered|found|allowed)|unauthori[sz]ed|authenticat"
-        r"|public key|activat)[^\n]*)",
-        text,
-        re.IGNORECASE,
-    )
-    if refused is None and "401 Unauthorized" not in text:
+    # Flower ends with 305 for every failure to connect; the SuperLink's own code follows: 2004 for
+    # a key that it does not know. A node whose key is taken back later gets 401 to its heartbeat.
+    if "[code: 2004]" not in text and "401 Unauthorized" not in text:
         return None
     who = "this node"
     if key is not None and public_path(key).is_file():

@@ -27,6 +27,7 @@ from fedlora.federation.deploy import processes
 from fedlora.federation.deploy.folder import Federation
 from fedlora.federation.deploy.link import link_commands
 from fedlora.federation.flower_commands import FlowerCommands, stage_app, wait_for_run
+from fedlora.federation.phases import round_words
 from fedlora.files import lock_file, write_atomic
 
 __all__ = ["Submission", "claim_run", "read_run", "round_line", "submit"]
@@ -140,19 +141,19 @@ def round_line(record: RoundRecord, rounds: int) -> str:
     """Return one round as a line of progress.
 
     >>> round_line(RoundRecord(1, "updated", ("a", "b"), 0.5, 7.25, 2048, 4096), 3)
-    'round 1/3: loss 0.5000, 2 clients, 7.2 s, 2 kB up, 4 kB down'
+    'round 1/3: loss 0.5000 7.2 s; 2 clients, 2 kB up, 4 kB down'
     """
-    words: list[str] = [] if record.status == "updated" else [record.status]
-    if record.loss is not None:
-        words.append(f"loss {record.loss:.4f}")
-    words.append(f"{len(record.cohort)} clients")
-    words.append(f"{record.seconds:.1f} s")
-    words.append(f"{record.bytes_up / 1000:.0f} kB up")
-    words.append(f"{record.bytes_down / 1000:.0f} kB down")
+    words = [
+        f"{len(record.cohort)} clients",
+        f"{record.bytes_up / 1000:.0f} kB up",
+        f"{record.bytes_down / 1000:.0f} kB down",
+    ]
+    if record.status != "updated":
+        words.insert(0, record.status)
     if record.dropped:
         first = record.dropped[0]
-        words.append(f"{len(record.dropped)} dropped ({first.client}: {first.reason})")
-    return f"round {record.round}/{rounds}: {', '.join(words)}"
+        words.append(f"first dropped {first.client}: {first.reason}")
+    return f"round {record.round}/{rounds}: {round_words(record)}; {', '.join(words)}"
 
 
 def _start(commands: FlowerCommands, submission: Submission, out: Path) -> str:
