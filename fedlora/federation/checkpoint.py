@@ -92,9 +92,8 @@ class RoundRecord:
     dropped: tuple[Dropped, ...] = ()
     # What the method says of the round (`Method.noted`), each the largest over the layers.
     noted: Mapping[str, float] = field(default_factory=dict)
-    phases: Mapping[str, float] = field(
-        default_factory=dict
-    )  # seconds; `fedlora.federation.phases`
+    # Seconds of "prepare", "send", "wait", "aggregate", "save"; see `fedlora.federation.phases`.
+    phases: Mapping[str, float] = field(default_factory=dict)
     # The clients' own seconds, "slowest" and "median"; empty where none tells.
     clients: Mapping[str, float] = field(default_factory=dict)
     late: int = 0  # replies to older rounds that came in this one, and were thrown away

@@ -183,7 +183,7 @@ def _train_corrected(
 def _answered(
     task: TrainTask, result: TrainResult, started: float, control: Array | None = None
 ) -> RecordDict:
-    # To the hundredth: enough to see where a round's time goes, and no more of the device than that.
+    # To the hundredth: enough to see where a round's time goes, and no more of the device.
     seconds = round(time.monotonic() - started, 2)
     return answer_task(
         task,

@@ -72,7 +72,6 @@ class _Round:
 
     number: int
     cohort: tuple[str, ...]
-    started: float
     awaited: dict[int, _Sent] = field(default_factory=dict)  # by node id, until it answers
     answered: dict[int, str] = field(default_factory=dict)  # node id -> client id
     dropped: list[Dropped] = field(default_factory=list)
@@ -136,10 +135,12 @@ class FederatedLora(Strategy):
     ) -> Iterable[Message]:
         """Draw the cohort and yield one message per client, each with its own records."""
         federation, number = self.config.federation, self.checkpoint.state.round + 1
-        started, clock = time.monotonic(), PhaseClock(self._save_seconds)
+        clock = PhaseClock(self._save_seconds)
         if self._roster is not None:
             self._nodes, answers = self._roster.update()
-            self._have_clients(with_answers(self.checkpoint, answers, joining=number))
+            told = with_answers(self.checkpoint, answers, joining=number)
+            if told is not self.checkpoint:
+                self._have_clients(told)
         more = self.config.quorum.over_selection if self.config.quorum else 0.0
         cohort = draw_cohort(
             self.checkpoint.client_ids,
@@ -148,7 +149,7 @@ class FederatedLora(Strategy):
             self.config.seed,
             federation.sampling,
         )
-        self._round = current = _Round(number, cohort, started, clock=clock)
+        self._round = current = _Round(number, cohort, clock=clock)
         messages = clock.within("prepare", self._messages(current, grid))
         clock.enter("send")
         return messages
@@ -172,7 +173,7 @@ class FederatedLora(Strategy):
             current.late = replies.late
             current.bytes_up += replies.late_bytes
             if replies.ended == "quorum":
-                silent = f"no reply before the round ended with {len(current.valid)} others'"
+                silent = "not waited for: the round had its quorum"
         for sent in current.awaited.values():
             self._drop(current, sent.client_id, silent)
         self._finish(current, replace(self.checkpoint, state=state), updated=after is not None)
@@ -313,7 +314,8 @@ class FederatedLora(Strategy):
 
     def _finish(self, current: _Round, checkpoint: Checkpoint, *, updated: bool) -> None:
         failed = not updated and bool(current.cohort)
-        seconds = time.monotonic() - current.started
+        phases = current.clock.seconds()
+        seconds = sum(phases.values()) - phases["save"]  # that is of the round before
         record = RoundRecord(
             round=current.number,
             status="updated" if updated else "failed" if failed else "empty",
@@ -324,7 +326,7 @@ class FederatedLora(Strategy):
             bytes_down=current.bytes_down,
             dropped=tuple(current.dropped),
             noted=_noted(self.method, checkpoint.state) if updated else {},
-            phases=current.clock.seconds(),
+            phases=phases,
             clients=slowest_and_median(current.client_seconds),
             late=current.late,
         )

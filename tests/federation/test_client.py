@@ -66,14 +66,16 @@ def test_with_equal_weights_no_count_leaves_the_client() -> None:
     reply = handle_query(query_message(**equal), lambda setup: trainer())
     assert dict(reply.content["client"]) == {"client_id": "c1"}
     reply = handle_train(train_message(**equal), lambda setup: trainer())
-    assert set(reply.content["metrics"]) == {"loss", "steps"}
+    assert set(reply.content["metrics"]) == {"loss", "seconds", "steps"}
 
 
 def test_a_reply_holds_the_shared_factors_and_the_declared_metrics_only() -> None:
     reply = handle_train(train_message("ffa-lora"), lambda setup: trainer())
     assert set(reply.content) == {"factors", "layout", "metrics"}
     assert {text.split("|")[1] for text in reply.content["layout"]["segments"]} == {"B"}
-    assert dict(reply.content["metrics"]) == {"loss": 2.0, "num-examples": 7, "steps": 5}
+    metrics = dict(reply.content["metrics"])
+    assert 0 <= metrics.pop("seconds") < 60  # how long this took, to the hundredth
+    assert metrics == {"loss": 2.0, "num-examples": 7, "steps": 5}
 
 
 def _move_a(result: TrainResult) -> TrainResult:
@@ -101,8 +103,8 @@ def _raise(error: Exception) -> Callable[[TrainResult], TrainResult]:
 MISTAKES: dict[str, tuple[Callable[[TrainResult], TrainResult], str]] = {
     "a metric of its own": (
         lambda result: replace(result, metrics={"words": 3.0}),
-        "FederationError: refused to send 'words' in the metrics: only loss, num-examples, steps "
-        "may leave this client",
+        "FederationError: refused to send 'words' in the metrics: only loss, num-examples, "
+        "seconds, steps may leave this client",
     ),
     "a frozen factor that moved": (
         _move_a,
@@ -242,7 +244,8 @@ def test_the_guard_stops_a_count_when_weights_are_equal() -> None:
     check_reply(_reply(), form, share_num_examples=True)
     with raises(
         FederationError,
-        "refused to send 'num-examples' in the metrics: only loss, steps may leave this client",
+        "refused to send 'num-examples' in the metrics: only loss, seconds, steps may leave this "
+        "client",
     ):
         check_reply(_reply(), form, share_num_examples=False)
     answer = RecordDict({"client": ConfigRecord({"client_id": "a", "num_examples": 3})})

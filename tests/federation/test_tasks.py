@@ -148,8 +148,8 @@ def test_an_answer_with_a_metric_that_is_not_declared_is_refused() -> None:
     row = np.zeros(task.reply.rows.size, np.float32)
     with raises(
         FederationError,
-        "refused to send 'words' in the metrics: only loss, num-examples, steps may leave this "
-        "client",
+        "refused to send 'words' in the metrics: only loss, num-examples, seconds, steps may "
+        "leave this client",
     ):
         answer_task(task, row, num_examples=3, loss=1.0, steps=1, metrics={"words": 3.0})
 
