@@ -28,7 +28,16 @@ from fedlora.federation.flower_commands import flower_environment, free_port, la
 from fedlora.federation.owner import owner_node_config
 from fedlora.federation.sampling import draw_held_out
 
-__all__ = ["down", "fitting_cohort", "plan", "resumed", "start_nodes", "status", "up", "with_bundle"]
+__all__ = [
+    "down",
+    "fitting_cohort",
+    "plan",
+    "resumed",
+    "start_nodes",
+    "status",
+    "up",
+    "with_bundle",
+]
 
 Say = Callable[[str], None]
 

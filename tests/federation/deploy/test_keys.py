@@ -54,9 +54,7 @@ def test_what_flower_refuses_is_named_before_it_does(tmp_path: Path) -> None:
     other = ed25519.Ed25519PrivateKey.generate()
     openssh = serialization.PrivateFormat.OpenSSH
     none = serialization.NoEncryption()
-    (tmp_path / "ed").write_bytes(
-        other.private_bytes(serialization.Encoding.PEM, openssh, none)
-    )
+    (tmp_path / "ed").write_bytes(other.private_bytes(serialization.Encoding.PEM, openssh, none))
     (tmp_path / "ed.pub").write_bytes(
         other.public_key().public_bytes(
             serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
@@ -64,9 +62,7 @@ def test_what_flower_refuses_is_named_before_it_does(tmp_path: Path) -> None:
     )
     curve = ec.generate_private_key(ec.SECP384R1())
     pkcs8 = serialization.PrivateFormat.PKCS8
-    (tmp_path / "pem").write_bytes(
-        curve.private_bytes(serialization.Encoding.PEM, pkcs8, none)
-    )
+    (tmp_path / "pem").write_bytes(curve.private_bytes(serialization.Encoding.PEM, pkcs8, none))
     with raises(FormatError, "expected a key on a NIST curve", "found Ed25519PrivateKey"):
         require_private_key(tmp_path / "ed")
     with raises(FormatError, "expected a key on a NIST curve"):
