@@ -131,7 +131,7 @@ class Federation:
                 f"{path}: no federation here: {error.strerror}; begin with fedlora federation up "
                 "or certs"
             ) from None
-        except (ValueError, KeyError, AttributeError, ConfigError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             raise RunError(f"{path}: not a federation of this version: {error}") from None
         return cls(folder, values.token, values.link, values.nodes)
 
