@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -105,10 +106,13 @@ def up(
                 f"federation.cohort: {config.federation.cohort} in place of "
                 f"{asked.federation.cohort}, since there are {count} nodes"
             )
-        if any(node.trainer == "onnx" and node.bundle is None for node in federation.nodes):
-            exported = federation.folder / "bundle"
-            _export(config, exported)
-            federation = local.with_bundle(federation, exported)
+        local.begin(federation, config)
+    if any(node.trainer == "onnx" and node.bundle is None for node in federation.nodes):
+        exported = federation.folder / "bundle"
+        _export(config, exported)
+        federation = local.with_bundle(federation, exported)
+    # So that a service manager's stop runs what stops link and nodes, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     result = local.up(federation, config, say=_say, on_round=_show_round(config), keep_up=keep_up)
     _print_result(result, as_json)
 
@@ -119,7 +123,7 @@ def status(folder: Dir = DEFAULT_DIR, as_json: AsJson = False) -> None:
 
     Exits with 1 when something that was started is not running.
 
-    Example:
+    Examples:
 
         fedlora federation status --dir fed/
     """
@@ -147,7 +151,7 @@ def status(folder: Dir = DEFAULT_DIR, as_json: AsJson = False) -> None:
 def down(folder: Dir = DEFAULT_DIR, as_json: AsJson = False) -> None:
     """Stop the link and the nodes that were started in a folder, by their recorded processes.
 
-    Example:
+    Examples:
 
         fedlora federation down --dir fed/
     """
@@ -175,7 +179,7 @@ def certs(
     An authority that is there stays: run it again before the certificate ends, and devices need
     nothing new.
 
-    Example:
+    Examples:
 
         fedlora federation certs --host fl.example.org --dir /var/lib/fedlora
     """
@@ -205,7 +209,7 @@ def key(
 
     The private half stays there; FILE.pub goes to the server, which registers it.
 
-    Example:
+    Examples:
 
         fedlora federation key node.key
     """
@@ -227,7 +231,7 @@ def register(
 ) -> None:
     """Let the device with this key take part; run it on the server, while its SuperLink is up.
 
-    Example:
+    Examples:
 
         fedlora federation register node.key.pub --dir /var/lib/fedlora
     """
@@ -253,7 +257,7 @@ def start_link(
     Its Control API has no login: whoever reaches it can run code on every node. Listen on the
     loopback and let a proxy show /v1/fleet/ and /health alone; docs/deployment.md has one.
 
-    Example:
+    Examples:
 
         fedlora federation start-link --dir /var/lib/fedlora --port 8000
     """
@@ -308,7 +312,7 @@ def start_node(
     Ends with one line when the server refuses it: an unregistered key, a wrong certificate, or a
     plain connection.
 
-    Example:
+    Examples:
 
         fedlora federation start-node --link fl.example.org:443 --ca ca.crt --key node.key \\
             --trainer onnx --bundle bundle/ --client 1_left --state state/

@@ -29,6 +29,7 @@ from fedlora.federation.owner import owner_node_config
 from fedlora.federation.sampling import draw_held_out
 
 __all__ = [
+    "begin",
     "down",
     "fitting_cohort",
     "plan",
@@ -120,6 +121,12 @@ def fitting_cohort(config: ExperimentConfig, nodes: int) -> ExperimentConfig:
     return replace(config, federation=replace(config.federation, cohort=most))
 
 
+def begin(federation: Federation, config: ExperimentConfig) -> None:
+    """Make the folder that `resumed` reads: what is to be started, and for which experiment."""
+    claim_run(federation.out, config)
+    federation.save()
+
+
 def resumed(folder: Path) -> tuple[Federation, ExperimentConfig]:
     """Return what `up` had begun in a folder. Raises `RunError` when there is nothing."""
     federation = Federation.read(folder)
@@ -140,6 +147,8 @@ def up(
     keep_up: bool = False,
 ) -> dict[str, Any]:
     """Start what does not run yet, submit the experiment or go on with it, and follow it.
+
+    The federation is one that has begun (`begin`) or is `resumed`.
 
     What was started is stopped at the end, however that comes, unless `keep_up`. Returns what
     `submit` does. Raises what it raises, and `FederationError` when something does not start.
@@ -220,8 +229,6 @@ def status(folder: Path) -> dict[str, Any]:
 
 def _bring_up(federation: Federation, config: ExperimentConfig, say: Say) -> Federation:
     federation.save()
-    if not (federation.out / "experiment.toml").is_file():
-        claim_run(federation.out, config)
     if not federation.certificates.server.is_file():
         make_certificates(federation.certificates.ca.parent)
         say("certificates: made")

@@ -189,19 +189,25 @@ def run_node(options: NodeOptions, *, wait: float = 60.0, say: Callable[[str], N
 
 
 def node_refusal(log: str, link: str, key: Path | None) -> str | None:
-    """Return one line if a SuperNode's log says that its key was refused, else None."""
+    """Return one line if a SuperNode's log says that the SuperLink refused it, else None."""
     text = without_colors(log)
-    # Flower ends with 305 for every failure to connect; the SuperLink's own code follows: 2004 for
-    # a key that it does not know. A node whose key is taken back later gets 401 to its heartbeat.
-    if "[code: 2004]" not in text and "401 Unauthorized" not in text:
-        return None
     who = "this node"
     if key is not None and public_path(key).is_file():
         who = f"the key {fingerprint(public_path(key))}"
-    return (
-        f"{link}: unregistered node: the server does not know {who}; have it registered with "
-        "fedlora federation register KEY.pub, on the server"
-    )
+    # Flower ends with 305 for every failure to connect; the SuperLink's own code follows: 2004 for
+    # a key that it does not know.
+    if "[code: 2004]" in text:
+        return (
+            f"{link}: unregistered node: the server does not know {who}; have it registered with "
+            "fedlora federation register KEY.pub, on the server"
+        )
+    # A request is signed with the time: up to 5 s ahead and 305 s behind are taken.
+    if "401 Unauthorized" in text:
+        return (
+            f"{link}: the server does not accept the signature of {who}: either this device's clock"
+            " is wrong (set it by NTP), or its registration was taken back"
+        )
+    return None
 
 
 def split_address(address: str) -> tuple[str, int]:

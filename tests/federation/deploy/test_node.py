@@ -163,6 +163,8 @@ def test_an_unregistered_key_is_read_from_the_log(tmp_path: Path) -> None:
     assert text.startswith("h:1: unregistered node: the server does not know the key SHA256:")
     assert fingerprint(public_path(key)) in text
     assert "does not know this node" in str(node_refusal(LOG, "h:1", None))
+    clock = LOG.replace("[code: 2004] Failed", "Client error '401 Unauthorized' for url")
+    assert "either this device's clock is wrong" in str(node_refusal(clock, "h:1", key))
     assert node_refusal(LOG.replace("2004", "1010"), "h:1", key) is None
 
 
