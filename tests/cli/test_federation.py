@@ -98,21 +98,3 @@ def test_values_of_a_node_config_keep_their_type() -> None:
     with raises(UsageError, "--node-config x: expected KEY=VALUE"):
         _node_values(["x"])
     assert _pythons(["onnx=a/b", "torch=c"]) == {"onnx": Path("a/b"), "torch": Path("c")}
-
-
-COMMANDS = (
-    "up",
-    "status",
-    "down",
-    "certs",
-    "key",
-    "register",
-    "start-link",
-    "start-node",
-    "submit",
-)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_an_example(command: str) -> None:
-    assert f"fedlora federation {command}" in " ".join(run(command, "--help").split())

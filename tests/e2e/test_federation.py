@@ -27,7 +27,7 @@ from fedlora.federation.deploy import local, processes
 from fedlora.federation.deploy.certificates import make_certificates
 from fedlora.federation.deploy.folder import Federation, Link
 from fedlora.federation.deploy.keys import make_node_key, public_path
-from fedlora.federation.deploy.link import register, start_link
+from fedlora.federation.deploy.link import answers, register, start_link
 from fedlora.federation.deploy.submit import read_run
 from fedlora.federation.flower_commands import free_port
 from fedlora.formats import load_adapter
@@ -157,6 +157,48 @@ def test_a_stranger_is_refused_and_told_why(tmp_path: Path) -> None:
     finally:
         assert local.down(folder) == ["link"]
     assert leftovers(federation) == []
+
+
+def test_step_by_step_as_on_real_hosts(tmp_path: Path) -> None:
+    """certs, start-link, key, register, start-node, submit, and submit again for another round."""
+    fed, port = tmp_path / "fed", str(free_port())
+    ok("certs", "--dir", fed, "--host", "fl.example.org")
+    with running("start-link", "--dir", fed, "--port", port) as link:
+        ok("key", tmp_path / "node.key")
+        wait_until(lambda: answers(f"127.0.0.1:{port}", fed / "certs" / "ca.crt"))
+        node_id = json.loads(ok("register", tmp_path / "node.key.pub", "--dir", fed, "--json"))
+        with running(
+            "start-node", "--link", f"127.0.0.1:{port}", "--ca", fed / "certs" / "ca.crt",
+            "--key", tmp_path / "node.key", "--trainer", "torch", "--client", "1_left",
+            "--home", tmp_path / "home", "--state", tmp_path / "state",
+        ) as node:  # fmt: skip
+            # It is in the middle of a run whose command is killed: the run goes on.
+            words = ("--dir", fed, "--min-clients", "1", "--set", "federation.cohort=1")
+            with running("submit", "watch", *words, "--set", "federation.rounds=2") as submitting:
+                wait_until(lambda: len(read_rounds(fed / "out")) == 1)
+                submitting.kill()
+            done = fedlora("submit", "--resume", fed / "out", "--dir", fed, "--json")
+            assert done.returncode == 0, done.stderr
+            assert "still goes on; following it" in done.stderr
+            result = json.loads(done.stdout)
+            assert (result["rounds"], result["clients"], result["dropped"]) == (2, 1, 0)
+            # More rounds, by a new run of Flower that begins at the checkpoint.
+            more = fedlora(
+                "submit", "--resume", fed / "out", "--dir", fed, "--min-clients", "1",
+                "--set", "federation.rounds=3", "--json",
+            )  # fmt: skip
+            assert more.returncode == 0, more.stderr
+            assert "going on after round 2 of 3" in more.stderr
+            assert json.loads(more.stdout)["rounds"] == 3
+            found = json.loads(ok("status", "--dir", fed, "--json"))
+            assert found["link"]["running"] is True
+            node.terminate()
+            assert node.wait(PATIENCE) == 0
+        link.terminate()
+        link.wait(PATIENCE)
+    assert node_id["node_id"].isdecimal()
+    assert [record.cohort for record in read_rounds(fed / "out")] == [("1_left",)] * 3
+    wait_until(lambda: leftovers(Federation.read(fed)) == [])
 
 
 def test_a_failed_run_is_reported_as_failed(tmp_path: Path) -> None:
@@ -292,6 +334,28 @@ def fedlora(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
     )
+
+
+def ok(*words: str | Path) -> str:
+    done = fedlora(*words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@contextmanager
+def running(*words: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Yield a command that goes on; it is asked to stop at the end, and then made to."""
+    command = [sys.executable, "-m", "fedlora", "federation", *map(str, words)]
+    process = subprocess.Popen(command, env=environment())
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def environment() -> dict[str, str]:

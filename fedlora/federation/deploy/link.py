@@ -25,7 +25,7 @@ from fedlora.federation.flower_commands import (
     write_connection,
 )
 
-__all__ = ["become_link", "link_commands", "online_nodes", "register", "start_link"]
+__all__ = ["answers", "become_link", "link_commands", "online_nodes", "register", "start_link"]
 
 START_SECONDS = 60.0  # for the SuperLink to answer
 
