@@ -200,7 +200,9 @@ def run_failure(log: str, status: str, what: str) -> FedloraError:
             kind = FederationError
         return kind(one_line(message, 1000))
     raised = re.findall(r"^[\w.]+(?:Error|Exception|Exit)\b.*", text, re.MULTILINE)
-    return RunError(f"{what} is {status}: {one_line(raised[-1]) if raised else last_line(text)}")
+    said = [line for line in text.splitlines() if "logstream" not in line]
+    reason = one_line(raised[-1]) if raised else last_line("\n".join(said))
+    return RunError(f"{what} is {status}: {reason}")
 
 
 def stage_app(app: Path, config: ExperimentConfig, folder: Path) -> Path:

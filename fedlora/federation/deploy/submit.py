@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.errors import FederationError, RunError
+from fedlora.errors import FederationError, FedloraError, RunError
 from fedlora.experiment import ExperimentConfig, app_root
 from fedlora.federation.checkpoint import (
     RoundRecord,
@@ -86,32 +86,27 @@ def submit(
     `RunError` while another process follows this run.
     """
     out = submission.out.absolute()
-    rounds = submission.config.federation.rounds
     with _locked(out):
         commands = link_commands(federation)
-        run_id = _unfinished(commands, out)
+        run_id = _unfinished(commands, federation, out, say)
+        if run_id is not None:
+            say(f"run {run_id} still goes on; following it")
+            try:
+                _follow(commands, run_id, federation, submission, on_round, look)
+            except FedloraError as error:
+                if not commands.status(run_id).startswith("finished"):
+                    raise  # the SuperLink has gone, or somebody interrupts
+                # Such as a ServerApp that was killed, which Flower notices a minute later.
+                say(f"run {run_id} has failed ({error}); beginning another one")
+                run_id = None
         if run_id is None:
             if has_checkpoint(out):
+                rounds = submission.config.federation.rounds
                 say(f"going on after round {read_checkpoint(out).state.round} of {rounds}")
-            run_id = _start(commands, submission, out)
-        else:
-            say(f"run {run_id} still goes on; following it")
-        watch = _LinkWatch(federation)
-
-        def alive() -> None:
-            watch.look(out)
-            if look is not None:
-                look()
-
-        wait_for_run(
-            commands,
-            run_id,
-            out,
-            rounds,
-            end=time.monotonic() + submission.timeout,
-            alive=alive,
-            on_round=on_round,
-        )
+            run_id = _start(commands, federation, submission, out)
+            _follow(commands, run_id, federation, submission, on_round, look)
+        # What was changed on resume was taken by the server: it is what the folder now holds.
+        write_atomic(out / EXPERIMENT, submission.config.to_toml().encode())
     return result(run_id, out)
 
 
@@ -156,7 +151,36 @@ def round_line(record: RoundRecord, rounds: int) -> str:
     return f"round {record.round}/{rounds}: {round_words(record)}; {', '.join(words)}"
 
 
-def _start(commands: FlowerCommands, submission: Submission, out: Path) -> str:
+def _follow(
+    commands: FlowerCommands,
+    run_id: str,
+    federation: Federation,
+    submission: Submission,
+    on_round: Callable[[RoundRecord], None] | None,
+    look: Callable[[], None] | None,
+) -> None:
+    out = submission.out.absolute()
+    watch = _LinkWatch(federation)
+
+    def alive() -> None:
+        watch.look(out)
+        if look is not None:
+            look()
+
+    wait_for_run(
+        commands,
+        run_id,
+        out,
+        submission.config.federation.rounds,
+        end=time.monotonic() + submission.timeout,
+        alive=alive,
+        on_round=on_round,
+    )
+
+
+def _start(
+    commands: FlowerCommands, federation: Federation, submission: Submission, out: Path
+) -> str:
     with tempfile.TemporaryDirectory(prefix="fedlora-") as temporary:
         app = stage_app(app_root(), submission.config, Path(temporary) / "fedlora-app")
         run_config = {
@@ -165,18 +189,37 @@ def _start(commands: FlowerCommands, submission: Submission, out: Path) -> str:
             "min-clients": submission.min_clients,
         }
         run_id = commands.run(app, run_config)
-    write_atomic(out / SUBMITTED, json.dumps({"run_id": run_id}).encode())
+    table = {"run_id": run_id, "link": _link_process(federation)}
+    write_atomic(out / SUBMITTED, json.dumps(table).encode())
     return run_id
 
 
-def _unfinished(commands: FlowerCommands, out: Path) -> str | None:
-    """Return the id of this folder's run if the SuperLink still works on it."""
+def _unfinished(
+    commands: FlowerCommands, federation: Federation, out: Path, say: Callable[[str], None]
+) -> str | None:
+    """Return the id of this folder's run if the SuperLink still works on it.
+
+    A SuperLink that was started again calls its old runs running until their ServerApps, which it
+    lost, have not been heard of for a minute. Such a run is stopped here.
+    """
     try:
-        run_id = str(json.loads((out / SUBMITTED).read_bytes())["run_id"])
+        table = json.loads((out / SUBMITTED).read_bytes())
+        run_id = str(table["run_id"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     status = commands.status(run_id)
-    return None if status.startswith("finished") or status == "unknown" else run_id
+    if status.startswith("finished") or status == "unknown":
+        return None
+    if table.get("link") == _link_process(federation):
+        return run_id
+    say(f"run {run_id} ended with its SuperLink")
+    commands.flwr("stop", run_id)
+    return None
+
+
+def _link_process(federation: Federation) -> str:
+    process = federation.link.process if federation.link else None
+    return "" if process is None else f"{process.pid} {process.started}"
 
 
 class _LinkWatch:
