@@ -167,16 +167,17 @@ def down(folder: Path) -> list[str]:
     """Stop what was started in a folder, by its recorded processes; return what was running."""
     federation = Federation.read(folder)
     stopped = []
-    # Nodes first: they sign off at the SuperLink.
-    for node in federation.nodes:
-        if node.process is not None and processes.stop(node.process):
-            stopped.append(node.name)
+    # The link and its ServerApp first: nodes that sign off one by one in the middle of a run would
+    # make it note rounds as failed that can be resumed.
     if (
         federation.link is not None
         and federation.link.process is not None
         and processes.stop(federation.link.process)
     ):
         stopped.append("link")
+    for node in federation.nodes:
+        if node.process is not None and processes.stop(node.process):
+            stopped.append(node.name)
     return stopped
 
 
