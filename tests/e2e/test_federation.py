@@ -400,7 +400,7 @@ def outputs_apart(config: Any, a: Adapter, b: Adapter) -> float:
     """Return the largest difference of the two adapters' logits on a client's held-out windows."""
     world = shared_world(config.base, config.data, config.lora, config.seed)
     found = load_data("watch").client("1_left").test
-    inputs = torch.from_numpy(np.asarray(found.inputs, dtype=np.float32))
+    inputs = torch.from_numpy(np.array(found.inputs, dtype=np.float32))
     logits = []
     for adapter in (a, b):
         load_adapter_into(world.model, adapter)
