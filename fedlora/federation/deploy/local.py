@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -22,7 +23,14 @@ from fedlora.federation.deploy.certificates import make_certificates
 from fedlora.federation.deploy.folder import Federation, Link, Node
 from fedlora.federation.deploy.keys import make_node_key, public_path
 from fedlora.federation.deploy.link import online_nodes, register, start_link
-from fedlora.federation.deploy.node import NodeOptions, node_command, node_refusal
+from fedlora.federation.deploy.node import (
+    AGAIN_SECONDS,
+    REJOIN_SECONDS,
+    NodeOptions,
+    node_command,
+    node_refusal,
+    not_activated,
+)
 from fedlora.federation.deploy.submit import Submission, claim_run, read_run, submit
 from fedlora.federation.flower_commands import flower_environment, free_port, last_line
 from fedlora.federation.owner import owner_node_config
@@ -156,7 +164,7 @@ def up(
     try:
         federation = _bring_up(federation, config, say)
         submission = Submission(config, federation.out, len(federation.nodes))
-        watch = _NodeWatch(federation, say)
+        watch = _NodeWatch(federation, config, say)
         return submit(federation, submission, on_round=on_round, say=say, look=watch.look)
     finally:
         if not keep_up:
@@ -167,17 +175,16 @@ def down(folder: Path) -> list[str]:
     """Stop what was started in a folder, by its recorded processes; return what was running."""
     federation = Federation.read(folder)
     stopped = []
-    # The link and its ServerApp first: nodes that sign off one by one in the middle of a run would
-    # make it note rounds as failed that can be resumed.
-    if (
-        federation.link is not None
-        and federation.link.process is not None
-        and processes.stop(federation.link.process)
-    ):
-        stopped.append("link")
+    link = federation.link.process if federation.link else None
+    if link is not None and processes.is_running(link):
+        # The ServerApp first: it would note rounds as failed while the nodes leave. Then the nodes,
+        # which sign off at the SuperLink: else it would not take them again for a minute.
+        processes.stop_marked(link.mark, but=link.pid)
     for node in federation.nodes:
         if node.process is not None and processes.stop(node.process):
             stopped.append(node.name)
+    if link is not None and processes.stop(link):
+        stopped.append("link")
     return stopped
 
 
@@ -313,8 +320,11 @@ def _with_node(federation: Federation, node: Node) -> Federation:
 class _NodeWatch:
     """Says once of a node that it has ended, and why; raises when none is left."""
 
-    def __init__(self, federation: Federation, say: Say) -> None:
+    def __init__(self, federation: Federation, config: ExperimentConfig, say: Say) -> None:
         self.folder = federation.folder
+        self.config = config
+        self.end = time.monotonic() + REJOIN_SECONDS
+        self.again = 0.0
         self.say = say
         self.told: set[tuple[str, int]] = set()
 
@@ -330,6 +340,12 @@ class _NodeWatch:
                 continue
             log = federation.log(node.name)
             text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+            if not_activated(text) and time.monotonic() < self.end:
+                running += 1  # it was killed a moment ago, and the SuperLink has not missed it yet
+                if time.monotonic() >= self.again:
+                    self.again = time.monotonic() + AGAIN_SECONDS
+                    federation = start_nodes(federation, self.config)
+                continue
             address = federation.link.address if federation.link else ""
             refusal = node_refusal(text[-20_000:], address, federation.key(node))
             reason = f"{node.name} has ended: {refusal or last_line(text)}; see {log}"

@@ -34,9 +34,19 @@ from fedlora.federation.flower_commands import (
     without_colors,
 )
 
-__all__ = ["NodeOptions", "node_command", "node_config", "node_refusal", "probe", "run_node"]
+__all__ = [
+    "NodeOptions",
+    "node_command",
+    "node_config",
+    "node_refusal",
+    "not_activated",
+    "probe",
+    "run_node",
+]
 
 PROBE_SECONDS = 5.0  # for one handshake
+REJOIN_SECONDS = 75.0  # a SuperLink misses a node after two heartbeats of 30 s
+AGAIN_SECONDS = 10.0  # between two tries in this time
 LINES = 200  # of the log are kept, to find the reason of an end
 
 
@@ -134,8 +144,24 @@ def run_node(options: NodeOptions, *, wait: float = 60.0, say: Callable[[str], N
     """
     if options.key is not None:
         require_private_key(options.key)
-    command = node_command(options)
     _wait_for_server(options, wait)
+    end = time.monotonic() + REJOIN_SECONDS
+    while True:
+        asked_to_stop, code, text = _run_once(options, say)
+        if asked_to_stop:
+            return
+        if not not_activated(text) or time.monotonic() > end:
+            raise FederationError(
+                node_refusal(text, options.link, options.key)
+                or f"{options.link}: the SuperNode ended with code {code}: {last_line(text)}"
+            )
+        say(f"{options.link}: not accepted; trying again for {REJOIN_SECONDS:g} s")
+        time.sleep(AGAIN_SECONDS)
+
+
+def _run_once(options: NodeOptions, say: Callable[[str], None]) -> tuple[bool, int, str]:
+    """Run Flower's SuperNode; return whether we were asked to stop, its exit code and its log."""
+    command = node_command(options)
     mark = f"{uuid.uuid4().hex}/node"
     environment = flower_environment(options.home, options.python) | {processes.MARK: mark}
     options.home.mkdir(parents=True, exist_ok=True)
@@ -181,13 +207,16 @@ def run_node(options: NodeOptions, *, wait: float = 60.0, say: Callable[[str], N
         reader.join(PROBE_SECONDS)
         if process.stdout is not None:
             process.stdout.close()
-    if asked_to_stop:
-        return
-    text = "".join(lines)
-    raise FederationError(
-        node_refusal(text, options.link, options.key)
-        or f"{options.link}: the SuperNode ended with code {code}: {last_line(text)}"
-    )
+    return asked_to_stop, code, "".join(lines)
+
+
+def not_activated(log: str) -> bool:
+    """Whether the SuperLink did not take a node.
+
+    Its code 2004 is for a key that it does not know, and also for one whose node it believes to be
+    connected: one that was killed is, for a minute. So it is worth trying again for so long.
+    """
+    return "[code: 2004]" in log.rpartition("Starting Flower SuperNode")[2]
 
 
 def node_refusal(log: str, link: str, key: Path | None) -> str | None:
@@ -196,9 +225,7 @@ def node_refusal(log: str, link: str, key: Path | None) -> str | None:
     who = "this node"
     if key is not None and public_path(key).is_file():
         who = f"the key {fingerprint(public_path(key))}"
-    # Flower ends with 305 for every failure to connect; the SuperLink's own code follows: 2004 for
-    # a key that it does not know.
-    if "[code: 2004]" in text:
+    if not_activated(text):
         return (
             f"{link}: unregistered node: the server does not know {who}; have it registered with "
             "fedlora federation register KEY.pub, on the server"

@@ -84,10 +84,10 @@ def stop(process: Process) -> bool:
     return running
 
 
-def stop_marked(mark: str) -> None:
-    """Kill whatever still carries the mark (Linux; elsewhere nothing is found)."""
+def stop_marked(mark: str, *, but: int | None = None) -> None:
+    """Kill whatever still carries the mark (Linux; elsewhere nothing is found), except `but`."""
     for _ in range(50):
-        left = marked(mark)
+        left = [pid for pid in marked(mark) if pid != but]
         if not left:
             return
         for pid in left:

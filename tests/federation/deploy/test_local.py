@@ -151,13 +151,14 @@ def test_a_node_that_ended_is_told_once_and_the_last_one_ends_the_wait(tmp_path:
         federation.save()
         federation.log("node-0").write_text("INFO: start\nKeyError: 'x'\n")
         told: list[str] = []
-        watch = local._NodeWatch(federation, told.append)
+        watch = local._NodeWatch(federation, CONFIG, told.append)
         watch.look()
         watch.look()
         assert told == [f"node-0 has ended: KeyError: 'x'; see {federation.log('node-0')}"]
     finally:
         processes.stop(sleeper)
     federation.log("node-1").write_text("[code: 2004] Failed to activate SuperNode.\n")
+    watch.end = 0.0  # long after it could have been a node that the SuperLink had not missed yet
     with raises(FederationError, "no node is left: node-1 has ended: 127.0.0.1:8000: unregistered"):
         watch.look()
 
