@@ -27,6 +27,7 @@ from fedlora.federation.deploy.node import (
     AGAIN_SECONDS,
     REJOIN_SECONDS,
     NodeOptions,
+    is_activated,
     node_command,
     node_refusal,
     not_activated,
@@ -165,6 +166,10 @@ def up(
         federation = _bring_up(federation, config, say)
         submission = Submission(config, federation.out, len(federation.nodes))
         watch = _NodeWatch(federation, config, say)
+        # The server would ask nodes that it only believes to be connected, as after a power cut.
+        while time.monotonic() < watch.end and not watch.all_accepted():
+            watch.look()
+            time.sleep(0.2)
         return submit(federation, submission, on_round=on_round, say=say, look=watch.look)
     finally:
         if not keep_up:
@@ -327,6 +332,14 @@ class _NodeWatch:
         self.again = 0.0
         self.say = say
         self.told: set[tuple[str, int]] = set()
+
+    def all_accepted(self) -> bool:
+        """Whether the SuperLink has taken every node in its latest start."""
+        federation = Federation.read(self.folder)
+        logs = [federation.log(node.name) for node in federation.nodes]
+        return all(
+            log.is_file() and is_activated(log.read_text("utf-8", "replace")) for log in logs
+        )
 
     def look(self) -> None:
         federation = Federation.read(self.folder)  # a node may have been started again

@@ -36,6 +36,7 @@ from fedlora.federation.flower_commands import (
 
 __all__ = [
     "NodeOptions",
+    "is_activated",
     "node_command",
     "node_config",
     "node_refusal",
@@ -217,6 +218,11 @@ def not_activated(log: str) -> bool:
     connected: one that was killed is, for a minute. So it is worth trying again for so long.
     """
     return "[code: 2004]" in log.rpartition("Starting Flower SuperNode")[2]
+
+
+def is_activated(log: str) -> bool:
+    """Whether the SuperLink has taken a node in its latest start."""
+    return "SuperNode ID:" in log.rpartition("Starting Flower SuperNode")[2]
 
 
 def node_refusal(log: str, link: str, key: Path | None) -> str | None:
