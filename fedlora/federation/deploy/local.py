@@ -282,11 +282,14 @@ def _bring_node_up(federation: Federation, node: Node, config: ExperimentConfig)
         node = replace(node, port=free_port())
         options = _options(federation, node, config)
         options.home.mkdir(parents=True, exist_ok=True)
+        log = federation.log(node.name)
+        if log.is_file():  # what the node before said must not be taken for this one's
+            log.replace(log.with_suffix(".before.log"))
         process = processes.start(
             node_command(options),
             flower_environment(options.home, options.python),
             federation.mark(node.name),
-            federation.log(node.name),
+            log,
         )
         federation = _with_node(federation, replace(node, process=process))
     return federation
