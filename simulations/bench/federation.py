@@ -24,7 +24,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -41,6 +40,14 @@ from fedlora.errors import FederationError
 from fedlora.experiment import ExperimentConfig, app_root, find_experiment
 from fedlora.federation.checkpoint import RoundRecord, read_rounds
 from fedlora.federation.deploy.supernode import supernode_command
+from fedlora.federation.flower_commands import (
+    OFFLINE,
+    FlowerCommands,
+    flower_command,
+    free_port,
+    stage_app,
+    write_connection,
+)
 from fedlora.federation.phases import PHASES
 from fedlora.simulation import flower
 from simulations.bench.spent import family, machine_seconds, tree_seconds
@@ -90,28 +97,20 @@ def measure(side: str, bundle: Path, work: Path, nodes: int, rounds: int) -> Res
     )
     work.mkdir(parents=True)
     staged, out, times = work / "fedlora-app", work / "run", work / "times.jsonl"
-    flower._stage(app_root(), config, staged)
+    stage_app(app_root(), config, staged)
     _put_clock(staged)
     environment = {"FEDLORA_BENCH_TIMES": str(times)}
     with _federation(side, work, nodes, bundle, environment) as (port, own, processes):
         home = {**own, "FLWR_HOME": str(work / "home")}
-        (work / "home").mkdir()
-        (work / "home" / "config.toml").write_text(
-            '[superlink]\ndefault = "own"\n\n'
-            f'[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-        )
+        write_connection(work / "home", f"127.0.0.1:{port}", ca=None)
+        commands = FlowerCommands(home, "the federation")
         machine, begun = machine_seconds(), time.monotonic()
-        run_config = (
-            f'experiment="simulations/experiment.toml" out="{out}" min-clients={nodes} '
-            "evaluate=false"
-        )
-        command = [flower._command("flwr"), "run", str(staged), "-c", run_config]
-        done = subprocess.run(command, env=home, capture_output=True, text=True, timeout=120)
-        found = re.search(r"started run (\d+)", done.stdout + done.stderr)
-        if found is None:
-            raise FederationError(f"flwr run: {flower._last_line(done.stdout + done.stderr)}")
-        link = flower._Link(processes["link"], work / "link.log", home)
-        records = _wait_for_rounds(out, rounds, processes, link, found.group(1))
+        run_config = {
+            "experiment": "simulations/experiment.toml", "out": str(out), "min-clients": nodes,
+                "evaluate": False,
+        }  # fmt: skip
+        run_id = commands.run(staged, run_config)
+        records = _wait_for_rounds(out, rounds, processes, commands, run_id)
         time.sleep(1.0)  # the last client processes write their lines as they end
         cpu = {name: _tree_cpu(group) for name, group in processes.items()}
         busy = (machine_seconds() - machine) / (time.monotonic() - begun)
@@ -197,17 +196,17 @@ def _federation(
     side: str, work: Path, nodes: int, bundle: Path, more: dict[str, str]
 ) -> Iterator[tuple[int, dict[str, str], dict[str, subprocess.Popen[bytes]]]]:
     """Start a SuperLink and the SuperNodes of a side, and stop them all at the end."""
-    port = flower._free_port()
+    port = free_port()
     environment = {
         **os.environ,
-        **flower._OFFLINE,
+        **OFFLINE,
         **more,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
     }
-    link = [flower._command("flower-superlink"), "--insecure", "--host", "127.0.0.1"]
+    link = [flower_command("flower-superlink"), "--insecure", "--host", "127.0.0.1"]
     node = {
-        "flower": [flower._command("flower-supernode")],
+        "flower": [flower_command("flower-supernode")],
         "fedlora": supernode_command(),
     }[side]
     processes = {"link": _start([*link, "--port", str(port)], work, "link", environment)}
@@ -218,7 +217,7 @@ def _federation(
             config = f'partition-id={number} trainer="onnx" bundle="{bundle}"'
             command = [
                 *node, "--insecure", "--superlink", f"127.0.0.1:{port}",
-                "--port", str(flower._free_port()), "--node-config", config,
+                "--port", str(free_port()), "--node-config", config,
             ]  # fmt: skip
             # A home each: on devices nobody shares the folder of installed apps.
             home = {**environment, "FLWR_HOME": str(work / name)}
@@ -242,7 +241,7 @@ def _wait_for_rounds(
     out: Path,
     rounds: int,
     processes: dict[str, subprocess.Popen[bytes]],
-    link: flower._Link,
+    commands: FlowerCommands,
     run_id: str,
 ) -> list[RoundRecord]:
     end = time.monotonic() + ROUND_SECONDS * (rounds + 1)
@@ -256,9 +255,9 @@ def _wait_for_rounds(
                 raise FederationError(f"{name} ended with code {process.returncode}")
         if time.monotonic() > ask_again:  # rarely: each question costs a second of the processor
             ask_again = time.monotonic() + STATUS_SECONDS
-            status = flower._status(link, run_id)
+            status = commands.status(run_id)
             if status.startswith("finished") and status != "finished:completed":
-                raise flower._failure(link.flwr("log", run_id, "--show"), status)
+                raise commands.failure(run_id, status)
         time.sleep(0.5)
     raise FederationError(f"{out}: the federation did not come to round {rounds} in time")
 

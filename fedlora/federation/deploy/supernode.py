@@ -101,8 +101,9 @@ def supernode_command(python: Path | None = None) -> list[str]:
     """Return what stands in the place of ``flower-supernode`` in a command; its flags follow.
 
     python: of another environment, which has to have fedlora too (None: the one that runs this).
+    The working directory is not searched (-P): a clone there would hide what is installed.
     """
-    return [str(python or sys.executable), "-m", "fedlora.federation.deploy.supernode"]
+    return [str(python or sys.executable), "-P", "-m", "fedlora.federation.deploy.supernode"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
