@@ -480,6 +480,8 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
+    from fedlora.federation.results import table
+
     loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
     typer.echo(
         f"completed: {result['rounds']} rounds with {result['clients']} clients{loss}; "
@@ -488,6 +490,8 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     )
     if result["dropped"]:
         typer.echo(f"{result['dropped']} replies did not count; see rounds.jsonl")
+    if result["summary"]:
+        typer.echo(f"\n{table(result['summary'])}\n")
     typer.echo(f"global adapter: {result['adapter']}")
     typer.echo(f"everything is in {result['out']}/")
 

@@ -27,12 +27,12 @@ from fedlora.federation.deploy import processes
 from fedlora.federation.deploy.folder import Federation
 from fedlora.federation.deploy.link import link_commands
 from fedlora.federation.flower_commands import FlowerCommands, stage_app, wait_for_run
+from fedlora.federation.folder import EXPERIMENT, SUMMARY
 from fedlora.federation.phases import round_words
 from fedlora.files import lock_file, write_atomic
 
 __all__ = ["Submission", "claim_run", "read_run", "round_line", "submit"]
 
-EXPERIMENT = "experiment.toml"
 SUBMITTED = "submitted.json"  # the id of the run on the SuperLink
 LOCK = ".submit.lock"
 LINK_SECONDS = 5.0  # a SuperLink that is restarted by its service manager is away for so long
@@ -111,7 +111,7 @@ def submit(
 
 
 def result(run_id: str, out: Path) -> dict[str, Any]:
-    """Return what `submit` prints of a run that is done."""
+    """Return what `submit` prints of a run that is done; "summary" is None without an evaluation."""
     checkpoint, records = read_checkpoint(out), read_rounds(out)
     packed = out / "adapter.safetensors"
     if not packed.is_file():
@@ -129,6 +129,7 @@ def result(run_id: str, out: Path) -> dict[str, Any]:
         "bytes_up": checkpoint.bytes_up,
         "bytes_down": checkpoint.bytes_down,
         "seconds": round(checkpoint.seconds, 3),
+        "summary": json.loads((out / SUMMARY).read_bytes()) if (out / SUMMARY).is_file() else None,
     }
 
 
