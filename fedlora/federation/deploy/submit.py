@@ -111,7 +111,7 @@ def submit(
 
 
 def result(run_id: str, out: Path) -> dict[str, Any]:
-    """Return what `submit` prints of a run that is done; "summary" is None without an evaluation."""
+    """Return what `submit` prints of a run that is done; summary: None without an evaluation."""
     checkpoint, records = read_checkpoint(out), read_rounds(out)
     packed = out / "adapter.safetensors"
     if not packed.is_file():
