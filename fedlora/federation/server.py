@@ -32,6 +32,7 @@ from fedlora.federation.checkpoint import (
 )
 from fedlora.federation.client import one_line
 from fedlora.federation.folder import EXPERIMENT
+from fedlora.federation.population import named_run, with_answers
 from fedlora.federation.quorum import QuorumGrid, Wait
 from fedlora.federation.records import (
     ClientAnswer,
@@ -41,7 +42,7 @@ from fedlora.federation.records import (
 from fedlora.federation.roster import Roster, query_messages, read_answer
 from fedlora.federation.sampling import draw_held_out
 from fedlora.federation.stage import OnClient, evaluate_devices, require_stage
-from fedlora.federation.strategy import FederatedLora, named_run, with_answers
+from fedlora.federation.strategy import FederatedLora
 from fedlora.files import write_atomic
 from fedlora.targets import initial_adapter
 

@@ -30,6 +30,7 @@ from fedlora.federation.evaluate import EvaluateOrder, decode_scores, evaluate_c
 from fedlora.federation.faults import describe_faults
 from fedlora.federation.folder import CLIENTS, SUMMARY, append_row, rows_of_global, save_global
 from fedlora.federation.limits import DECLINED, read_declined
+from fedlora.federation.population import named_run
 from fedlora.federation.records import (
     BOTH,
     ClientSetup,
@@ -38,7 +39,6 @@ from fedlora.federation.records import (
     to_record,
 )
 from fedlora.federation.results import run_notes, run_summary
-from fedlora.federation.strategy import named_run
 from fedlora.files import write_atomic
 
 __all__ = ["OnClient", "evaluate_devices", "require_stage"]

@@ -17,40 +17,32 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedlora.adapter import Adapter
-from fedlora.aggregation import Broadcast, ClientProfile, Method, ServerState, Update
+from fedlora.aggregation import ClientProfile, Method, ServerState, Update
 from fedlora.errors import (
-    ConfigError,
     FederationError,
     FedloraError,
     NonFiniteError,
     TooFewUpdatesError,
 )
 from fedlora.experiment import ExperimentConfig
-from fedlora.federation.checkpoint import Checkpoint, ClientRecord, Dropped, RoundRecord
+from fedlora.federation.checkpoint import Checkpoint, Dropped, RoundRecord
 from fedlora.federation.client import one_line
-from fedlora.federation.codecs import FP32, SERVER, Codec, Codecs, agreed, rounding
-from fedlora.federation.control import put_control
+from fedlora.federation.codecs import FP32, Codecs, agreed
 from fedlora.federation.limits import DECLINED, read_declined
 from fedlora.federation.phases import PhaseClock, slowest_and_median
+from fedlora.federation.population import counted, deal_ranks, named_run, total_weight, with_answers
+from fedlora.federation.prepared import PrepareOnce
 from fedlora.federation.quorum import Replies
 from fedlora.federation.records import (
-    BOTH,
-    ClientAnswer,
     ClientSetup,
-    EncodedAdapter,
     TrainOrder,
-    content_bytes,
-    encode_adapter,
     to_record,
-    train_content,
 )
 from fedlora.federation.replies import (
     Reply,
@@ -62,13 +54,7 @@ from fedlora.federation.replies import (
 from fedlora.federation.roster import Roster
 from fedlora.federation.sampling import draw_cohort
 
-__all__ = [
-    "FederatedLora",
-    "deal_ranks",
-    "most_failed_rounds",
-    "named_run",
-    "with_answers",
-]
+__all__ = ["FederatedLora", "most_failed_rounds"]
 
 # Without one valid update in so many rounds in a row, and from so many clients, a run is given up.
 # By rounds alone, 86 % of all runs of 100 rounds would end whose cohort is one client and which
@@ -113,17 +99,6 @@ class _Sent:
 
     client_id: str
     form: ReplyForm  # one for all clients that were sent the same
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A broadcast as records, made once for all the clients that get it."""
-
-    source: Broadcast  # kept alive, so that its adapters' ids stay theirs
-    content: Callable[[], RecordDict]  # a message with records of its own
-    num_bytes: int
-    form: ReplyForm
-    fp32_surplus: int  # bytes that the message would have more in fp32
 
 
 class FederatedLora(Strategy):
@@ -253,7 +228,7 @@ class FederatedLora(Strategy):
 
     def _have_clients(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint whose clients may be others than before."""
-        weight = _total_weight(checkpoint, self.config)
+        weight = total_weight(checkpoint, self.config)
         state = replace(checkpoint.state, total_weight=weight)
         self.checkpoint = replace(checkpoint, state=state)
         self._clients = {client.client_id: client for client in checkpoint.clients}
@@ -269,7 +244,7 @@ class FederatedLora(Strategy):
             self.method.rule(current.number),
         )
         dealt = bool(self.config.federation.client_ranks)
-        prepare = _PrepareOnce(self.method, setup, order, dealt=dealt)
+        prepare = PrepareOnce(self.method, setup, order, dealt=dealt)
         for client_id in current.cohort:
             node = self._nodes.get(client_id)
             if node is None:
@@ -447,7 +422,7 @@ class FederatedLora(Strategy):
         )
         self.checkpoint = replace(
             checkpoint,
-            clients=tuple(_counted(client, current.valid) for client in checkpoint.clients),
+            clients=tuple(counted(client, current.valid) for client in checkpoint.clients),
             bytes_up=checkpoint.bytes_up + current.bytes_up,
             bytes_down=checkpoint.bytes_down + current.bytes_down,
             seconds=checkpoint.seconds + seconds,
@@ -467,13 +442,6 @@ class FederatedLora(Strategy):
             )
 
 
-def named_run(run: str, config: ExperimentConfig, method: Method) -> str | None:
-    """Return the run's name where clients keep something of their own under it in any round."""
-    rounds = range(1, config.federation.rounds + 1)
-    keeps = method.local.correction is not None or any(map(method.kept, rounds))
-    return (run or "unnamed") if keeps else None
-
-
 def most_failed_rounds(cohort: int) -> int:
     """Return after how many rounds in a row without an update a run is given up.
 
@@ -481,152 +449,6 @@ def most_failed_rounds(cohort: int) -> int:
     [12, 4, 3]
     """
     return max(MAX_FAILED_ROUNDS, math.ceil(MAX_FAILED_CLIENTS / max(1, cohort)))
-
-
-def deal_ranks(clients: Sequence[ClientRecord], config: ExperimentConfig) -> dict[str, int | None]:
-    """Return the rank that each client trains; None: the global adapter's.
-
-    `federation.client_ranks` are dealt out in turn over the sorted ids, so that a rank stays with
-    its client whoever is drawn, and when the run is resumed; those who joined later come after all
-    who were there before them. A client that names its own rank keeps that, but for what is over
-    the largest of the run: nothing more is sent.
-    """
-    dealt: Sequence[int | None] = config.federation.client_ranks or (None,)
-    most = max(config.lora.rank, *config.lora.rank_pattern.values(), 1)
-    found: dict[str, int | None] = {}
-    ordered = sorted(clients, key=lambda client: (client.joined, client.client_id))
-    for place, client in enumerate(ordered):
-        rank = dealt[place % len(dealt)]
-        found[client.client_id] = rank if client.rank is None else min(client.rank, most)
-    return found
-
-
-def with_answers(
-    checkpoint: Checkpoint, answers: Mapping[str, ClientAnswer], joining: int | None = None
-) -> Checkpoint:
-    """Return the checkpoint with what the clients just said of themselves.
-
-    joining: the round from which clients that the run does not know take part; None: they do not.
-    Nobody leaves the population: a client that is gone is dropped when it is drawn, so that a
-    resumed run draws the same cohorts. Who joins is never held out, but for another copy of a
-    person ("u7#2") who is.
-
-    The checkpoint is the very same where nothing changes.
-    """
-    known = {client.client_id for client in checkpoint.clients}
-    clients = [_told(client, answers.get(client.client_id)) for client in checkpoint.clients]
-    if joining is not None and not answers.keys() <= known:
-        apart = {client_id.partition("#")[0] for client_id in checkpoint.held_out}
-        for client_id in answers.keys() - known:
-            held_out = client_id.partition("#")[0] in apart
-            client = ClientRecord(client_id, held_out=held_out, joined=joining)
-            clients.append(_told(client, answers[client_id]))
-            _log.info("client %r joins in round %d", client_id, joining)
-        clients.sort(key=lambda client: client.client_id)
-    changed = len(clients) != len(checkpoint.clients) or any(
-        new is not old for new, old in zip(clients, checkpoint.clients, strict=True)
-    )
-    return replace(checkpoint, clients=tuple(clients)) if changed else checkpoint
-
-
-def _told(client: ClientRecord, answer: ClientAnswer | None) -> ClientRecord:
-    if answer is None:
-        return client
-    if (client.rank, client.num_examples) == (answer.rank, answer.num_examples):
-        return client
-    return replace(client, rank=answer.rank, num_examples=answer.num_examples)
-
-
-class _PrepareOnce:
-    """Prepare what clients share once a round: a method's broadcast for a rank, and its records."""
-
-    def __init__(
-        self, method: Method, setup: ConfigRecord, order: TrainOrder, *, dealt: bool
-    ) -> None:
-        self._method, self._setup, self._order = method, setup, order
-        self._dealt = dealt  # whether the experiment gives clients their ranks
-        self._uploaded, self._round = order.uploaded, order.round
-        self._orders: dict[Codec, ConfigRecord] = {}  # by upload codec
-        self._of_rank: dict[tuple[int | None, Codecs], _Prepared] = {}
-        self._kept: dict[tuple[int, int, Codecs], _Prepared] = {}
-        # The last one in each codec, of any rank.
-        self._frozen: dict[Codec, tuple[Adapter, EncodedAdapter]] = {}
-
-    def __call__(self, state: ServerState, profile: ClientProfile, codecs: Codecs) -> _Prepared:
-        """Return the messages for a client; the same value for the same adapters and codecs."""
-        if self._method.broadcasts_by_client:
-            return self._once(self._method.broadcast(state, profile), codecs)
-        key = profile.rank, codecs
-        found = self._of_rank.get(key)
-        if found is None:
-            found = self._once(self._method.broadcast(state, profile), codecs)
-            if self._dealt:
-                self._require_rank(profile, found.source.trainable)
-            self._of_rank[key] = found
-        return found
-
-    def _require_rank(self, profile: ClientProfile, sent: Adapter) -> None:
-        """Refuse to deal out ranks for a method that does not look at them."""
-        if profile.rank is not None and max(sent.ranks) > profile.rank:
-            raise ConfigError(
-                f"federation.client_ranks: expected a method that sends client "
-                f"{profile.client_id!r} an adapter of rank {profile.rank}, found rank "
-                f"{max(sent.ranks)} of {self._method.name!r}; use a method for mixed ranks, or "
-                "leave the key out"
-            )
-
-    def _once(self, broadcast: Broadcast, codecs: Codecs) -> _Prepared:
-        key = id(broadcast.trainable), id(broadcast.frozen), codecs
-        found = self._kept.get(key)
-        if found is None:
-            if len(self._kept) >= 4:  # those of single clients do not pile up
-                self._kept.clear()
-            found = self._kept[key] = self._prepared(broadcast, codecs)
-        return found
-
-    def _prepared(self, broadcast: Broadcast, codecs: Codecs) -> _Prepared:
-        trainable = self._encoded(broadcast.trainable, codecs.download, SERVER)
-        surplus, frozen = trainable.fp32_surplus, None
-        if broadcast.frozen is not None:
-            kept = self._frozen.get(codecs.download)
-            if kept is None or kept[0] is not broadcast.frozen:
-                encoded = self._encoded(broadcast.frozen, codecs.download, f"{SERVER}, frozen")
-                kept = self._frozen[codecs.download] = broadcast.frozen, encoded
-            frozen = kept[1]
-            surplus += frozen.fp32_surplus
-        form = ReplyForm.of(
-            trainable.sent,
-            self._uploaded,
-            self._round,
-            controlled=broadcast.control is not None,
-            codec=codecs.upload,
-            own=broadcast.trainable,
-        )
-        control = RecordDict()
-        if broadcast.control is not None:
-            put_control(control, form.buffer, broadcast.control)
-        order = self._order_in(codecs.upload)
-        surplus += self._order_in(FP32).count_bytes() - order.count_bytes()
-        content = partial(train_content, self._setup, order, trainable, frozen, control)
-        return _Prepared(broadcast, content, content_bytes(content()), form, surplus)
-
-    def _encoded(self, adapter: Adapter, codec: Codec, who: str) -> EncodedAdapter:
-        """Return an adapter's records; fp32 where a number is too large for the codec.
-
-        Replies may hold numbers up to 1e6, fp16 ends at 65504: that must not end the run.
-        """
-        draws = rounding(codec, self._order.seed, who, self._round)
-        try:
-            return encode_adapter(adapter, BOTH, self._round, codec, draws)
-        except NonFiniteError as error:
-            _log.warning("round %d: sent as fp32: %s", self._round, error)
-            return encode_adapter(adapter, BOTH, self._round)
-
-    def _order_in(self, codec: Codec) -> ConfigRecord:
-        if codec not in self._orders:
-            order = self._order if codec == FP32 else replace(self._order, upload_codec=codec)
-            self._orders[codec] = to_record(order)
-        return self._orders[codec]
 
 
 def _mean_loss(current: _Round) -> float | None:
@@ -637,18 +459,3 @@ def _noted(method: Method, state: ServerState) -> dict[str, float]:
     """Return the numbers that a method has the round's record say, the largest over the layers."""
     kept = {name: state.method_state[name] for name in method.noted if name in state.method_state}
     return {name.replace("-", "_"): float(value.max()) for name, value in kept.items()}
-
-
-def _total_weight(checkpoint: Checkpoint, config: ExperimentConfig) -> float:
-    """Return the weight of all clients that may be sampled, as `_check` weights their updates."""
-    clients = [client for client in checkpoint.clients if not client.held_out]
-    if config.federation.weights == "equal":
-        return float(len(clients))
-    return float(sum(client.num_examples or 0 for client in clients))
-
-
-def _counted(client: ClientRecord, valid: Mapping[str, int]) -> ClientRecord:
-    steps = valid.get(client.client_id)
-    if steps is None:
-        return client
-    return replace(client, rounds=client.rounds + 1, steps=client.steps + steps)

@@ -11,9 +11,9 @@ from flwr.app import Message
 
 from fedlora.federation import ClientRecord, read_checkpoint
 from fedlora.federation.checkpoint import Checkpoint
+from fedlora.federation.population import deal_ranks, with_answers
 from fedlora.federation.records import ClientAnswer
 from fedlora.federation.server import ANSWER_GRACE
-from fedlora.federation.strategy import deal_ranks, with_answers
 from tests.federation.fakes import FakeTrainer, experiment
 from tests.federation.scripted import FIRST, NEVER, Link
 from tests.federation.test_quorum import dropped, through

@@ -17,7 +17,7 @@ from fedlora.aggregation import Broadcast, method
 from fedlora.errors import ConfigError, FederationError
 from fedlora.federation import ClientRecord, read_checkpoint, read_rounds, run_federation
 from fedlora.federation._flower_private import set_message_id
-from fedlora.federation.strategy import deal_ranks
+from fedlora.federation.population import deal_ranks
 from fedlora.simulation.grid import InProcessGrid
 from fedlora.training import TrainResult
 from tests.federation.fakes import (
