@@ -153,6 +153,15 @@ def test_neither_server_nor_command_line_pulls_in_torch(modules: str) -> None:
     assert run_python(code) == "[]"
 
 
+def test_over_the_air_needs_neither_torch_nor_flower_nor_onnx_runtime() -> None:
+    heavy = ("torch", "flwr", "onnxruntime", "tokenizers", "transformers", "typer")
+    modules = "fedlora.ota.publisher, fedlora.ota.updater, fedlora.ota.conformance"
+    code = f"import sys\nimport {modules}\nprint([n for n in {heavy!r} if n in sys.modules])"
+    assert run_python(code) == "[]"
+    code = "import sys\nimport fedlora.ota, fedlora.cli.ota\nprint('tuf' in sys.modules)"
+    assert run_python(code) == "False"
+
+
 def test_importing_fedlora_takes_less_than_half_a_second() -> None:
     code = (
         "import time\nstart = time.process_time()\nimport fedlora\n"

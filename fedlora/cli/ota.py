@@ -274,7 +274,7 @@ def status(repository: Repository, as_json: AsJson = False) -> None:
 
         fedlora ota status --repository releases/ --json
     """
-    found = _publisher(repository, repository / ".no-keys", None).status()
+    found = _publisher(repository, repository.parent / ".no-keys", None).status()
     for role in found["roles"].values():
         del role["can_sign"]
     if as_json:

@@ -75,9 +75,9 @@ def clear(folder: Path) -> None:
 
 def _complete(fetcher: Fetcher, url: str, part: _Part, limits: Limits, pace: Pace) -> None:
     """Ask until the file has its length; give up when nothing comes any more."""
-    without = 0
+    without, largest = 0, part.size()
     while part.size() < part.length:
-        before = part.received
+        pace.left()
         try:
             _ask_for_rest(fetcher, url, part, pace)
         except TooSlow:
@@ -92,11 +92,12 @@ def _complete(fetcher: Fetcher, url: str, part: _Part, limits: Limits, pace: Pac
                 raise
             failed: DownloadError = error
         except DownloadError as error:
-            pace.left()
             failed = error
         else:
-            continue
-        without = 0 if part.received > before else without + 1
+            failed = DownloadError(f"{url}: the server ended before {part.length:,} bytes")
+        # Progress is a file that has grown, not bytes: a server may begin anew each time.
+        without = 0 if part.size() > largest else without + 1
+        largest = max(largest, part.size())
         if without >= limits.attempts:
             raise failed
         if without:
@@ -128,7 +129,7 @@ def _start(url: str, answer: Answer, have: int, length: int) -> int:
         if match is None or int(match[1]) != have:
             raise DownloadHTTPError(f"{url}: the server sent another range than asked for", 416)
         whole, start = (None if match[3] == "*" else int(match[3])), have
-    if whole is not None and whole > length:
+    if whole is not None and whole != length:
         raise DownloadLengthMismatchError(
             f"{url}: expected {length:,} bytes, the server has {whole:,}"
         )
@@ -146,7 +147,6 @@ class _Part:
 
     def __init__(self, path: Path, about: Path, length: int) -> None:
         self._path, self._about, self.length = path, about, length
-        self.received = 0  # bytes that were written in this process
 
     def size(self) -> int:
         with _own_errors(self._path):
@@ -194,7 +194,6 @@ class _Part:
                 with _own_errors(self._path):
                     while left:
                         left = left[file.write(left) :]
-                self.received += len(chunk)
 
             yield append
 

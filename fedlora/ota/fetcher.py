@@ -99,6 +99,7 @@ class Fetcher(FetcherInterface):
         """
         late = threading.Event()
         timer: threading.Timer | None = None
+        keep = False  # the connection, over an error
         self.requests += 1
         try:
             connection, sock, reused = self._connected(url, pace)
@@ -123,12 +124,22 @@ class Fetcher(FetcherInterface):
                     yield answer
                 return
             with response:
-                answer = _answer(url, response, self._body(response, pace))
-                yield answer
+                if (refusal := _refusal(url, response)) is not None:
+                    # The usual answer to the question for the next root: read to its end, so that
+                    # the connection, and its handshake, serve for the timestamp too.
+                    keep = _is_short(response) and not response.will_close
+                    if keep:
+                        response.read()
+                    raise refusal
+                length = None if response.chunked else response.length
+                headers_in = {name.lower(): value for name, value in response.getheaders()}
+                body = self._body(response, pace)
+                yield Answer(response.status, headers_in, length, body)
             if response.will_close:
                 self.close()
         except BaseException as error:
-            self.close()
+            if not keep:
+                self.close()
             if late.is_set() and isinstance(error, (*_BROKEN, DownloadError)):
                 raise pace.late() from None
             if isinstance(error, TimeoutError):
@@ -225,16 +236,20 @@ def _connection(parts: SplitResult) -> tuple[http.client.HTTPConnection, bool]:
     return http.client.HTTPConnection(str(via.hostname), via.port or 80), True
 
 
-def _answer(url: str, response: http.client.HTTPResponse, body: Iterator[bytes]) -> Answer:
-    headers = {name.lower(): value for name, value in response.getheaders()}
+def _refusal(url: str, response: http.client.HTTPResponse) -> DownloadError | None:
+    """Return why an answer is not taken."""
     status = response.status
     if 300 <= status < 400:
-        raise DownloadHTTPError(f"{url}: redirected ({status}), which is not followed", status)
+        return DownloadHTTPError(f"{url}: redirected ({status}), which is not followed", status)
     if status not in (200, 206):
-        raise DownloadHTTPError(f"{url}: the server answered {status}", status)
-    if headers.get("content-encoding", "identity") != "identity":
-        raise DownloadError(f"{url}: the server compressed what was asked for as it is")
-    return Answer(status, headers, None if response.chunked else response.length, body)
+        return DownloadHTTPError(f"{url}: the server answered {status}", status)
+    if (response.getheader("Content-Encoding") or "identity") != "identity":
+        return DownloadError(f"{url}: the server compressed what was asked for as it is")
+    return None
+
+
+def _is_short(response: http.client.HTTPResponse) -> bool:
+    return not response.chunked and response.length is not None and response.length <= CHUNK
 
 
 def _require_length(url: str, found: int | None, most: int) -> None:

@@ -56,6 +56,11 @@ class Publisher:
 
     def __init__(self, path: str | os.PathLike[str], keys: Keys, *, clock: Clock = now) -> None:
         self.path = Path(path)
+        if keys.folder.resolve().is_relative_to(self.path.resolve()):
+            raise PublishError(
+                f"{keys.folder}: expected the private keys outside of the repository {self.path}, "
+                "which is published; name another folder"
+            )
         self.keys = keys
         self._clock = clock
         self.roles = Roles(self.path / "metadata", keys, clock)

@@ -35,11 +35,17 @@ def server(folder: Path, host: str = "127.0.0.1", port: int = 8077) -> Threading
         repository = root
 
     try:
-        found = ThreadingHTTPServer((host, port), Handler)
+        found = _Server((host, port), Handler)
     except OSError as error:
         raise PublishError(f"{host}:{port}: cannot be served: {error.strerror or error}") from None
-    found.daemon_threads = True
     return found
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A device that hangs up is no news."""
 
 
 class _Handler(BaseHTTPRequestHandler):

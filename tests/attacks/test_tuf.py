@@ -511,6 +511,24 @@ def no_server(scene: Scene) -> None:
     scene.web.url = f"http://127.0.0.1:{port}"
 
 
+def shorter(scene: Scene) -> None:
+    """A whole answer, again and again, that is shorter than what was signed."""
+    scene.web.rules[RELEASE] = b"x" * 500
+
+
+def ends_early(scene: Scene) -> None:
+    """No length is announced, and each answer ends as if it were whole."""
+
+    def do(request: Request) -> None:
+        request.send_response(200)
+        request.send_header("Connection", "close")
+        request.end_headers()
+        request.send(request.data[:10])
+        request.cut()
+
+    scene.web.rules[RELEASE] = do
+
+
 def not_http(scene: Scene) -> None:
     def do(request: Request) -> None:
         request.send(b"SSH-2.0-OpenSSH_9.6\r\n")
@@ -531,6 +549,8 @@ ATTACKS: dict[str, tuple[Callable[[Scene], None], str, int | None]] = {
     "release larger than signed, announced": (
         rule(RELEASE, endless(announced=True)), "DownloadError", None,
     ),
+    "release shorter than signed": (shorter, "DownloadError", None),
+    "release that ends early, over and over": (ends_early, "DownloadError", None),
     "version too large to count": (
         lambda scene: hostile_release(scene, {"version": 1 << 60}), "accepted", 2,
     ),

@@ -135,6 +135,13 @@ def test_keys_are_their_owners_alone_and_apart(world: World) -> None:
     assert b"PRIVATE" not in published
 
 
+def test_private_keys_are_never_in_the_folder_that_is_published(tmp_path: Path) -> None:
+    for folder in ("r", "r/keys", "r/targets/../keys"):
+        with raises(PublishError, "expected the private keys outside of the repository"):
+            Publisher.create(tmp_path / "r", Keys(tmp_path / folder))
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_passphrase_locks_the_keys(tmp_path: Path) -> None:
     few = {"root": (1, 1)}
     made = Publisher.create(tmp_path / "r", Keys(tmp_path / "k", "correct horse"), thresholds=few)

@@ -22,6 +22,11 @@ class Request(BaseHTTPRequestHandler):
     web: Web
     data: bytes
 
+    def setup(self) -> None:
+        super().setup()
+        with self.web.lock:
+            self.web.connections += 1
+
     def do_GET(self) -> None:
         path = self.path.lstrip("/")
         web = self.web
@@ -97,23 +102,29 @@ class Request(BaseHTTPRequestHandler):
         pass
 
 
+class _Quiet(ThreadingHTTPServer):
+    def handle_error(self, *_: Any) -> None:
+        """A device that hangs up is no news."""
+
+
 Behaviour = Callable[[Request], None]
 
 
 class Web:
     """A server of `folder` on a free port; `rules`: a pattern of paths, and what is done instead.
 
-    log: (path, Range) of the requests. sent, received: bytes with their headers.
+    log: (path, Range) of the requests. sent, received: bytes, with their headers. connections: how
+    many were opened.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rules: dict[str, bytes | Behaviour] = {}
         self.log: list[tuple[str, str | None]] = []
-        self.sent = self.received = 0
+        self.sent = self.received = self.connections = 0
         self.lock = threading.Lock()
         handler = type("Handler", (Request,), {"web": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = _Quiet(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self._server.block_on_close = False
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
@@ -122,7 +133,7 @@ class Web:
 
     def forget(self) -> None:
         self.log.clear()
-        self.sent = self.received = 0
+        self.sent = self.received = self.connections = 0
 
     def paths(self) -> list[str]:
         return [path for path, _ in self.log]

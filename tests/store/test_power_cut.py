@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import fedlora as fl
 from fedlora.errors import FedloraError, StoreError
+from fedlora.formats.packed import encode_packed
 from fedlora.store import Store
 from tests.store.power_cut import Disk, PowerCut
 from tests.store.states import adapter, make_bundle
@@ -18,11 +20,20 @@ from tests.store.states import adapter, make_bundle
 IMAGES = 4  # drawn at random for each cut, beside the two extremes
 GLOBAL, PERSONAL, NEW = adapter(1), adapter(2), adapter(3)
 
+DATA = encode_packed(NEW)
+
+
+def stage(store: Store) -> None:
+    """Stage the new adapter as release 7."""
+    store.stage(DATA, digest=hashlib.sha256(DATA).hexdigest(), channel="stable", release=7)
+
+
 # What is done, and what is then served globally and personally.
 ACTIONS: dict[str, tuple[Callable[[Store], object], tuple[fl.Adapter | None, ...]]] = {
     "commit_personal": (lambda s: s.commit_personal(NEW, {"loss": 1.0}), (GLOBAL, NEW)),
     "install_global": (lambda s: s.install_global(NEW, {"round": 2}), (NEW, PERSONAL)),
     "forget": (lambda s: s.forget(), (GLOBAL, None)),
+    "commit a release": (lambda s: s.commit_pending(7), (NEW, PERSONAL)),
     "the same again": (lambda s: s.commit_personal(PERSONAL, {}), (GLOBAL, PERSONAL)),
 }
 OLD = (GLOBAL, PERSONAL)
@@ -34,6 +45,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = Store.create(folder / "state", make_bundle(folder / "bundle"))
     store.install_global(GLOBAL)
     store.commit_personal(PERSONAL, {"loss": 2.0})
+    stage(store)
     (store.cache / "sentences").write_bytes(b"private")
     return store.path
 
