@@ -190,7 +190,12 @@ class Agent:
             return Turn("nothing", personalized=self._personal(None), **counts)
         data = self._owner_data()
         health = self._try(release, None if data is None else data.held_out, poll.active_halted)
-        about: dict[str, Any] = {"release": release.version, "digest": release.digest, "health": health, **counts}
+        about: dict[str, Any] = {
+            "release": release.version,
+            "digest": release.digest,
+            "health": health,
+            **counts,
+        }
         if self._report_url is not None:
             # Kept before the verdict is acted on: what is sent twice at worst is not lost.
             keep(self.folder / REPORT, report_bytes(release.version, health.healthy, health.bucket))
