@@ -146,7 +146,8 @@ class DeviceUpdater:
     def revert(self, release: Release) -> None:
         """Drop a fetched release, or go back from a committed one; it is not fetched again.
 
-        Raises `ReleaseError` when it is neither staged nor served.
+        Nothing happens to one that is rejected already. Raises `ReleaseError` when it is neither
+        staged nor served.
         """
         with self.store.lock():
             status = self.store.status()
@@ -154,7 +155,7 @@ class DeviceUpdater:
                 self.store.reject_pending()
             elif status.installed is not None and status.installed.release == release.version:
                 self.store.revert()
-            else:
+            elif release.version not in status.rejected:  # else it is done: trials ran out
                 raise ReleaseError(
                     f"{self.store.path}: release {release.version} is neither staged nor served; "
                     "there is nothing to revert"
@@ -204,8 +205,9 @@ class DeviceUpdater:
         """Stage a release that is not staged yet; whether it had to be downloaded."""
         with contextlib.suppress(FormatError, ReleaseError):  # a slot's file is damaged: fetch it
             pending = self.store.status().pending
-            if pending is not None and pending.release == release.version:
-                self.store.pending_adapter()
+            staged = None if pending is None else (pending.release, pending.digest)
+            if staged == (release.version, release.digest):
+                self.store.pending_adapter()  # its file is whole
                 return False
             if self.store.stage_again(
                 release.digest, channel=release.channel, release=release.version

@@ -10,6 +10,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,29 @@ def test_fetched_is_staged_committed_is_served_reverted_is_gone(world: World, we
     assert world.store.serving() == adapter(3)
     updater.revert(third)
     assert world.store.serving() == adapter(1)
-    for done in (second, third):
-        with raises(ReleaseError, "is neither staged nor served"):
-            updater.revert(done)
-        with raises(ReleaseError, f"expected release {done.version} to be staged, found none"):
-            updater.commit(done)
+    commits = world.store.status().commits
+    updater.revert(second)
+    updater.revert(third)
+    assert world.store.status().commits == commits, "both are rejected already"
+    with raises(ReleaseError, "expected release 2 to be staged, found none"):
+        updater.commit(second)
+    with raises(ReleaseError, "release 9 is neither staged nor served"):
+        updater.revert(replace(third, version=9))
+
+
+def test_a_release_that_brings_the_process_down_is_rejected_by_itself(
+    world: World, web: Web
+) -> None:
+    world.publish(1)
+    updater = world.updater(web)
+    for _ in range(3):
+        fetched(updater)
+        assert updater.store.begin_trial() == adapter(1)  # and the process is gone
+    release = fetched(updater)
+    assert updater.store.begin_trial() is None
+    updater.revert(release)
+    assert updater.fetch() is None
+    assert world.store.serving() is None
 
 
 def test_a_poll_without_news_is_two_requests_and_less_than_three_kilobytes(
@@ -451,7 +470,7 @@ def test_a_power_cut_at_any_call_of_an_update_leaves_a_device_that_updates(
     updater = DeviceUpdater(URL, world.store, bootstrap=world.root)
     updater.commit(fetched(updater))
     world.publish(2)
-    stride = 1 if os.environ.get("FEDLORA_SEARCH") else 4
+    stride = 1 if os.environ.get("FEDLORA_SEARCH") else 5
     random = np.random.default_rng(0)
     done, stop, cuts = False, 0, 0
     versions = set()
