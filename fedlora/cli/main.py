@@ -13,6 +13,7 @@ import typer
 from fedlora import __version__
 from fedlora.cli import adapters, budget, compare, data, device, export, models, ota, simulate
 from fedlora.cli import agent as _agent  # noqa: F401 - adds commands to device
+from fedlora.cli import stages as _stages  # noqa: F401 - adds commands to ota
 from fedlora.errors import FedloraError, MissingExtraError
 
 __all__ = ["app", "main"]
