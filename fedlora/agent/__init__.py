@@ -6,10 +6,13 @@ and the new one is better. `Agent.session` serves what is committed, and `Agent.
 every few hours. What is served never changes but by a commit, so a device that is switched off at
 any instant comes back with a whole, checked adapter.
 
-    STATE/agent/
-      log.jsonl        what the turns did, the newest of it; never sent
-      report.json      a report that could not be sent yet
-      .lock            one agent at a time
+    STATE/agent/.lock      one agent at a time
+    STATE/cache/agent/
+      log.jsonl            what the turns did, the newest of it; never sent
+      report.json          a report that could not be sent yet
+      trained-on           fingerprint of the global adapter that was personalized last
+
+The log has losses on the owner's data, so it is in the cache, which `Store.forget` empties.
 
 Nothing of the owner's data leaves the device. Reports are off unless the owner names a place for
 them; then one holds a release's version, whether it was healthy, and one of seven words for how

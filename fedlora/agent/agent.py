@@ -21,17 +21,24 @@ from fedlora.device.runtime import OpenBundle, open_bundle
 from fedlora.device.session import Session
 from fedlora.device.trainer import Trainer
 from fedlora.errors import DownloadError, FedloraError, RunError, StoreError, UsageError
-from fedlora.files import lock_file
+from fedlora.files import lock_file, write_atomic
 from fedlora.training import TrainConfig
 
 if TYPE_CHECKING:
     from fedlora.ota import DeviceUpdater, Release
+    from fedlora.store import Store
 
-__all__ = ["FOLDER", "Agent", "ReadData", "Turn"]
+__all__ = ["Agent", "ReadData", "Turn", "log_of"]
 
 FOLDER, LOG, REPORT, LOCK = "agent", "log.jsonl", "report.json", ".lock"
+TRAINED_ON = "trained-on"  # fingerprint of the global adapter that was personalized last
 TRAINING = TrainConfig(local_steps=24, learning_rate=2e-3, batch_size=8)  # `device personalize`'s
 ReadData = Callable[[OpenBundle], OwnerData]
+
+
+def log_of(store: Store) -> Log:
+    """Return the log of a device's agent."""
+    return Log(store.path / "cache" / FOLDER / LOG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,8 @@ class Agent:
         self.updater = updater
         self.store = updater.store
         self.folder = self.store.path / FOLDER
-        self.log = Log(self.folder / LOG)
+        self.log = log_of(self.store)
+        self._kept = self.log.path.parent
         self.limits = limits
         self._read_data = data
         self._training = training
@@ -86,7 +94,6 @@ class Agent:
         self._bundle: OpenBundle | None = None
         self._session: Session | None = None
         self._served: str | None = None  # fingerprint of what the session serves
-        self._trained_on: str | None = None  # fingerprint of the global adapter that was tried
         self._is_alone = False
 
     def update(self) -> Turn:
@@ -198,7 +205,7 @@ class Agent:
         }
         if self._report_url is not None:
             # Kept before the verdict is acted on: what is sent twice at worst is not lost.
-            keep(self.folder / REPORT, report_bytes(release.version, health.healthy, health.bucket))
+            keep(self._kept / REPORT, report_bytes(release.version, health.healthy, health.bucket))
         if not health.healthy:
             if self.store.status().pending is not None:
                 self.updater.revert(release)
@@ -235,17 +242,19 @@ class Agent:
     def _personal(self, data: OwnerData | None) -> Personalized | None:
         """Train the owner's adapter on the installed global one, and keep it if it is better.
 
-        Once for each global adapter in this process, and only where the owner has one already or
-        asked for it. What goes wrong is logged: the release has been committed.
+        Once for each global adapter, since a training costs more than all else here, and only where
+        the owner has one already or asked for it. What goes wrong is logged: the release has been
+        committed.
         """
         status = self.store.status()
         on = None if status.installed is None else status.installed.fingerprint
         wanted = status.personal.stale if status.personal is not None else self._personalize
-        if not wanted or self._trained_on == (on or "base") or not self._open().manifest.buckets():
+        note = (on or "base").encode()
+        path = self._kept / TRAINED_ON
+        if not wanted or (path.is_file() and path.read_bytes() == note):
             return None
-        self._trained_on = on or "base"
         data = data or self._owner_data()
-        if data is None:
+        if data is None or not self._open().manifest.buckets():
             return None
         try:
             bundle = self._open()
@@ -253,6 +262,8 @@ class Agent:
         except FedloraError as error:
             self._note("not-personalized", error=type(error).__name__, text=str(error))
             return None
+        with contextlib.suppress(RunError):
+            write_atomic(path, note, mode=0o600)
         self._note("personalized", kept=done.kept, replaced=done.replaced,
                    loss_before=done.before["loss"], loss_after=done.after["loss"])  # fmt: skip
         return done
@@ -278,7 +289,7 @@ class Agent:
         if self._report_url is None:
             return
         try:
-            send_kept(self._report_url, self.folder / REPORT)
+            send_kept(self._report_url, self._kept / REPORT)
         except DownloadError as error:
             self._note("report-not-sent", text=str(error))
 

@@ -56,7 +56,7 @@ class Log:
         return rows
 
     def _make_room(self, needed: int) -> None:
-        self.path.parent.mkdir(mode=0o700, exist_ok=True)
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         data = self.path.read_bytes() if self.path.exists() else b""
         if len(data) + needed > self.max_bytes:
             kept = data[len(data) - self.max_bytes // 2 :]

@@ -161,15 +161,14 @@ def revert(state: State, as_json: AsJson = False) -> None:
 
         fedlora device revert --state state/
     """
-    from fedlora.agent.agent import FOLDER, LOG
-    from fedlora.agent.log import Log
+    from fedlora.agent.agent import log_of
 
     store = Store.open(state)
     before = store.status().installed
     store.revert()
     found = store.status()
     release = None if before is None else before.release
-    Log(store.path / FOLDER / LOG).add("reverted", release=release)
+    log_of(store).add("reverted", release=release)
     serving = "personal" if found.personal else "global" if found.installed else "base"
     now = None if found.installed is None else found.installed.release
     if as_json:
@@ -192,10 +191,9 @@ def log(
 
         fedlora device log --state state/ -n 5
     """
-    from fedlora.agent.agent import FOLDER, LOG
-    from fedlora.agent.log import Log
+    from fedlora.agent.agent import log_of
 
-    rows = Log(Store.open(state).path / FOLDER / LOG).read(last)
+    rows = log_of(Store.open(state)).read(last)
     if as_json:
         _print_json(rows)
         return

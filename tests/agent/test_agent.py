@@ -18,6 +18,7 @@ from fedlora.agent.health import bucket_of, judge
 from fedlora.agent.report import keep, report_bytes, send_kept
 from fedlora.device.session import Session
 from fedlora.errors import ConfigError, DataError, DownloadError, FormatError, StoreError
+from fedlora.training import TrainConfig
 from tests.agent.device import Fleet, make_fleet
 from tests.matching import raises
 from tests.ota.web import status
@@ -209,6 +210,18 @@ def test_the_personal_adapter_is_trained_anew_on_a_new_global_one(fleet: Fleet) 
     assert turn.health.loss_after > turn.personalized.after["loss"]
 
 
+def test_a_training_that_did_not_help_is_not_done_again(fleet: Fleet) -> None:
+    fleet.publish(0.9)
+    hopeless = TrainConfig(local_steps=1, learning_rate=1e-12, batch_size=4)
+    first = fleet.agent(personalize=True, training=hopeless).update()
+    assert first.personalized is not None
+    assert not first.personalized.kept
+    # Another process, the same global adapter.
+    assert fleet.agent(personalize=True, training=hopeless).update().personalized is None
+    fleet.publish(0.95)
+    assert fleet.agent(personalize=True).update().personalized is not None
+
+
 def test_republishing_brings_everyone_back_also_who_liked_the_bad_one(fleet: Fleet) -> None:
     fleet.publish(0.2)
     fleet.agent().update()
@@ -323,7 +336,7 @@ def test_nothing_is_reported_unless_the_owner_says_where(
     monkeypatch.setattr("fedlora.agent.agent.send_kept", lambda *_: pytest.fail("sent"))
     fleet.publish(0.5)
     fleet.agent().update()
-    assert not (fleet.world.store.path / "agent" / "report.json").exists()
+    assert not (fleet.world.store.cache / "agent" / "report.json").exists()
 
 
 def test_a_report_that_could_not_be_sent_is_sent_with_the_next_turn(fleet: Fleet) -> None:
@@ -338,7 +351,7 @@ def test_a_report_that_could_not_be_sent_is_sent_with_the_next_turn(fleet: Fleet
     assert fleet.agent(report=f"http://{host}/").update().outcome == "nothing"
     thread.join(5)
     assert found[0].endswith(b'{"healthy":false,"metric":"much-worse","version":1}')
-    assert not (fleet.world.store.path / "agent" / "report.json").exists()
+    assert not (fleet.world.store.cache / "agent" / "report.json").exists()
 
 
 def test_what_somebody_wrote_into_the_kept_report_is_not_sent(
@@ -392,6 +405,16 @@ def test_the_log_stays_small_and_keeps_the_newest(fleet: Fleet) -> None:
     numbers = [row["number"] for row in rows]
     assert numbers == list(range(numbers[0], 200))
     assert log.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_forgetting_erases_the_log_too(fleet: Fleet) -> None:
+    fleet.publish(0.5)
+    agent = fleet.agent(personalize=True)
+    agent.update()
+    assert agent.log.read()
+    assert fleet.world.store.forget()
+    assert not agent.log.path.exists()
+    assert fleet.agent().update().outcome == "nothing"
 
 
 def test_a_torn_line_of_the_log_is_passed_over(fleet: Fleet) -> None:

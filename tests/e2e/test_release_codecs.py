@@ -48,7 +48,7 @@ def test_personal_adapters_from_small_releases_are_as_good(tmp_path: Path) -> No
     people = [data.client(client) for client in data.client_ids]
     pooled = joined([person.train for person in people[:TEACHERS]])
     steps = TrainConfig(local_steps=120, learning_rate=2e-3, batch_size=8)
-    trained = trainer.fit(draw_batches(pooled, steps, 0, "pooled"), steps, seed=0).adapter
+    trained = trainer.fit(draw_batches(pooled, steps, 0, "pooled", 1), steps, seed=0).adapter
 
     found: dict[str, list[dict[str, float]]] = {}
     for codec in ("fp32", "fp16", "int8"):
