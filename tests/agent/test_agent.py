@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fedlora as fl
-from fedlora.agent import Agent, Limits, Turn
+from fedlora.agent import Limits, Turn
 from fedlora.agent.health import bucket_of, judge
 from fedlora.agent.report import keep, report_bytes, send_kept
 from fedlora.device.session import Session
@@ -433,14 +433,3 @@ def test_limits_that_make_no_sense_are_refused() -> None:
         Limits(slower=0.5)
     with raises(ConfigError, "agent: margin: expected a number of at least 0, found nan"):
         Limits(margin=float("nan"))
-
-
-def test_an_agent_needs_no_torch() -> None:
-    import subprocess
-    import sys
-
-    code = "import sys, fedlora.agent; print([n for n in ('torch', 'flwr') if n in sys.modules])"
-    assert subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout == "[]\n"  # fmt: skip
-    assert Agent is not None
