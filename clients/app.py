@@ -7,27 +7,62 @@ torch where it is installed, else onnx), and only then imported.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedlora.errors import ConfigError, MissingExtraError
-from fedlora.federation import ClientSetup, Trainer, handle_query, handle_train
+from fedlora.federation.client import (
+    Trainer,
+    error_reply,
+    handle_declined,
+    handle_evaluate,
+    handle_query,
+    handle_train,
+)
+from fedlora.federation.device_state import owners_state
+from fedlora.federation.limits import owners_limits, reason_to_decline
+from fedlora.federation.records import ClientSetup
 
 app = ClientApp()
 
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say who this client is."""
-    return handle_query(message, lambda setup: _open(setup, context))
+    """Say who this client is; also when it could not train now: it stays one of the run's."""
+    device = owners_state(context.node_config)
+    return handle_query(message, lambda setup: _open(setup, context), device)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train for one round."""
-    return handle_train(message, lambda setup: _open(setup, context), context.state)
+    """Train for one round, if this device's owner allows it now (`fedlora.federation.limits`)."""
+    return _if_allowed(message, context, handle_train)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Personalize the global adapter, evaluate, and keep both; under the same limits."""
+    return _if_allowed(message, context, handle_evaluate)
+
+
+def _if_allowed(message: Message, context: Context, handle: Callable[..., Message]) -> Message:
+    try:
+        limits = owners_limits(context.node_config)
+        reason = reason_to_decline(limits)
+    except Exception as error:  # a limit that cannot be understood is not one that is kept
+        return error_reply(message, error)
+    if reason is not None:
+        return handle_declined(message, reason)
+    return handle(
+        message,
+        lambda setup: _open(setup, context),
+        context.state,
+        owners_state(context.node_config),
+        min_examples=limits.min_examples,
+    )
 
 
 def _open(setup: ClientSetup, context: Context) -> Trainer:

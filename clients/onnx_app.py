@@ -11,17 +11,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
-from fedlora.adapter import Array
+from fedlora.adapter import Adapter, Array
 from fedlora.aggregation import Broadcast
 from fedlora.data import FederatedData, draw_batches, list_data
 from fedlora.device.manifest import TOKENIZER, Manifest
 from fedlora.device.trainer import Trainer
 from fedlora.errors import ConfigError, UnsupportedError
 from fedlora.experiment import DataConfig, open_data
-from fedlora.federation import ClientSetup
 from fedlora.federation.client import require_base
-from fedlora.federation.owner import owners_bundle, owners_client, owners_setup
+from fedlora.federation.owner import (
+    owners_bundle,
+    owners_client,
+    owners_low_memory,
+    owners_rank,
+    owners_setup,
+    owners_threads,
+)
+from fedlora.federation.records import ClientSetup
+from fedlora.targets import initial_adapter
 from fedlora.training import LocalRule, TrainConfig, TrainResult
 
 
@@ -31,6 +40,7 @@ class OnnxTrainer:
 
     trainer: Trainer
     data: FederatedData
+    setup: ClientSetup
     client_id: str
     rank: int | None = None
 
@@ -39,12 +49,18 @@ class OnnxTrainer:
         """Training examples that this client has."""
         return len(self.data.client(self.client_id).train)
 
+    @property
+    def initial(self) -> Adapter:
+        """A₀ and zero B, on the layers of the experiment."""
+        about = self.trainer.manifest
+        return initial_adapter(about.layers, self.setup.lora, self.setup.seed, about.base)
+
     def train(
         self,
         broadcast: Broadcast,
         config: TrainConfig,
         rule: LocalRule,
-        round: int,
+        round: int | str,
         seed: int,
         correction: Array | None = None,
     ) -> TrainResult:
@@ -68,6 +84,18 @@ class OnnxTrainer:
             num_examples=len(examples),
         )
 
+    def evaluate(
+        self, adapter: Adapter, part: Literal["validation", "test"]
+    ) -> Mapping[str, float] | None:
+        """Return the measures of an adapter on a part of this client's data; None without any."""
+        from fedlora.device.scoring import evaluate  # not needed to train
+        from fedlora.device.session import Session
+
+        examples = getattr(self.data.client(self.client_id), part)
+        if not len(examples):
+            return None
+        return evaluate(Session(self.trainer.bundle, adapter=adapter), examples, part)
+
 
 def open_trainer(setup: ClientSetup, node_config: Mapping[str, object]) -> OnnxTrainer:
     """Return this node's trainer; see `fedlora.federation.owner` for what it may open.
@@ -81,15 +109,20 @@ def open_trainer(setup: ClientSetup, node_config: Mapping[str, object]) -> OnnxT
         "task": ["classification", "next-token"],
     }
     setup = owners_setup(setup, node_config, os.environ, known)
-    trainer = _open_bundle(owners_bundle(node_config, os.environ).absolute())
+    trainer = _open_bundle(
+        owners_bundle(node_config, os.environ).absolute(),
+        owners_threads(node_config),
+        owners_low_memory(node_config),
+    )
     data = _open_data(setup.data, trainer.bundle.folder, setup.seed)
     _require_task(trainer.manifest, setup.data, data)
-    return OnnxTrainer(trainer, data, owners_client(data.client_ids, node_config))
+    client = owners_client(data.client_ids, node_config)
+    return OnnxTrainer(trainer, data, setup, client, owners_rank(node_config))
 
 
 @lru_cache(maxsize=1)
-def _open_bundle(folder: Path) -> Trainer:
-    return Trainer(folder)
+def _open_bundle(folder: Path, threads: int | None, low_memory: bool) -> Trainer:
+    return Trainer(folder, threads=threads, low_memory=low_memory)
 
 
 @lru_cache(maxsize=1)

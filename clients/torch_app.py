@@ -10,14 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from fedlora.adapter import Array
+from fedlora.adapter import Adapter, Array
 from fedlora.aggregation import Broadcast
 from fedlora.bases import list_bases
 from fedlora.data import draw_batches, list_data
-from fedlora.federation import ClientSetup
 from fedlora.federation.client import require_base
-from fedlora.federation.owner import owners_checkpointing, owners_client, owners_setup
+from fedlora.federation.owner import (
+    owners_checkpointing,
+    owners_client,
+    owners_rank,
+    owners_setup,
+)
+from fedlora.federation.records import ClientSetup
 from fedlora.nn import beside, load_adapter_into, train_local
 from fedlora.randomness import rng
 from fedlora.training import LocalRule, TrainConfig, TrainResult
@@ -39,12 +45,17 @@ class TorchTrainer:
         """Training examples that this client has."""
         return len(self.world.data.client(self.client_id).train)
 
+    @property
+    def initial(self) -> Adapter:
+        """A₀ and zero B."""
+        return self.world.initial
+
     def train(
         self,
         broadcast: Broadcast,
         config: TrainConfig,
         rule: LocalRule,
-        round: int,
+        round: int | str,
         seed: int,
         correction: Array | None = None,
     ) -> TrainResult:
@@ -64,6 +75,17 @@ class TorchTrainer:
                 seed=int(rng(seed, "dropout", self.client_id, round).integers(2**31)),
             )
 
+    def evaluate(
+        self, adapter: Adapter, part: Literal["validation", "test"]
+    ) -> Mapping[str, float] | None:
+        """Return the measures of an adapter on a part of this client's data; None without any."""
+        from fedlora.evaluation import evaluate  # not needed to train
+
+        examples = getattr(self.world.data.client(self.client_id), part)
+        if not len(examples):
+            return None
+        return evaluate(self.world.model, adapter, examples, self.world.task, part)
+
 
 def open_trainer(setup: ClientSetup, node_config: Mapping[str, object]) -> TorchTrainer:
     """Return this node's trainer; see `fedlora.federation.owner` for what it may open."""
@@ -75,4 +97,5 @@ def open_trainer(setup: ClientSetup, node_config: Mapping[str, object]) -> Torch
     setup = owners_setup(setup, node_config, os.environ, known)
     checkpointing = owners_checkpointing(node_config, os.environ)
     world = thread_world(setup.base, setup.data, setup.lora, setup.seed, checkpointing)
-    return TorchTrainer(world, owners_client(world.data.client_ids, node_config))
+    client = owners_client(world.data.client_ids, node_config)
+    return TorchTrainer(world, client, owners_rank(node_config))

@@ -21,7 +21,7 @@ class QuorumConfig:
     Without the table a round waits for everyone until its deadline.
     """
 
-    share: float = 1.0  # of the cohort whose valid replies or failures end the waiting, rounded up
+    share: float = 1.0  # of the cohort; so many valid replies, rounded up, end the waiting
     grace: float = 0.0  # seconds to wait for the others after that
     over_selection: float = 0.0  # so many more clients than the cohort are asked, as a share of it
     deadline: float = 3600.0  # seconds, for a round's replies and as the messages' time to live

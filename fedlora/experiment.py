@@ -299,6 +299,19 @@ class ExperimentConfig:
                 f"{max(self.federation.client_ranks)}"
             )
 
+    @property
+    def personal_training(self) -> TrainConfig:
+        """How each client trains its personal adapter, and with more steps its own."""
+        own, federated = self.personalization, self.federation.train
+        rate, size = own.learning_rate, own.batch_size
+        return dataclasses.replace(
+            federated,
+            local_steps=own.steps,
+            local_epochs=None,
+            learning_rate=federated.learning_rate if rate is None else rate,
+            batch_size=federated.batch_size if size is None else size,
+        )
+
     @classmethod
     def from_toml(
         cls, path: str | Path, overrides: Mapping[str, Any] | None = None

@@ -80,7 +80,7 @@ def compare_adapters(
     federated_steps: optimizer steps that the client took in the rounds; own takes them too.
     """
     parts = parts or Broadcast(shared)
-    train = _personal_training(config)
+    train = config.personal_training
     steps = config.personalization.steps
     own = train_adapter(
         model, data, task, initial, replace(train, local_steps=federated_steps + steps),
@@ -123,7 +123,7 @@ def compare_many(
 
     A client whose training diverges has `NonFiniteError`, as alone, and changes no other.
     """
-    train, parts = _personal_training(config), parts or Broadcast(shared)
+    train, parts = config.personal_training, parts or Broadcast(shared)
     jobs = []
     starts = starts or [parts.trainable] * len(people)
     for (data, steps), start in zip(people, starts, strict=True):
@@ -329,17 +329,6 @@ def train_adapter(
     with beside(model, frozen):
         trained = train_local(model, batches, config, task=task, rule=rule, seed=seed).adapter
     return Broadcast(trained, frozen).whole
-
-
-def _personal_training(config: ExperimentConfig) -> TrainConfig:
-    own, federated = config.personalization, config.federation.train
-    return replace(
-        federated,
-        local_steps=own.steps,
-        local_epochs=None,
-        learning_rate=(federated.learning_rate if own.learning_rate is None else own.learning_rate),
-        batch_size=federated.batch_size if own.batch_size is None else own.batch_size,
-    )
 
 
 def _personal_rule(config: ExperimentConfig) -> LocalRule:

@@ -41,9 +41,10 @@ __all__ = [
     "running_mean",
 ]
 
-# Rows that are read together, numbers of each in one block (512 kB together, which stay in a core's
-# own cache), and groups in one float32 sum. Larger and smaller ones were slower.
-GROUP, BLOCK, FOLD = 16, 8192, 8
+# Rows that are summed together, numbers of each in one block (256 kB, of which three stay in a
+# core's own cache), and groups in one float32 sum. Larger and smaller ones were slower.
+GROUP, BLOCK, FOLD = 16, 65536, 8
+SHORT = 8192  # rows with fewer numbers are summed in float64 one by one
 
 BOTH: frozenset[Factor] = frozenset({"A", "B"})
 ONLY_A: frozenset[Factor] = frozenset({"A"})
@@ -97,7 +98,7 @@ class RunningMean:
         """Add ``weight`` times the factors of `adapter`."""
         self._waiting.append((self._row_of(adapter), weight))
         self.total += weight
-        if len(self._sums) < BLOCK:
+        if len(self._sums) < SHORT:
             self._add_waiting()
         elif len(self._waiting) == GROUP:
             self._add_group()
@@ -115,20 +116,20 @@ class RunningMean:
         self._waiting.clear()
 
     def _add_group(self) -> None:
-        """Sum a whole group in blocks that stay in the cache, with one product a block."""
+        """Sum a whole group block by block, so that the sum stays in the cache."""
         if not len(self._partial):
             self._partial = np.zeros(len(self._sums), np.float32)
             self._unit = self._waiting[0][1]  # float32 is to see weights of about 1
-        rows = [row for row, _ in self._waiting]
-        weights = np.array([weight for _, weight in self._waiting])
-        shares = (weights / self._unit).astype(np.float32)
-        block = np.empty((GROUP, BLOCK), np.float32)
+        shares = [np.float32(weight / self._unit) for _, weight in self._waiting]
+        total, scaled = np.empty((2, min(BLOCK, len(self._sums))), np.float32)
         for start in range(0, len(self._sums), BLOCK):
-            part = [row[start : start + BLOCK] for row in rows]
-            size = len(part[0])
-            into = block if size == BLOCK else np.empty((GROUP, size), np.float32)
-            np.concatenate(part, out=into.reshape(-1))
-            self._partial[start : start + size] += shares @ into
+            parts = [row[start : start + BLOCK] for row, _ in self._waiting]
+            total, scaled = total[: len(parts[0])], scaled[: len(parts[0])]
+            np.multiply(parts[0], shares[0], out=total)
+            for part, share in zip(parts[1:], shares[1:], strict=True):
+                # Equal weights need no product: half the work.
+                total += part if share == 1 else np.multiply(part, share, out=scaled)
+            self._partial[start : start + BLOCK] += total
         self._waiting.clear()
         self._folded += 1
         if self._folded == FOLD:

@@ -11,7 +11,18 @@ from typing import Annotated
 import typer
 
 from fedlora import __version__
-from fedlora.cli import adapters, budget, compare, data, device, export, models, ota, simulate
+from fedlora.cli import (
+    adapters,
+    budget,
+    compare,
+    data,
+    device,
+    export,
+    federation,
+    models,
+    ota,
+    simulate,
+)
 from fedlora.cli import agent as _agent  # noqa: F401 - adds commands to device
 from fedlora.cli import stages as _stages  # noqa: F401 - adds commands to ota
 from fedlora.errors import FedloraError, MissingExtraError
@@ -36,10 +47,11 @@ app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
 app.add_typer(device.app, name="device")
 app.add_typer(ota.app, name="ota")
+app.add_typer(federation.app, name="federation")
 
 # Which extra brings a package that fedlora imports only where it is needed.
 _EXTRAS = {
-    "cryptography": "ota",
+    "cryptography": "server",
     "flwr": "sim",
     "gguf": "text",
     "matplotlib": "plots",

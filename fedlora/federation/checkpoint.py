@@ -67,6 +67,7 @@ class ClientRecord:
     held_out: bool = False  # never sampled
     rounds: int = 0  # in which it gave a valid update
     steps: int = 0  # optimizer steps over these rounds
+    joined: int = 0  # the round from which it may be sampled; 0: it was there at the start
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ class RoundRecord:
     """One line of rounds.jsonl."""
 
     round: int
-    status: Literal["updated", "failed", "empty"]  # empty: Poisson sampling drew nobody
+    # empty: Poisson sampling drew nobody; declined: the devices did, and the round comes again
+    status: Literal["updated", "failed", "empty", "declined"]
     cohort: tuple[str, ...]
     loss: float | None  # mean over the clients by their weight; None: nobody took a step
     seconds: float
@@ -91,6 +93,14 @@ class RoundRecord:
     dropped: tuple[Dropped, ...] = ()
     # What the method says of the round (`Method.noted`), each the largest over the layers.
     noted: Mapping[str, float] = field(default_factory=dict)
+    # Seconds of "prepare", "send", "wait", "aggregate", "save"; see `fedlora.federation.phases`.
+    phases: Mapping[str, float] = field(default_factory=dict)
+    # The clients' own seconds, "slowest" and "median"; empty where none tells.
+    clients: Mapping[str, float] = field(default_factory=dict)
+    late: int = 0  # replies to older rounds that came in this one, and were thrown away
+    declined: tuple[str, ...] = ()  # client ids: their owners do not allow it now; also in dropped
+    # What bytes_up and bytes_down would be in fp32, as "up" and "down", where a codec is in use.
+    fp32_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +114,8 @@ class Checkpoint:
     seconds: float = 0.0  # of all rounds
     failed_in_a_row: int = 0
     left_out: tuple[Dropped, ...] = field(default=())  # at the start of the run
+    # Drawn once for a run: clients keep their own rows under it. Not part of what is computed.
+    run: str = field(default="", compare=False)
 
     @property
     def client_ids(self) -> tuple[str, ...]:
@@ -139,6 +151,7 @@ def write_checkpoint(out: Path, checkpoint: Checkpoint, config: ExperimentConfig
     document = {
         "version": VERSION,
         "round": state.round,
+        "run": checkpoint.run,
         "files": files,
         "experiment": config.to_table(),
         "experiment_digest": _experiment_digest(config.to_table()),
@@ -178,6 +191,7 @@ def _checkpoint(out: Path, document: dict[str, Any]) -> Checkpoint:
             document["seconds"],
             document["failed_in_a_row"],
             tuple(from_plain(Dropped, dropped) for dropped in document["left_out"]),
+            str(document.get("run", "")),
         )
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise RunError(
@@ -254,11 +268,17 @@ def _with_clients(document: Mapping[str, Any], clients: Sequence[ClientRecord]) 
         f'  {{"client_id": {json.dumps(c.client_id)}, "rank": {_or_null(c.rank)}, '
         f'"num_examples": {_or_null(c.num_examples)}, '
         f'"held_out": {"true" if c.held_out else "false"}, '
-        f'"rounds": {c.rounds}, "steps": {c.steps}}}'
+        f'"rounds": {c.rounds}, "steps": {c.steps}'
+        f"{_joined(c)}}}"
         for c in clients
     )
     head = json.dumps(document, indent=1).removesuffix("\n}")
     return b"".join((head.encode(), b',\n "clients": [\n', ",\n".join(lines).encode(), b"\n ]\n}"))
+
+
+def _joined(client: ClientRecord) -> str:
+    """Return the round that it joined in; most were there at the start, and nothing is said."""
+    return f', "joined": {client.joined}' if client.joined else ""
 
 
 def _or_null(number: int | None) -> int | str:

@@ -8,8 +8,9 @@ sent, of all others the name and the place. The whole error is logged on the cli
 from __future__ import annotations
 
 import logging
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,12 +28,18 @@ from fedlora.errors import (
 )
 from fedlora.federation._flower_private import CLIENT_ERROR
 from fedlora.federation.control import next_control, read_own_control, write_own_control
+from fedlora.federation.device_state import DeviceState
+from fedlora.federation.evaluate import answer_scores, read_evaluate
+from fedlora.federation.guard import check_declined
+from fedlora.federation.limits import declined_content
+from fedlora.federation.own_rows import ContextRows, OwnRows
+from fedlora.federation.person import Part, compare_adapters, provenance_of, require_rank
 from fedlora.federation.private import (
     kept_factors,
     kept_segments,
-    read_state,
+    read_own_factors,
     with_kept,
-    write_state,
+    write_own_factors,
 )
 from fedlora.federation.records import ClientSetup
 from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
@@ -43,6 +50,8 @@ __all__ = [
     "OpenTrainer",
     "Trainer",
     "error_reply",
+    "handle_declined",
+    "handle_evaluate",
     "handle_query",
     "handle_train",
     "one_line",
@@ -70,34 +79,90 @@ class Trainer(Protocol):
     def rank(self) -> int | None:
         """The rank that this client can train; None: the global adapter's."""
 
+    @property
+    def initial(self) -> Adapter:
+        """A₀ and zero B on this client's base: the base's own behaviour."""
+
     def train(
-        self, broadcast: Broadcast, config: TrainConfig, rule: LocalRule, round: int, seed: int
+        self,
+        broadcast: Broadcast,
+        config: TrainConfig,
+        rule: LocalRule,
+        round: int | str,
+        seed: int,
     ) -> TrainResult:
         """Train from the broadcast adapter, and return all its factors.
+
+        Batches are keyed by (seed, client, round); after the rounds that is a word, "own" or
+        "personal".
 
         With `rule.correction` there is one more argument, ``correction``: the row ``(n,)`` float32
         over the trained factors that is added to every step's gradient. A trainer that does not
         know it fails at the call, and never trains as if nothing had been asked.
         """
 
+    def evaluate(self, adapter: Adapter, part: Part) -> Mapping[str, float] | None:
+        """Return the measures of an adapter on a part of this client's data, None for an empty one.
+
+        They have the names of `fedlora.evaluation`. Raises `NonFiniteError` for a loss that is not
+        finite.
+        """
+
 
 OpenTrainer = Callable[[ClientSetup], Trainer]
 
 
-def handle_query(message: Message, open_trainer: OpenTrainer) -> Message:
+def handle_query(
+    message: Message, open_trainer: OpenTrainer, device: DeviceState | None = None
+) -> Message:
     """Say who this client is: its id, its rank, and its num_examples where weights need it."""
-    return _answer(message, lambda: _query(message.content, open_trainer))
+    return _answer(message, lambda: _query(message.content, open_trainer, device))
 
 
 def handle_train(
-    message: Message, open_trainer: OpenTrainer, state: RecordDict | None = None
+    message: Message,
+    open_trainer: OpenTrainer,
+    state: RecordDict | None = None,
+    device: DeviceState | None = None,
+    *,
+    min_examples: int = 0,
 ) -> Message:
     """Train for one round; the reply holds the uploaded factors and the declared metrics.
 
-    state: this client's own (`Context.state`), for factors that it trains and does not share and
-    for its control variate; None: a round that has either is refused.
+    state, device: this client's own (`Context.state`, and the folder that its owner has named,
+    which goes first), for factors that it trains and does not share and for its control variate;
+    without any of them a round that has either is refused. min_examples: with fewer the device
+    declines, as its owner wants.
     """
-    return _answer(message, lambda: _train(message.content, open_trainer, state))
+
+    def build() -> RecordDict:
+        return _train(message.content, open_trainer, state, device, min_examples)
+
+    return _answer(message, build)
+
+
+def handle_evaluate(
+    message: Message,
+    open_trainer: OpenTrainer,
+    state: RecordDict | None = None,
+    device: DeviceState | None = None,
+    *,
+    min_examples: int = 0,
+) -> Message:
+    """Train this client's own and personal adapter; the reply holds their declared measures.
+
+    The arguments are those of `handle_train`. The device keeps the global and the personal adapter.
+    """
+
+    def build() -> RecordDict:
+        return _evaluate(message.content, open_trainer, state, device, min_examples)
+
+    return _answer(message, build)
+
+
+def handle_declined(message: Message, reason: str) -> Message:
+    """Decline to take part in a round; the reply holds one of the words of `limits.REASONS`."""
+    return _answer(message, lambda: _declined(reason))
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -127,42 +192,96 @@ def _short(fingerprint: str | None) -> str:
     return fingerprint[:12] if fingerprint else "of no name"
 
 
-def _query(content: RecordDict, open_trainer: OpenTrainer) -> RecordDict:
+def _query(
+    content: RecordDict, open_trainer: OpenTrainer, device: DeviceState | None
+) -> RecordDict:
     setup = read_query(content)
     trainer = open_trainer(setup)
     # Not asked where it is not shared: it may mean to read the data.
     count = trainer.num_examples if setup.share_num_examples else 0
-    return answer_query(setup, trainer.client_id, trainer.rank, count)
+    remembers = device is not None
+    return answer_query(setup, trainer.client_id, trainer.rank, count, remembers=remembers)
 
 
-def _train(content: RecordDict, open_trainer: OpenTrainer, state: RecordDict | None) -> RecordDict:
+def _declined(reason: str) -> RecordDict:
+    content = declined_content(reason)
+    check_declined(content)
+    return content
+
+
+def _train(
+    content: RecordDict,
+    open_trainer: OpenTrainer,
+    state: RecordDict | None,
+    device: DeviceState | None,
+    min_examples: int,
+) -> RecordDict:
+    started = time.monotonic()
     task = read_task(content)
     order, broadcast = task.order, task.broadcast
     trainer = open_trainer(task.setup)
-    if own := kept_factors(task):
-        if state is None:
+    if min_examples and trainer.num_examples < min_examples:
+        return _declined("examples")
+    require_rank(broadcast.trainable, trainer.rank)
+    rows = None
+    own = kept_factors(task)
+    if own or order.rule.correction is not None:
+        rows = _rows(task.setup, trainer, state, device)
+    if own:
+        if rows is None:
             raise FederationError(
                 f"{', '.join(sorted(own))}: expected a place for factors that are trained and not "
                 "shared, found none"
             )
-        row = read_state(task, state)
+        row = read_own_factors(task, rows)
         if row is not None:
             broadcast = Broadcast(with_kept(task, row), broadcast.frozen)
     if order.rule.correction is not None:
-        return _train_corrected(task, trainer, state)
+        return _train_corrected(task, trainer, rows, started)
     result = trainer.train(broadcast, order.train, order.rule, order.round, order.seed)
     _require_kept(broadcast.trainable, result.adapter, order.rule)
-    if own and state is not None:
-        write_state(task, state, pack(result.adapter, kept_segments(task)))
-    return _answered(task, result)
+    if rows is not None:
+        write_own_factors(task, rows, pack(result.adapter, kept_segments(task)))
+    return _answered(task, trainer, result, started)
 
 
-def _train_corrected(task: TrainTask, trainer: Trainer, state: RecordDict | None) -> RecordDict:
+def _evaluate(
+    content: RecordDict,
+    open_trainer: OpenTrainer,
+    state: RecordDict | None,
+    device: DeviceState | None,
+    min_examples: int,
+) -> RecordDict:
+    task = read_evaluate(content)
+    trainer = open_trainer(task.setup)
+    if min_examples and trainer.num_examples < min_examples:
+        return _declined("examples")
+    rows = _rows(task.setup, trainer, state, device) if task.order.kept else None
+    if device is not None:
+        device.open(trainer.initial.base)  # what is wrong with it is said before the training
+    person = compare_adapters(task, trainer, rows)
+    reply = answer_scores(person.scores, person.kept_global)
+    if device is not None:
+        device.keep(person, trainer.initial.base, provenance_of(task))
+    return reply
+
+
+def _rows(
+    setup: ClientSetup, trainer: Trainer, state: RecordDict | None, device: DeviceState | None
+) -> OwnRows | None:
+    if device is not None:
+        return device.rows(trainer.initial.base, setup.run)
+    return None if state is None else ContextRows(state)
+
+
+def _train_corrected(
+    task: TrainTask, trainer: Trainer, rows: OwnRows | None, started: float
+) -> RecordDict:
     """Train with control variates, keep the client's next one, and send how it has changed."""
     order, sent, form = task.order, task.broadcast, task.reply
-    if state is None or sent.control is None:
+    if rows is None or sent.control is None:
         raise FederationError("expected a place for this client's control variate, found none")
-    own = read_own_control(form.buffer, state, order.round)
+    own = read_own_control(form.buffer, rows, order.round)
     # Not an argument that every trainer has: see `Trainer.train`.
     corrected: Any = trainer
     result: TrainResult = corrected.train(
@@ -171,19 +290,28 @@ def _train_corrected(task: TrainTask, trainer: Trainer, state: RecordDict | None
     _require_kept(sent.trainable, result.adapter, order.rule)
     before, after = (pack(a, form.segments) for a in (sent.trainable, result.adapter))
     following, change = next_control(own, sent.control, before, after, result.steps, order.train)
-    content = _answered(task, result, change)
-    write_own_control(form.buffer, state, order.round, following)
+    content = _answered(task, trainer, result, started, change)
+    write_own_control(form.buffer, rows, order.round, following)
     return content
 
 
-def _answered(task: TrainTask, result: TrainResult, control: Array | None = None) -> RecordDict:
+def _answered(
+    task: TrainTask,
+    trainer: Trainer,
+    result: TrainResult,
+    started: float,
+    control: Array | None = None,
+) -> RecordDict:
+    # To the hundredth: enough to see where a round's time goes, and no more of the device.
+    seconds = round(time.monotonic() - started, 2)
     return answer_task(
         task,
         pack(result.adapter, task.reply.segments),
+        client_id=trainer.client_id,
         num_examples=result.num_examples,
         loss=result.loss,
         steps=result.steps,
-        metrics=result.metrics,
+        metrics={"seconds": seconds, **result.metrics},
         control=control,
     )
 

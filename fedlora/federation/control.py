@@ -4,19 +4,19 @@
     "control-digest"   its digest, which is made over that layout too
 
 Down goes the server's c, up goes the change of the client's own c_k. c_k itself is the client's
-private state: a row with the round that made it. The last two are kept, so that a round that was
-killed halfway and runs again reads what it read before (virtual clients: `PersonalSlab`).
+private state: a row with the round that made it (`fedlora.federation.own_rows`; of virtual clients
+`PersonalSlab`).
 """
 
 from __future__ import annotations
 
 import numpy as np
-from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.adapter import Array
 from fedlora.errors import FederationError, FedloraError
 from fedlora.federation.buffers import BufferForm, read_array
+from fedlora.federation.own_rows import OwnRows
 from fedlora.flat import RowForm
 from fedlora.training import TrainConfig
 
@@ -99,39 +99,20 @@ def next_control(
     return following, change
 
 
-def read_own_control(form: BufferForm, state: RecordDict, round: int) -> Array:
+def read_own_control(form: BufferForm, own: OwnRows, round: int) -> Array:
     """Return a client's c_k as the rounds before `round` left it; zeros in its first one.
 
-    Raises `FederationError` when the state's is of another layout.
+    Raises a `FedloraError` when what is kept is of another layout.
     """
-    kept = [row for number, row in _kept(form, state) if number < round]
-    return kept[-1] if kept else np.zeros(form.size, np.float32)
+    row = own.read(_kind(form), form.segments, round)
+    return np.zeros(form.size, np.float32) if row is None else row
 
 
-def write_own_control(form: BufferForm, state: RecordDict, round: int, row: Array) -> None:
+def write_own_control(form: BufferForm, own: OwnRows, round: int, row: Array) -> None:
     """Keep the c_k that `round` has made, beside the one that it was made of."""
-    kept = [pair for pair in _kept(form, state) if pair[0] < round][-1:]
-    kept.append((round, row))
-    name = _name(form)
-    arrays = {str(number): FlowerArray(np.ascontiguousarray(row)) for number, row in kept}
-    state[name] = ArrayRecord(arrays)
-    state[f"{name}-layout"] = ConfigRecord({"segments": list(form.texts)})
+    own.write(_kind(form), form.segments, round, row)
 
 
-def _kept(form: BufferForm, state: RecordDict) -> list[tuple[int, Array]]:
-    """Return what a state holds for these factors, each with its round, oldest first."""
-    name = _name(form)
-    rows, layout = state.get(name), state.get(f"{name}-layout")
-    if not isinstance(rows, ArrayRecord) or not isinstance(layout, ConfigRecord):
-        return []
-    if layout["segments"] != list(form.texts):
-        raise FederationError(
-            "this client's own control variate: expected the layers of this run, found others; "
-            "forget it, or start a new run"
-        )
-    return sorted((int(key), rows[key].numpy()) for key in rows)
-
-
-def _name(form: BufferForm) -> str:
+def _kind(form: BufferForm) -> str:
     # A method may train A in one round and B in the next: each has a row of its own.
     return "own-control-" + "".join(sorted({segment.factor for segment in form.segments}))

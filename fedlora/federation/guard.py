@@ -12,15 +12,35 @@ from typing import TypeVar, cast
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlora.errors import FederationError
-from fedlora.federation.buffers import LAYOUT_KEYS, BufferForm
+from fedlora.federation.buffers import BufferForm
 from fedlora.federation.control import CONTROL, CONTROL_RECORDS, DIGEST
+from fedlora.federation.limits import REASONS, read_declined
 
-__all__ = ["ANSWER_KEYS", "METRICS", "check_answer", "check_reply"]
+__all__ = [
+    "ADAPTERS",
+    "ANSWER_KEYS",
+    "KEPT_GLOBAL",
+    "MEASURES",
+    "METRICS",
+    "SCORES",
+    "check_answer",
+    "check_declined",
+    "check_reply",
+    "check_scores",
+]
 
 R = TypeVar("R")
 
-METRICS = frozenset({"loss", "num-examples", "steps"})  # what a client may tell of a round
-ANSWER_KEYS = frozenset({"client_id", "num_examples", "rank"})  # what it may tell of itself
+# What a client may tell of a round; seconds: how long it took its process to answer.
+METRICS = frozenset({"loss", "num-examples", "seconds", "steps"})
+# What it may tell of itself.
+ANSWER_KEYS = frozenset({"client_id", "codecs", "num_examples", "rank"})
+# What a client may tell of its adapters in the evaluation at the end of a run: means over its
+# held-out examples.
+ADAPTERS = ("base", "own", "global", "personal")
+MEASURES = ("loss", "accuracy", "perplexity", "bits_per_character", "top1", "top3")
+SCORES = frozenset(f"{adapter}.{measure}" for adapter in ADAPTERS for measure in MEASURES)
+KEPT_GLOBAL = "kept-global"  # whether it serves the global adapter, which did better in validation
 _METRICS_UNCOUNTED = METRICS - {"num-examples"}
 _ANSWER_KEYS_UNCOUNTED = ANSWER_KEYS - {"num_examples"}
 _REPLY_RECORDS = frozenset({"factors", "layout", "metrics"})
@@ -30,37 +50,46 @@ _ARRAYS = frozenset({"factors"})
 _DIGEST = frozenset({"digest"})
 
 
-def check_answer(content: RecordDict, *, share_num_examples: bool) -> None:
-    """Raise `FederationError` unless `content` is an answer to a query and nothing more."""
+def check_answer(content: RecordDict, *, share_num_examples: bool, remembers: bool = False) -> None:
+    """Raise `FederationError` unless `content` is an answer to a query and nothing more.
+
+    remembers: whether it was asked whether this client keeps its own rows over restarts.
+    """
     _refuse_others("the reply", content.keys(), _ANSWER_RECORDS)
     client = _record(content, "client", ConfigRecord)
     allowed = ANSWER_KEYS if share_num_examples else _ANSWER_KEYS_UNCOUNTED
+    if remembers:
+        allowed |= {"remembers"}
     _refuse_others("record client", client.keys(), allowed)
 
 
 def check_reply(
-    content: RecordDict, form: BufferForm, *, share_num_examples: bool, controlled: bool = False
+    content: RecordDict,
+    form: BufferForm,
+    *,
+    share_num_examples: bool,
+    control: BufferForm | None = None,
 ) -> None:
     """Raise `FederationError` unless `content` is a round's reply and nothing more.
 
-    `form` is of the factors that the method shares in this round. controlled: whether one row of
-    the same size, the change of a control variate, is asked for beside them.
+    form: of the factors that the method shares in this round, as they travel. control: of the
+    change of a control variate, where that is asked for beside them.
     """
-    records = _REPLY_RECORDS_CONTROLLED if controlled else _REPLY_RECORDS
+    records = _REPLY_RECORDS if control is None else _REPLY_RECORDS_CONTROLLED
     _refuse_others("the reply", content.keys(), records)
     factors = _record(content, "factors", ArrayRecord)
     layout = _record(content, "layout", ConfigRecord)
     metrics = _record(content, "metrics", MetricRecord)
     _refuse_others("record factors", factors.keys(), _ARRAYS)
-    _refuse_others("record layout", layout.keys(), LAYOUT_KEYS)
+    _refuse_others("record layout", layout.keys(), form.keys)
     texts = cast(list[str], layout["segments"])
     if texts != list(form.texts):  # a list that is the form's own is nothing but what is allowed
         _refuse_others("the layout", texts, frozenset(form.texts))
     _require_size("factors", factors, form)
-    if controlled:
-        control = _record(content, CONTROL, ArrayRecord)
-        _refuse_others("record control", control.keys(), _ARRAYS)
-        _require_size(CONTROL, control, form)
+    if control is not None:
+        change = _record(content, CONTROL, ArrayRecord)
+        _refuse_others("record control", change.keys(), _ARRAYS)
+        _require_size(CONTROL, change, control)
         _refuse_others(f"record {DIGEST}", _record(content, DIGEST, ConfigRecord).keys(), _DIGEST)
     allowed = METRICS if share_num_examples else _METRICS_UNCOUNTED
     _refuse_others("the metrics", metrics.keys(), allowed)
@@ -69,9 +98,28 @@ def check_reply(
             raise FederationError(f"refused to send metric {name!r}: it is not one number")
 
 
+def check_scores(content: RecordDict) -> None:
+    """Raise `FederationError` unless `content` is an evaluation's reply and nothing more."""
+    _refuse_others("the reply", content.keys(), frozenset({"scores"}))
+    scores = _record(content, "scores", MetricRecord)
+    _refuse_others("the scores", scores.keys(), SCORES | {KEPT_GLOBAL})
+    for name, value in scores.items():
+        if type(value) not in (int, float):
+            raise FederationError(f"refused to send score {name!r}: it is not one number")
+
+
+def check_declined(content: RecordDict) -> None:
+    """Raise `FederationError` unless `content` declines by one of the fixed words, and no more."""
+    if read_declined(content) is None:
+        raise FederationError(
+            f"refused to send: a device that declines says one of {', '.join(REASONS)} and nothing "
+            "else"
+        )
+
+
 def _require_size(name: str, record: ArrayRecord, form: BufferForm) -> None:
     array = record["factors"]
-    if array.shape != (form.size,) or len(array.data) != len(form.header) + 4 * form.size:
+    if array.shape != (form.length,) or len(array.data) != form.num_bytes:
         raise FederationError(f"refused to send {name}: their number is not that of the layout")
 
 

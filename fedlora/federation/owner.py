@@ -12,7 +12,9 @@ device. The rule is therefore:
 
 How a device computes is its owner's word alone: gradient checkpointing is on with
 ``checkpointing="true"`` in the node config (``FEDLORA_CHECKPOINTING``), and no message asks for it.
-So is the bundle with which a device without torch trains: ``bundle="DIR"`` (``FEDLORA_BUNDLE``).
+So is the bundle with which a device without torch trains: ``bundle="DIR"`` (``FEDLORA_BUNDLE``, or
+the one that its state is of), the ``rank`` that it trains at most, and its ``threads`` and
+``low_memory``.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from pathlib import Path
 
 from fedlora.errors import ConfigError, FederationError
 from fedlora.experiment import ExperimentConfig
+from fedlora.federation.device_state import owners_state
 from fedlora.federation.records import ClientSetup
+from fedlora.store import Store
 
 __all__ = [
     "owner_environment",
@@ -31,7 +35,11 @@ __all__ = [
     "owners_bundle",
     "owners_checkpointing",
     "owners_client",
+    "owners_low_memory",
+    "owners_rank",
     "owners_setup",
+    "owners_state",
+    "owners_threads",
 ]
 
 _KEYS = ("base", "data", "task")
@@ -71,15 +79,30 @@ def owners_checkpointing(node_config: Mapping[str, object], environment: Mapping
     Raises `FederationError` for another word than true or false.
     """
     word = node_config.get("checkpointing", environment.get("FEDLORA_CHECKPOINTING", False))
-    known = {"true": True, "false": False}
-    if str(word).lower() not in known:
-        raise FederationError(f"node config checkpointing: expected true or false, found {word!r}")
-    return known[str(word).lower()]
+    return _flag("checkpointing", word)
+
+
+def owners_low_memory(node_config: Mapping[str, object]) -> bool:
+    """Whether ONNX Runtime computes from the weights' mapping. Raises `FederationError`."""
+    return _flag("low_memory", node_config.get("low_memory", False))
+
+
+def owners_rank(node_config: Mapping[str, object]) -> int | None:
+    """Return the rank that this device trains at most; None: the server's. Raises `ConfigError`."""
+    return _count("rank", node_config.get("rank"))
+
+
+def owners_threads(node_config: Mapping[str, object]) -> int | None:
+    """Return the threads of ONNX Runtime; None: its own choice. Raises `ConfigError`."""
+    return _count("threads", node_config.get("threads"))
 
 
 def owners_bundle(node_config: Mapping[str, object], environment: Mapping[str, str]) -> Path:
     """Return the folder of this device's bundle. Raises `ConfigError` when none is named."""
     found = node_config.get("bundle") or environment.get("FEDLORA_BUNDLE")
+    state = owners_state(node_config)
+    if not found and state is not None and (state.folder / "state.json").is_file():
+        return Store.open(state.folder).bundle
     if not found:
         raise ConfigError(
             "node config bundle: expected the folder of a bundle to train with, found none; make "
@@ -115,3 +138,20 @@ def owner_node_config(config: ExperimentConfig) -> dict[str, str]:
 def owner_environment(config: ExperimentConfig) -> dict[str, str]:
     """Return the same as environment variables, for clients in processes that we start."""
     return {f"FEDLORA_{key.upper()}": value for key, value in owner_node_config(config).items()}
+
+
+def _flag(key: str, word: object) -> bool:
+    known = {"true": True, "false": False}
+    if str(word).lower() not in known:
+        raise FederationError(f"node config {key}: expected true or false, found {word!r}")
+    return known[str(word).lower()]
+
+
+def _count(key: str, value: object) -> int | None:
+    """A whole number, which Flower's node config may also give as a text."""
+    if value is None:
+        return None
+    text = str(value)
+    if isinstance(value, bool) or not (text.isascii() and text.isdigit() and 0 < int(text) < 10**6):
+        raise ConfigError(f"node config {key}: expected a whole number >= 1, found {value!r}")
+    return int(text)

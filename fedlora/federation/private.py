@@ -7,18 +7,24 @@ client then starts a round from what the server sent, with its own factors in pl
 from __future__ import annotations
 
 import numpy as np
-from flwr.app import Array as FlowerArray
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.adapter import Adapter, Array
-from fedlora.errors import FederationError
+from fedlora.federation.own_rows import OwnRows
 from fedlora.federation.tasks import TrainTask
 from fedlora.flat import RowForm, Segment, segments_of
 from fedlora.training import Factor
 
-__all__ = ["kept_factors", "kept_segments", "read_state", "split_row", "with_kept", "write_state"]
+__all__ = [
+    "KIND",
+    "kept_factors",
+    "kept_segments",
+    "read_own_factors",
+    "split_row",
+    "with_kept",
+    "write_own_factors",
+]
 
-_NAME = "private"  # of the records in a client's `Context.state`
+KIND = "own-factors"  # among the rows that a client keeps
 
 
 def kept_factors(task: TrainTask) -> frozenset[Factor]:
@@ -47,26 +53,14 @@ def split_row(task: TrainTask, row: Array) -> tuple[Array, Array]:
     return row[mine], row[~mine]
 
 
-def read_state(task: TrainTask, state: RecordDict) -> Array | None:
-    """Return the row that a client's state holds; None in its first round.
+def read_own_factors(task: TrainTask, own: OwnRows) -> Array | None:
+    """Return the row that a client has of its own factors; None in its first round.
 
-    Raises `FederationError` when it is of another layout: the run was started with other layers.
+    Raises a `FedloraError` when it is of another layout: the run was started with other layers.
     """
-    factors, layout = state.get(_NAME), state.get(f"{_NAME}-layout")
-    if not isinstance(factors, ArrayRecord) or not isinstance(layout, ConfigRecord):
-        return None
-    expected = [str(segment) for segment in kept_segments(task)]
-    if layout["segments"] != expected:
-        raise FederationError(
-            f"this client's own factors: expected {len(expected)} as in this run, found others; "
-            "forget them, or start a new run"
-        )
-    row: Array = factors["factors"].numpy()
-    return row
+    return own.read(KIND, kept_segments(task), task.order.round)
 
 
-def write_state(task: TrainTask, state: RecordDict, row: Array) -> None:
-    """Keep a client's own factors in its state."""
-    state[_NAME] = ArrayRecord({"factors": FlowerArray(np.ascontiguousarray(row))})
-    segments = [str(segment) for segment in kept_segments(task)]
-    state[f"{_NAME}-layout"] = ConfigRecord({"segments": segments})
+def write_own_factors(task: TrainTask, own: OwnRows, row: Array) -> None:
+    """Keep a client's own factors."""
+    own.write(KIND, kept_segments(task), task.order.round, row)

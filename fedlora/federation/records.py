@@ -1,7 +1,7 @@
 """What the server and its clients say to each other, as Flower records.
 
     query   down  "setup"                                    ClientSetup, flat scalars
-            up    "client"                                   client-id, rank, num-examples
+            up    "client"                                   ClientAnswer
     train   down  "setup", "train"                           TrainOrder, flat scalars
                   "factors" + "layout"                       the trainable adapter
                   "frozen" + "frozen-layout"                 the part that stays (if there is one)
@@ -9,8 +9,9 @@
             up    "factors" + "layout", "metrics"            the uploaded factors only
                   "control" + "control-digest"               the change of c_k (as above)
 
-Factors travel as one flat float32 buffer with its layout (`fedlora.federation.buffers`); the answer
-to a training message is in `fedlora.federation.replies`. Every value that arrives is checked
+Factors travel as one flat buffer with its layout (`fedlora.federation.buffers`), float32 or in a
+codec that the client knows; control variates are always float32. The answer to a training message
+is in `fedlora.federation.replies`. Every value that arrives is checked
 against its type, and every layout against the one that is expected; an error names the sender.
 """
 
@@ -27,11 +28,19 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.adapter import Adapter, LoraConfig, LoraLayer
 from fedlora.aggregation import Broadcast
-from fedlora.errors import ConfigError, FederationError
+from fedlora.errors import ConfigError, FederationError, FedloraError
 from fedlora.experiment import BaseConfig, DataConfig, ExperimentConfig, from_plain, to_plain
-from fedlora.federation.buffers import BufferForm, FixedList, describe, read_array, read_layout
+from fedlora.federation.buffers import (
+    BufferForm,
+    FixedList,
+    codec_of,
+    describe,
+    read_array,
+    read_layout,
+)
+from fedlora.federation.codecs import CODECS, FP32, Codec
 from fedlora.federation.layout import parse_segments, unpack
-from fedlora.flat import Segment, pack, segments_of
+from fedlora.flat import RowForm, Segment, pack, segments_of
 from fedlora.training import Factor, LocalRule, TrainConfig
 
 __all__ = [
@@ -44,6 +53,7 @@ __all__ = [
     "content_bytes",
     "decode_answer",
     "decode_broadcast",
+    "decode_start",
     "encode_adapter",
     "from_record",
     "query_content",
@@ -55,7 +65,11 @@ T = TypeVar("T")
 
 BOTH: frozenset[Factor] = frozenset({"A", "B"})
 
-_ANSWER: Mapping[str, type] = {"client_id": str, "rank": int, "num_examples": int}
+_ANSWER: Mapping[str, type] = {
+    "client_id": str, "rank": int, "num_examples": int, "codecs": tuple, "remembers": bool,
+}  # fmt: skip
+_CODECS = FixedList(CODECS)
+MOST_CODECS = 32  # that an answer may name
 
 # The last adapters that came down, by their record's name: bytes, description, adapter, round.
 # Several of one round, since those of clients of different ranks alternate.
@@ -73,14 +87,21 @@ class ClientSetup:
     lora: LoraConfig
     seed: int
     share_num_examples: bool = True  # False with equal weights: the count stays on the device
+    # Which run this is, where clients keep something of their own from round to round.
+    run: str | None = None
 
     @classmethod
-    def of(cls, config: ExperimentConfig) -> ClientSetup:
+    def of(cls, config: ExperimentConfig, run: str | None = None) -> ClientSetup:
         """Return the part of an experiment that clients get."""
         # `extra` holds PEFT keys of any type, which change nothing here.
         lora = replace(config.lora, extra={})
         return cls(
-            config.base, config.data, lora, config.seed, config.federation.weights == "examples"
+            config.base,
+            config.data,
+            lora,
+            config.seed,
+            config.federation.weights == "examples",
+            run,
         )
 
 
@@ -93,6 +114,7 @@ class TrainOrder:
     train: TrainConfig
     uploaded: frozenset[Factor]  # what the client sends back
     rule: LocalRule = field(default_factory=LocalRule)
+    upload_codec: Codec | None = None  # None: fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +124,9 @@ class ClientAnswer:
     client_id: str
     rank: int | None = None  # None: the global adapter's
     num_examples: int | None = None  # None: not told, the weights are equal
+    # That the client can read and write. Unknown names are allowed: its software may be newer.
+    codecs: tuple[str, ...] = (FP32,)
+    remembers: bool | None = None  # whether it keeps its own rows over restarts; None: not asked
 
     def __post_init__(self) -> None:
         if not self.client_id or len(self.client_id) > 200 or not self.client_id.isprintable():
@@ -113,6 +138,12 @@ class ClientAnswer:
                 raise FederationError(
                     f"client {self.client_id!r}: expected {name} >= 1, found {value}"
                 )
+        short = (type(codec) is str and 0 < len(codec) <= 20 for codec in self.codecs)
+        if self.codecs != CODECS and (len(self.codecs) > MOST_CODECS or not all(short)):
+            raise FederationError(
+                f"client {self.client_id!r}: expected at most {MOST_CODECS} names of codecs, each "
+                "of 1 to 20 characters, found others"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +153,8 @@ class EncodedAdapter:
     factors: ArrayRecord
     layout: ConfigRecord
     segments: tuple[Segment, ...]
+    sent: Adapter  # as the client reads it
+    fp32_surplus: int = 0  # bytes that the records would have more in fp32
 
     def put_in(self, content: RecordDict, name: str, layout_name: str) -> None:
         """Add copies of the records to `content`; the array's immutable bytes are shared."""
@@ -158,8 +191,11 @@ def answer_content(answer: ClientAnswer) -> RecordDict:
     """Return what a client answers to a query."""
     told = {
         "client_id": answer.client_id, "rank": answer.rank, "num_examples": answer.num_examples,
+        "remembers": answer.remembers,
     }  # fmt: skip
     known: dict[str, Any] = {key: value for key, value in told.items() if value is not None}
+    if answer.codecs != (FP32,):
+        known["codecs"] = _CODECS if answer.codecs == CODECS else list(answer.codecs)
     return RecordDict({"client": ConfigRecord(known)})
 
 
@@ -169,6 +205,8 @@ def decode_answer(content: RecordDict, who: str) -> ClientAnswer:
     if not isinstance(record, ConfigRecord):
         raise FederationError(f"{who}: expected a record 'client', found none")
     told: dict[str, Any] = dict(record.items())
+    if isinstance(told.get("codecs"), list):
+        told["codecs"] = tuple(told["codecs"])
     if told.keys() <= _ANSWER.keys() and all(type(v) is _ANSWER[key] for key, v in told.items()):
         try:
             return ClientAnswer(**told)
@@ -197,13 +235,27 @@ def train_content(
     return content
 
 
-def encode_adapter(adapter: Adapter, factors: frozenset[Factor], round: int) -> EncodedAdapter:
-    """Pack some factors of `adapter` into one buffer, and describe it."""
-    form = BufferForm.of(segments_of(adapter, factors))
-    array = form.array(pack(adapter, form.segments))
+def encode_adapter(
+    adapter: Adapter,
+    factors: frozenset[Factor],
+    round: int,
+    codec: Codec = FP32,
+    draws: np.random.Generator | None = None,
+) -> EncodedAdapter:
+    """Pack some factors of `adapter` into one buffer, and describe it.
+
+    draws: for the rounding of the codec. Raises `NonFiniteError` for a number that is too large for
+    the codec.
+    """
+    form = BufferForm.of(segments_of(adapter, factors), codec)
+    array = form.array(pack(adapter, form.segments), draws)
     layout = describe(adapter, form, round)
     layout["digest"] = form.digest(array.data)
-    return EncodedAdapter(ArrayRecord({"factors": array}), layout, form.segments)
+    sent = adapter
+    if codec != FP32:
+        sent = RowForm.of(adapter, factors).read(form.row(array.data).tobytes())
+    record = ArrayRecord({"factors": array})
+    return EncodedAdapter(record, layout, form.segments, sent, form.fp32_surplus)
 
 
 def decode_broadcast(content: RecordDict, setup: ClientSetup) -> Broadcast:
@@ -212,6 +264,13 @@ def decode_broadcast(content: RecordDict, setup: ClientSetup) -> Broadcast:
     if "frozen" in content:
         frozen = _decode_adapter(content, "frozen", "frozen-layout", setup.lora)
     return Broadcast(_decode_adapter(content, "factors", "layout", setup.lora), frozen)
+
+
+def decode_start(content: RecordDict, setup: ClientSetup) -> Adapter | None:
+    """Read what a client of a smaller rank starts from, where that is sent; raises as above."""
+    if "start" not in content:
+        return None
+    return _decode_adapter(content, "start", "start-layout", setup.lora)
 
 
 def content_bytes(content: RecordDict) -> int:
@@ -260,10 +319,13 @@ def _decode_adapter(content: RecordDict, name: str, layout_name: str, lora: Lora
 def _read_adapter(content: RecordDict, name: str, layout_name: str, lora: LoraConfig) -> Adapter:
     who = f"message from the server, {name}"
     layout = read_layout(content, layout_name, who)
-    form = BufferForm.of(parse_segments(layout["segments"], who))
+    form = BufferForm.of(parse_segments(layout["segments"], who), codec_of(layout, who))
     data = read_array(content, name, layout, form, who)
-    buffer = np.frombuffer(data, np.float32, offset=len(form.header))
-    factors = unpack(buffer, form.segments, who)
+    try:
+        row = form.row(data)
+    except FedloraError as error:
+        raise type(error)(f"{who}: {error}") from None
+    factors = unpack(row, form.segments, who)
     paths = sorted({segment.path for segment in form.segments})
     kinds, scalings = layout["kinds"], layout["scalings"]
     if not len(paths) == len(kinds) == len(scalings):

@@ -5,10 +5,18 @@ A `ReplyForm` is prepared once from what was sent down. The client copies from i
 compares with it in one step, and looks closer only where something differs, to say what.
 
     "factors"  one array "factors"
-    "layout"   segments, kinds, scalings, base, round, digest
-    "metrics"  loss, steps, num-examples
+    "layout"   segments, kinds, scalings, base, round, digest; codec, where it is not fp32
+    "metrics"  loss, steps, num-examples, seconds (may be left out)
 
 With control variates, "control" and "control-digest" beside these (`fedlora.federation.control`).
+
+fp32 carries the trained factors, bit for bit. A codec carries the difference between them and those
+that were sent, which is smaller than they are and so loses less. Both sides know what was sent to
+the last bit: the server decodes its own message.
+
+What the server takes as the client's factors is that difference added to its own, as they were
+before the download codec. So the rounding of a download is an error of the place where clients
+train, a new one in every round, and never part of the global adapter.
 """
 
 from __future__ import annotations
@@ -18,17 +26,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
+from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlora.adapter import Adapter, Array
 from fedlora.errors import FederationError, FedloraError, NonFiniteError
 from fedlora.federation.buffers import (
     BufferForm,
+    codec_of,
     describe,
     read_array,
     read_layout,
     require_segments,
 )
+from fedlora.federation.codecs import FP32, Codec
 from fedlora.federation.control import LARGEST, put_control, read_control, require_no_control
 from fedlora.flat import RowForm, Segment, pack
 from fedlora.training import Factor
@@ -51,38 +63,78 @@ LARGEST_LOSS = 1e30  # its sum over clients by weight stays finite
 class ReplyForm:
     """What all replies to one broadcast have in common."""
 
-    rows: RowForm  # the uploaded factors; the others are those that were sent down
-    buffer: BufferForm
+    sent: Adapter  # the trainable adapter as the client was sent it
+    rows: RowForm  # the uploaded factors; the others are those of the server's own adapter
+    buffer: BufferForm  # of a row in fp32, as a control variate's change travels
+    wire: BufferForm  # of the factors as they travel; `buffer` itself in fp32
     round: int
     layout: ConfigRecord  # of every reply, its digest left out
     _told: dict[str, Any]  # the same as plain values
     _types: list[type]  # of the scalings: 1 == 1.0 == True
     _bytes: int  # of the layout, without its digest's text
     controlled: bool = False  # whether a control variate's change comes beside the factors
+    # Rows of the uploaded factors: those sent, and the server's. Not needed where all is fp32.
+    _sent_row: Array | None = None
+    _own_row: Array | None = None
 
     @classmethod
     def of(
-        cls, sent: Adapter, uploaded: frozenset[Factor], round: int, *, controlled: bool = False
+        cls,
+        sent: Adapter,
+        uploaded: frozenset[Factor],
+        round: int,
+        *,
+        controlled: bool = False,
+        codec: Codec = FP32,
+        own: Adapter | None = None,
     ) -> ReplyForm:
-        """Prepare the replies with factors `uploaded` to the trainable adapter `sent`."""
-        rows = RowForm.of(sent, uploaded)
+        """Prepare the replies with factors `uploaded` to the trainable adapter `sent`.
+
+        codec: of the replies. own: the server's adapter, of which a download codec has made `sent`;
+        None: it is the same.
+        """
+        own = sent if own is None else own
+        rows = RowForm.of(own, uploaded)
         buffer = BufferForm.of(rows.segments)
-        layout = describe(sent, buffer, round)
+        wire = buffer if codec == FP32 else BufferForm.of(rows.segments, codec)
+        layout = describe(sent, wire, round)
         told: dict[str, Any] = dict(layout.items())
         texts = (*told, "digest", *told["segments"], *told["kinds"], told["base"])
         size = sum(map(len, texts)) + 8 * (len(sent) + 1)  # a float a layer, and the round
+        size += 0 if codec == FP32 else len(codec)
         types: list[type] = [float] * len(sent)
-        return cls(rows, buffer, round, layout, told, types, size, controlled)
+        sent_row = own_row = None
+        if codec != FP32 or own is not sent:
+            sent_row, own_row = pack(sent, rows.segments), pack(own, rows.segments)
+        return cls(
+            sent, rows, buffer, wire, round, layout, told, types, size, controlled,
+            sent_row, own_row,
+        )  # fmt: skip
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The factors in a reply's row, in order."""
         return self.rows.segments
 
-    @property
-    def sent(self) -> Adapter:
-        """The trainable adapter that went down."""
-        return self.rows.like
+    def array(self, row: Array, draws: np.random.Generator | None) -> FlowerArray:
+        """Return trained factors, ``(size,)`` float32, as they travel; `draws` for the rounding."""
+        if self.wire.codec == FP32 or self._sent_row is None or row.shape != self._sent_row.shape:
+            return self.wire.array(row)  # which refuses another shape
+        return self.wire.array(row - self._sent_row, draws)
+
+    def adapter(self, data: bytes) -> Adapter:
+        """Return the client's adapter of an array's bytes, as `read_array` returns them.
+
+        Raises `FormatError` for what no encoder makes, and `NonFiniteError` for a number that is
+        not finite or over `LARGEST`.
+        """
+        if self._sent_row is None or self._own_row is None:
+            return self.rows.read(data, len(self.wire.header), largest=LARGEST)
+        row = self.wire.row(data)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below, by the layer's name
+            change = row - self._sent_row if self.wire.codec == FP32 else row
+            row = self._own_row + change
+        return self.rows.read(row.tobytes(), largest=LARGEST)
 
     def describes(self, layout: object) -> bool:
         """Whether a record is exactly what a right reply says of its factors, whatever digest."""
@@ -102,11 +154,12 @@ class ReplyForm:
 class Reply:
     """One client's round as it arrived, checked."""
 
-    adapter: Adapter  # the uploaded factors; the others are those that were sent down
+    adapter: Adapter  # the uploaded factors; the others are those of the server's own adapter
     num_examples: int | None
     loss: float  # NaN when there was no step
     steps: int
     control: Array | None = None  # the change of its control variate, as a row of the factors
+    seconds: float | None = None  # how long the client took, as it says itself
 
 
 def encode_reply_row(
@@ -114,18 +167,21 @@ def encode_reply_row(
     row: Array,
     metrics: Mapping[str, int | float],
     control: Array | None = None,
+    draws: np.random.Generator | None = None,
 ) -> RecordDict:
     """Return the reply with the uploaded factors in `row`, ``(size,)`` float32, which is copied.
 
-    control: a row of the same layout, the change of the client's control variate.
+    control: a row of the same layout, the change of the client's control variate. draws: for the
+    rounding of the reply's codec.
 
-    Raises `ShapeMismatchError` for another row. It does not look at the numbers: the server does.
+    Raises `ShapeMismatchError` for another row. fp32 does not look at the numbers: the server does.
+    The other codecs raise `NonFiniteError` for what they cannot hold.
     """
-    array = form.buffer.array(row)
+    array = form.array(row, draws)
     factors = ArrayRecord()
     factors["factors"] = array
     layout = form.layout.copy()
-    layout["digest"] = form.buffer.digest(array.data)
+    layout["digest"] = form.wire.digest(array.data)
     content = RecordDict(
         {"factors": factors, "layout": layout, "metrics": MetricRecord(dict(metrics))}
     )
@@ -143,21 +199,23 @@ def encode_reply(
 
 
 def decode_reply(content: RecordDict, form: ReplyForm, who: str) -> Reply:
-    """Read and check a client's answer. The adapter's factors are views of the message's bytes.
+    """Read and check a client's answer. In fp32 its factors are views of the message's bytes.
 
     Raises a `FedloraError` that opens with `who`: another layout, base, round, digest or size, a
-    number that is not finite or over `LARGEST`, a missing or senseless metric.
+    codec, number that is not finite or over `LARGEST`, a missing or senseless metric.
     """
     layout: Any = content.get("layout")
     usual = form.describes(layout)
     if not usual:
         layout = read_layout(content, "layout", who)
         require_segments(layout, form.buffer, who)
-    data = read_array(content, "factors", layout, form.buffer, who)
+        if (codec := codec_of(layout, who)) != form.wire.codec:
+            raise FederationError(f"{who}: expected codec {form.wire.codec}, found {codec}")
+    data = read_array(content, "factors", layout, form.wire, who)
     if not usual:
         _require_same(layout, form, who)
     try:
-        adapter = form.rows.read(data, len(form.buffer.header), largest=LARGEST)
+        adapter = form.adapter(data)
     except FedloraError as error:
         raise type(error)(f"{who}: {error}") from None
     control = None
@@ -165,7 +223,8 @@ def decode_reply(content: RecordDict, form: ReplyForm, who: str) -> Reply:
         control = read_control(content, form.rows, form.buffer, who)
     else:
         require_no_control(content, who)
-    return Reply(adapter, *_metrics(content, who), control)
+    count, loss, steps, seconds = _metrics(content, who)
+    return Reply(adapter, count, loss, steps, control, seconds)
 
 
 def require_answerable(adapter: Adapter) -> None:
@@ -209,7 +268,7 @@ def _require_same(layout: Mapping[str, Any], form: ReplyForm, who: str) -> None:
         raise FederationError(f"{who}: expected the server's scalings, found others")
 
 
-def _metrics(content: RecordDict, who: str) -> tuple[int | None, float, int]:
+def _metrics(content: RecordDict, who: str) -> tuple[int | None, float, int, float | None]:
     record = content.get("metrics")
     found = dict(record.items()) if isinstance(record, MetricRecord) else {}
     if "loss" not in found or "steps" not in found:
@@ -223,7 +282,10 @@ def _metrics(content: RecordDict, who: str) -> tuple[int | None, float, int]:
         raise FederationError(f"{who}: expected a finite loss, found {loss!r}")
     if abs(loss) > LARGEST_LOSS:
         raise FederationError(f"{who}: expected a loss up to {LARGEST_LOSS:g}, found {loss!r}")
-    return count, loss, steps
+    seconds = found.get("seconds")
+    if seconds is not None and (type(seconds) is not float or not 0 <= seconds < math.inf):
+        raise FederationError(f"{who}: expected seconds, a finite number >= 0, found {seconds!r}")
+    return count, loss, steps, seconds
 
 
 def _short(fingerprint: str | None) -> str:

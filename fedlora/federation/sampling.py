@@ -32,15 +32,16 @@ def draw_cohort(
     round: int,
     seed: int,
     sampling: Literal["fixed", "poisson"] = "fixed",
+    again: int = 0,
 ) -> tuple[str, ...]:
     """Return the sorted ids of one round's cohort.
 
     fixed: `size` of them (all, if there are fewer), uniformly without replacement. poisson: each
     one independently with probability ``size / len(client_ids)``, so that the number varies and
-    may be 0.
+    may be 0. again: how many cohorts of this round have declined; the next one is another.
     """
     ids: Sequence[str] = sorted(client_ids)
-    generator = rng(seed, "cohort", round)
+    generator = rng(seed, "cohort", round, *(("again", again) if again else ()))
     if sampling == "poisson":
         drawn = generator.random(len(ids)) < size / max(len(ids), 1)
         return tuple(client_id for client_id, taken in zip(ids, drawn, strict=True) if taken)

@@ -6,12 +6,13 @@ The server needs no torch: the starting adapter is drawn from the base's card.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fedlora.adapter import Adapter
@@ -30,20 +31,27 @@ from fedlora.federation.checkpoint import (
     write_checkpoint,
 )
 from fedlora.federation.client import one_line
+from fedlora.federation.folder import EXPERIMENT
+from fedlora.federation.quorum import QuorumGrid, Wait
 from fedlora.federation.records import (
     ClientAnswer,
     ClientSetup,
-    decode_answer,
-    query_content,
     to_record,
 )
+from fedlora.federation.roster import Roster, query_messages, read_answer
 from fedlora.federation.sampling import draw_held_out
-from fedlora.federation.strategy import FederatedLora
+from fedlora.federation.stage import OnClient, evaluate_devices, require_stage
+from fedlora.federation.strategy import FederatedLora, named_run, with_answers
+from fedlora.files import write_atomic
 from fedlora.targets import initial_adapter
 
 __all__ = ["run_federation"]
 
 _log = logging.getLogger(__name__)
+
+# Once enough clients have answered at the start, the others get this many seconds, or as long
+# again as it took so far. Who answers later still joins the run.
+ANSWER_GRACE = 30.0
 
 
 def run_federation(
@@ -57,6 +65,9 @@ def run_federation(
     timeout: float = 3600.0,
     clients_remember: bool = False,
     on_round: Callable[[RoundRecord], None] | None = None,
+    evaluate: bool = False,
+    on_client: OnClient | None = None,
+    pause: Callable[[float], None] = time.sleep,
 ) -> ServerState:
     """Run, or go on with, the federation that `config` describes; return its last state.
 
@@ -65,20 +76,39 @@ def run_federation(
     the base), `method` overrides the config's by a value of one's own. The run starts once
     `min_clients` nodes are connected. `clients_remember`: whether clients of a resumed run still
     have what they kept in it. Flower's do not: a state belongs to one of its runs, and a resumed
-    run is a new one. Control variates then begin at zero on both sides. `timeout` (seconds) limits
-    the wait for nodes, and each round's.
+    run is a new one; devices with a state folder do. Where not all of them remember, control
+    variates begin at zero on both sides. `timeout` (seconds) limits the wait for nodes, and each
+    round's. `evaluate`: whether all clients personalize and evaluate the global adapter at the end
+    (`fedlora.federation.stage`), each of which is told to `on_client`. `pause` waits so many
+    seconds before a round that its devices declined is tried again.
+
+    Through a `QuorumGrid` clients also come and go: a node that is gone is not asked, one that
+    returns is, and a new one joins the population at a round's start. Through any other grid the
+    population stays as it was, and who is not there at the start or on resume never comes.
 
     Raises `RunError` for another experiment's checkpoint, `FederationError` when no client answers
-    or three rounds in a row bring no update, `ConfigError` for a cohort larger than the population.
+    or several rounds in a row bring no update, `ConfigError` for a cohort larger than the
+    population.
     """
     method = method or config.federation.build_method()
+    if evaluate:
+        require_stage(config)
     resumed = resume_run(out, config) if has_checkpoint(out) else None
-    if resumed is not None and method.local.correction is not None and not clients_remember:
+    run = resumed.run if resumed is not None and resumed.run else secrets.token_hex(16)
+    setup = to_record(ClientSetup.of(config, named_run(run, config, method)))
+    needs_examples = config.federation.weights == "examples"
+    answers, left_out = _meet_clients(grid, setup, needs_examples, min_clients, timeout)
+    remembered = clients_remember or all(answer.remembers for _, answer in answers.values())
+    if resumed is not None and method.local.correction is not None and not remembered:
         _log.warning("resumed: control variates begin at zero, clients have theirs no longer")
         resumed = replace(resumed, state=without_control(resumed.state))
-    answers, left_out = _meet_clients(grid, config, min_clients, timeout)
-    checkpoint = resumed or _start(config, initial, answers, left_out)
-    checkpoint = _with_answers(checkpoint, answers)
+        run = secrets.token_hex(16)  # so that those of clients that remember begin there too
+        setup = to_record(ClientSetup.of(config, run))
+    checkpoint = resumed or _start(config, initial, answers, tuple(left_out.values()))
+    said = {client_id: answer for client_id, (_, answer) in answers.items()}
+    checkpoint = replace(with_answers(checkpoint, said), run=run)
+    if evaluate:
+        write_atomic(out / EXPERIMENT, config.to_toml().encode())
     if resumed is None:
         write_checkpoint(out, checkpoint, config)
 
@@ -89,10 +119,27 @@ def run_federation(
             on_round(record)
 
     nodes = {client_id: node for client_id, (node, _) in answers.items()}
-    strategy = FederatedLora(config, method, checkpoint, nodes, save)
-    rounds = config.federation.rounds - checkpoint.state.round
-    if rounds > 0:
+    codecs = {client_id: answer.codecs for client_id, (_, answer) in answers.items()}
+    roster = None
+    if isinstance(grid, QuorumGrid):
+        roster = Roster(
+            grid,
+            setup,
+            dict(answers.values()),
+            left_out,
+            needs_examples=needs_examples,
+            min_clients=min_clients,
+            timeout=timeout,
+        )
+    strategy = FederatedLora(config, method, checkpoint, nodes, save, roster, codecs, pause=pause)
+    # More than once when devices declined a round: it was tried again, and one is left over.
+    while (rounds := config.federation.rounds - strategy.checkpoint.state.round) > 0:
         strategy.start(grid, ArrayRecord(), num_rounds=rounds, timeout=timeout)
+    if evaluate:
+        evaluate_devices(
+            grid, config, method, strategy.checkpoint, strategy.connected(), out,
+            timeout=timeout, on_client=on_client,
+        )  # fmt: skip
     return strategy.checkpoint.state
 
 
@@ -121,48 +168,32 @@ def _start(
     return Checkpoint(ServerState.start(initial), clients, left_out=left_out)
 
 
-def _with_answers(
-    checkpoint: Checkpoint, answers: dict[str, tuple[int, ClientAnswer]]
-) -> Checkpoint:
-    """Return the checkpoint with what the clients just said of themselves.
-
-    The population stays as it was at the start: a client that is gone is dropped when it is drawn,
-    a new one is not drawn, so that a resumed run draws the same cohorts.
-    """
-    clients = []
-    for client in checkpoint.clients:
-        if client.client_id in answers:
-            answer = answers[client.client_id][1]
-            client = ClientRecord(
-                client.client_id,
-                answer.rank,
-                answer.num_examples,
-                client.held_out,
-                client.rounds,
-                client.steps,
-            )
-        clients.append(client)
-    return replace(checkpoint, clients=tuple(clients))
-
-
 def _meet_clients(
-    grid: Grid, config: ExperimentConfig, min_clients: int, timeout: float
-) -> tuple[dict[str, tuple[int, ClientAnswer]], tuple[Dropped, ...]]:
-    """Ask every node who it is. Return (node id, answer) by client id, and who was left out."""
+    grid: Grid, setup: ConfigRecord, needs_examples: bool, min_clients: int, timeout: float
+) -> tuple[dict[str, tuple[int, ClientAnswer]], dict[int, Dropped]]:
+    """Ask every node who it is.
+
+    Return (node id, answer) by client id, and who was left out by node id.
+    """
     nodes = _wait_for_nodes(grid, min_clients, timeout)
-    setup = to_record(ClientSetup.of(config))
-    messages = (Message(query_content(setup), node, "query", group_id="0") for node in nodes)
+    messages = query_messages(setup, nodes)
     asked = frozenset(nodes)
     answers: dict[str, tuple[int, ClientAnswer]] = {}
     left_out: dict[int, Dropped] = {}
     seen: set[int] = set()
-    for reply in grid.send_and_receive(messages, timeout=timeout):
+    replies: Iterable[Message]
+    if isinstance(grid, QuorumGrid):  # a node that is gone must not stop a run for an hour
+        wait = Wait(max(min_clients, 1), ANSWER_GRACE, grace_share=1.0, deadline=timeout)
+        replies = grid.exchange(messages, wait)
+    else:
+        replies = grid.send_and_receive(messages, timeout=timeout)
+    for reply in replies:
         node = reply.metadata.src_node_id
         if node not in asked or node in seen:
             continue
         seen.add(node)
         try:
-            answer = _read_answer(reply, f"node {node}", config.federation.weights == "examples")
+            answer = read_answer(reply, f"node {node}", needs_examples)
             if answer.client_id in answers:
                 raise FederationError(
                     f"node {node}: client id {answer.client_id!r} is already taken by node "
@@ -184,16 +215,7 @@ def _meet_clients(
         raise FederationError(
             f"none of {len(nodes)} clients can take part: {reasons[0] if reasons else 'no node'}"
         )
-    return answers, tuple(left_out[node] for node in nodes if node in left_out)
-
-
-def _read_answer(reply: Message, who: str, needs_examples: bool) -> ClientAnswer:
-    if reply.has_error():
-        raise FederationError(f"{who}: {reply.error.reason or 'failed, no reason'}")
-    answer = decode_answer(reply.content, who)
-    if needs_examples and answer.num_examples is None:
-        raise FederationError(f"{who}: expected num-examples, found none")
-    return answer
+    return answers, {node: left_out[node] for node in nodes if node in left_out}
 
 
 def _wait_for_nodes(grid: Grid, min_clients: int, timeout: float) -> list[int]:

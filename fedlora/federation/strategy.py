@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -35,9 +36,14 @@ from fedlora.errors import (
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint, ClientRecord, Dropped, RoundRecord
 from fedlora.federation.client import one_line
+from fedlora.federation.codecs import FP32, SERVER, Codec, Codecs, agreed, rounding
 from fedlora.federation.control import put_control
+from fedlora.federation.limits import DECLINED, read_declined
+from fedlora.federation.phases import PhaseClock, slowest_and_median
+from fedlora.federation.quorum import Replies
 from fedlora.federation.records import (
     BOTH,
+    ClientAnswer,
     ClientSetup,
     EncodedAdapter,
     TrainOrder,
@@ -53,11 +59,27 @@ from fedlora.federation.replies import (
     reply_bytes,
     require_answerable,
 )
+from fedlora.federation.roster import Roster
 from fedlora.federation.sampling import draw_cohort
 
-__all__ = ["MAX_FAILED_ROUNDS", "FederatedLora", "deal_ranks"]
+__all__ = [
+    "FederatedLora",
+    "deal_ranks",
+    "most_failed_rounds",
+    "named_run",
+    "with_answers",
+]
 
-MAX_FAILED_ROUNDS = 3  # in a row without one valid update, before the run is given up
+# Without one valid update in so many rounds in a row, and from so many clients, a run is given up.
+# By rounds alone, 86 % of all runs of 100 rounds would end whose cohort is one client and which
+# lose 30 % of their messages by chance; that twelve in a row are lost happens in one of 30,000.
+MAX_FAILED_ROUNDS = 3
+MAX_FAILED_CLIENTS = 12
+# A round that its devices declined is tried again after a pause, which doubles up to the longest.
+# A night of declining must neither end a run nor use up its rounds; a week is an owner's holiday.
+SHORTEST_PAUSE = 60.0  # seconds
+LONGEST_PAUSE = 900.0
+MOST_PAUSES = 7 * 24 * 3600.0  # in all, without one update or failure between them
 
 _log = logging.getLogger(__name__)
 
@@ -68,15 +90,21 @@ class _Round:
 
     number: int
     cohort: tuple[str, ...]
-    started: float
     awaited: dict[int, _Sent] = field(default_factory=dict)  # by node id, until it answers
     answered: dict[int, str] = field(default_factory=dict)  # node id -> client id
     dropped: list[Dropped] = field(default_factory=list)
+    declined: list[str] = field(default_factory=list)  # client ids
+    failures: int = 0  # replies that were errors or wrong
     valid: dict[str, int] = field(default_factory=dict)  # client id -> steps
     loss_sum: float = 0.0
     loss_weight: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    clock: PhaseClock = field(default_factory=PhaseClock)
+    client_seconds: list[float] = field(default_factory=list)
+    late: int = 0  # replies to older rounds
+    surplus_up: int = 0  # what would come on top of these in fp32
+    surplus_down: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +123,21 @@ class _Prepared:
     content: Callable[[], RecordDict]  # a message with records of its own
     num_bytes: int
     form: ReplyForm
+    fp32_surplus: int  # bytes that the message would have more in fp32
 
 
 class FederatedLora(Strategy):
     """Federated LoRA by a `Method`, from a checkpoint on.
 
-    `nodes` maps client ids to the node ids that Flower gave them in this run. After each round
-    `save` gets the new checkpoint and the round's record; `checkpoint` is always the latest.
-    Raises `FederationError` after `MAX_FAILED_ROUNDS` rounds in a row without an update.
+    `nodes` maps client ids to the node ids that Flower gave them in this run, `codecs` to the
+    codecs that they know; who is not named there knows fp32 alone. After each round `save` gets the
+    new checkpoint and the round's record; `checkpoint` is always the latest.
+    `roster`: who is connected now, asked before each round; None: the same nodes all along.
+    A round without an update in which as many clients declined as failed (or more; silence is
+    neither) is no failed one: it is tried again, with another cohort, after `pause` seconds.
+
+    Raises `FederationError` after `most_failed_rounds` rounds in a row without an update, and after
+    a week of nothing but declining.
     """
 
     def __init__(
@@ -112,33 +147,57 @@ class FederatedLora(Strategy):
         checkpoint: Checkpoint,
         nodes: Mapping[str, int],
         save: Callable[[Checkpoint, RoundRecord], None],
+        roster: Roster | None = None,
+        codecs: Mapping[str, Sequence[str]] | None = None,
+        *,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self.config = config
         self.method = method
-        weight = _total_weight(checkpoint, config)
-        state = replace(checkpoint.state, total_weight=weight)
-        self.checkpoint = replace(checkpoint, state=state)
         self._nodes = dict(nodes)
         self._save = save
-        self._clients = {client.client_id: client for client in checkpoint.clients}
-        self._ranks = deal_ranks(checkpoint.clients, config)
+        self._roster = roster
+        self._codecs = dict(codecs or {})
+        self._otherwise: set[str] = set()  # clients that were said to travel otherwise
         self._round: _Round | None = None
+        self._run = named_run(checkpoint.run, config, method)
+        self._save_seconds = 0.0
+        self._have_clients(checkpoint)
+        self._pause = pause
+        self._again = 0  # cohorts that have declined the round that is next
+        self._paused = 0.0  # seconds, for their sake
+
+    def connected(self) -> Mapping[str, int]:
+        """Return the nodes of the clients that are here now, by client id."""
+        if self._roster is not None:
+            self._nodes, _ = self._roster.update()
+        return self._nodes
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the cohort and yield one message per client, each with its own records."""
-        federation, state = self.config.federation, self.checkpoint.state
-        number = state.round + 1
+        federation, number = self.config.federation, self.checkpoint.state.round + 1
+        clock = PhaseClock(self._save_seconds)
+        if self._roster is not None:
+            self._nodes, answers = self._roster.update()
+            self._codecs |= {client_id: answer.codecs for client_id, answer in answers.items()}
+            told = with_answers(self.checkpoint, answers, joining=number)
+            if told is not self.checkpoint:
+                self._have_clients(told)
+        more = self.config.quorum.over_selection if self.config.quorum else 0.0
         cohort = draw_cohort(
             self.checkpoint.client_ids,
-            federation.cohort,
+            math.ceil(federation.cohort * (1 + more) - 1e-9),  # 10 * 1.1 is a little over 11
             number,
             self.config.seed,
             federation.sampling,
+            self._again,
         )
-        self._round = _Round(number, cohort, time.monotonic())
-        return self._messages(self._round, grid)
+        self._round = current = _Round(number, cohort, clock=clock)
+        messages = clock.within("prepare", self._messages(current, grid))
+        clock.enter("send")
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -147,12 +206,25 @@ class FederatedLora(Strategy):
         current = self._round
         if current is None:
             raise FederationError("aggregate_train was called before configure_train")
-        after = self._aggregated(current, self._updates(current, replies))
-        # A round that fails changes nothing but the number.
-        state = after or replace(self.checkpoint.state, round=current.number)
+        current.clock.enter("aggregate")
+        if isinstance(replies, Replies):
+            replies.count_by(lambda: len(current.valid))
+        received = current.clock.within("wait", replies)
+        after = self._aggregated(current, self._updates(current, received))
+        declined = after is None and len(current.declined) >= max(1, current.failures)
+        # A round that fails changes nothing but the number; one that is tried again, not even that.
+        number = current.number - declined
+        state = after or replace(self.checkpoint.state, round=number)
+        silent = "no reply in time"
+        if isinstance(replies, Replies):
+            current.late = replies.late
+            current.bytes_up += replies.late_bytes
+            if replies.ended == "quorum":
+                silent = "not waited for: the round had its quorum"
         for sent in current.awaited.values():
-            self._drop(current, sent.client_id, "no reply in time")
+            self._drop(current, sent.client_id, silent)
         self._finish(current, replace(self.checkpoint, state=state), updated=after is not None)
+        self._wait_for_the_willing(current, declined=declined)
         loss = _mean_loss(current)
         return None, None if loss is None else MetricRecord({"loss": loss})
 
@@ -179,19 +251,25 @@ class FederatedLora(Strategy):
             self.config.federation.sampling,
         )
 
+    def _have_clients(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint whose clients may be others than before."""
+        weight = _total_weight(checkpoint, self.config)
+        state = replace(checkpoint.state, total_weight=weight)
+        self.checkpoint = replace(checkpoint, state=state)
+        self._clients = {client.client_id: client for client in checkpoint.clients}
+        self._ranks = deal_ranks(checkpoint.clients, self.config)
+
     def _messages(self, current: _Round, grid: Grid) -> Iterator[Message]:
-        setup = to_record(ClientSetup.of(self.config))
-        order = to_record(
-            TrainOrder(
-                current.number,
-                self.config.seed,
-                self.config.federation.train_in(current.number),
-                self.method.uploaded(current.number),
-                self.method.rule(current.number),
-            )
+        setup = to_record(ClientSetup.of(self.config, self._run))
+        order = TrainOrder(
+            current.number,
+            self.config.seed,
+            self.config.federation.train_in(current.number),
+            self.method.uploaded(current.number),
+            self.method.rule(current.number),
         )
         dealt = bool(self.config.federation.client_ranks)
-        prepare = _PrepareOnce(self.method, setup, order, current.number, dealt=dealt)
+        prepare = _PrepareOnce(self.method, setup, order, dealt=dealt)
         for client_id in current.cohort:
             node = self._nodes.get(client_id)
             if node is None:
@@ -199,15 +277,36 @@ class FederatedLora(Strategy):
                 continue
             client = self._clients[client_id]
             profile = ClientProfile(client_id, self._ranks[client_id], client.num_examples)
-            prepared = prepare(self.checkpoint.state, profile)
+            codecs = self._agreed(client_id)
+            prepared = prepare(self.checkpoint.state, profile, codecs)
             current.awaited[node] = _Sent(client_id, prepared.form)
             current.bytes_down += prepared.num_bytes
+            current.surplus_down += prepared.fp32_surplus
             yield Message(prepared.content(), node, "train", group_id=str(current.number))
+
+    def _agreed(self, client_id: str) -> Codecs:
+        """Return how a client's factors travel; say once who does not know the run's codecs."""
+        federation = self.config.federation
+        wanted = Codecs(federation.upload_codec, federation.download_codec)
+        found = agreed(wanted, self._codecs.get(client_id, (FP32,)))
+        if found != wanted and client_id not in self._otherwise:
+            self._otherwise.add(client_id)
+            _log.warning(
+                "client %r travels up in %s and down in %s: it does not know what this run uses, "
+                "%s and %s",
+                *(client_id, found.upload, found.download, wanted.upload, wanted.download),
+            )
+        return found
 
     def _updates(self, current: _Round, replies: Iterable[Message]) -> Iterator[Update]:
         """Yield an update per valid reply; drop the others, each with its reason."""
         for message in replies:
             node = message.metadata.src_node_id
+            if message.metadata.group_id != str(current.number):
+                # Before it is looked up: a late reply must not take the place of the right one.
+                reason = f"a reply to round {message.metadata.group_id[:20]}, too late to count"
+                self._drop(current, self._name_of(node), reason)
+                continue
             sent = current.awaited.pop(node, None)
             if sent is None and node in current.answered:
                 client = current.answered[node]
@@ -218,19 +317,29 @@ class FederatedLora(Strategy):
                 continue
             current.answered[node] = sent.client_id
             if message.has_error():
+                current.failures += 1
                 self._drop(current, sent.client_id, message.error.reason or "failed, no reason")
                 continue
             try:
                 current.bytes_up += reply_bytes(message.content, sent.form)
+                if word := read_declined(message.content):
+                    current.declined.append(sent.client_id)
+                    current.dropped.append(Dropped(sent.client_id, f"{DECLINED}{word}"))
+                    continue
+                current.surplus_up += sent.form.wire.fp32_surplus
                 reply, weight = self._check(current, sent, message)
             except FedloraError as error:
+                current.failures += 1
                 self._drop(current, sent.client_id, str(error))
                 continue
             except Exception as error:  # what a stranger sent must not end everyone's run
+                current.failures += 1
                 reason = f"client {sent.client_id!r}: a reply that cannot be read"
                 self._drop(current, sent.client_id, f"{reason} ({type(error).__name__})")
                 continue
             current.valid[sent.client_id] = reply.steps
+            if reply.seconds is not None:
+                current.client_seconds.append(reply.seconds)
             if math.isfinite(reply.loss):
                 current.loss_sum += weight * reply.loss
                 current.loss_weight += weight
@@ -256,6 +365,7 @@ class FederatedLora(Strategy):
             reason = str(error) if known else f"all updates together: {error}"
             for client in current.valid:
                 self._drop(current, client, reason)
+            current.failures += 0 if known else len(current.valid)
             current.valid.clear()
             return None
         return state
@@ -273,17 +383,55 @@ class FederatedLora(Strategy):
             )
         return reply, float(reply.num_examples)
 
+    def _wait_for_the_willing(self, current: _Round, *, declined: bool) -> None:
+        """Pause before a round that was declined is tried again; forget the pauses otherwise."""
+        if not declined:
+            self._again, self._paused = 0, 0.0
+            return
+        if self._paused >= MOST_PAUSES:
+            raise FederationError(
+                f"round {current.number}: for {self._paused / 3600:.0f} hours every device that "
+                "was asked has declined; look at the limits in their node configs"
+            )
+        seconds = min(LONGEST_PAUSE, SHORTEST_PAUSE * 2.0 ** min(self._again, 10))
+        _log.info(
+            "round %d: %d of %d devices declined, nobody trained; others are asked in %.0f s",
+            current.number, len(current.declined), len(current.cohort), seconds,
+        )  # fmt: skip
+        self._pause(seconds)
+        self._again += 1
+        self._paused += seconds
+
+    def _name_of(self, node: int) -> str:
+        named = (client for client, its_node in self._nodes.items() if its_node == node)
+        return next(named, f"node {node}")
+
+    def _fp32_bytes(self, current: _Round) -> Mapping[str, int]:
+        """Return what the round's bytes would have been in fp32; nothing where they are."""
+        federation = self.config.federation
+        if federation.upload_codec == federation.download_codec == FP32:
+            return {}
+        return {
+            "up": current.bytes_up + current.surplus_up,
+            "down": current.bytes_down + current.surplus_down,
+        }
+
     def _drop(self, current: _Round, client: str, reason: str) -> None:
         dropped = Dropped(client, one_line(reason))
         current.dropped.append(dropped)
         _log.warning("round %d: dropped %s: %s", current.number, dropped.client, dropped.reason)
 
     def _finish(self, current: _Round, checkpoint: Checkpoint, *, updated: bool) -> None:
-        failed = not updated and bool(current.cohort)
-        seconds = time.monotonic() - current.started
+        declined = checkpoint.state.round < current.number  # the round is tried again
+        failed = not updated and not declined and bool(current.cohort)
+        without: Literal["declined", "failed", "empty"] = (
+            "declined" if declined else "failed" if failed else "empty"
+        )
+        phases = current.clock.seconds()
+        seconds = sum(phases.values()) - phases["save"]  # that is of the round before
         record = RoundRecord(
             round=current.number,
-            status="updated" if updated else "failed" if failed else "empty",
+            status="updated" if updated else without,
             cohort=current.cohort,
             loss=_mean_loss(current),
             seconds=round(seconds, 6),
@@ -291,6 +439,11 @@ class FederatedLora(Strategy):
             bytes_down=current.bytes_down,
             dropped=tuple(current.dropped),
             noted=_noted(self.method, checkpoint.state) if updated else {},
+            phases=phases,
+            clients=slowest_and_median(current.client_seconds),
+            late=current.late,
+            declined=tuple(current.declined),
+            fp32_bytes=self._fp32_bytes(current),
         )
         self.checkpoint = replace(
             checkpoint,
@@ -298,57 +451,118 @@ class FederatedLora(Strategy):
             bytes_up=checkpoint.bytes_up + current.bytes_up,
             bytes_down=checkpoint.bytes_down + current.bytes_down,
             seconds=checkpoint.seconds + seconds,
-            failed_in_a_row=checkpoint.failed_in_a_row + 1 if failed else 0,
+            # Those who declined say nothing of whether the others would have failed.
+            failed_in_a_row=checkpoint.failed_in_a_row + failed if failed or declined else 0,
         )
         self._round = None
+        saving = time.monotonic()
         self._save(self.checkpoint, record)
-        if self.checkpoint.failed_in_a_row >= MAX_FAILED_ROUNDS:
+        self._save_seconds = time.monotonic() - saving
+        most = most_failed_rounds(self.config.federation.cohort)
+        if failed and self.checkpoint.failed_in_a_row >= most:
             last = record.dropped[-1] if record.dropped else Dropped("nobody", "no reply")
             raise FederationError(
-                f"round {record.round}: {MAX_FAILED_ROUNDS} rounds in a row without one valid "
+                f"round {record.round}: {most} rounds in a row without one valid "
                 f"update; the last was {last.client}: {last.reason}"
             )
+
+
+def named_run(run: str, config: ExperimentConfig, method: Method) -> str | None:
+    """Return the run's name where clients keep something of their own under it in any round."""
+    rounds = range(1, config.federation.rounds + 1)
+    keeps = method.local.correction is not None or any(map(method.kept, rounds))
+    return (run or "unnamed") if keeps else None
+
+
+def most_failed_rounds(cohort: int) -> int:
+    """Return after how many rounds in a row without an update a run is given up.
+
+    >>> [most_failed_rounds(cohort) for cohort in (1, 3, 10)]
+    [12, 4, 3]
+    """
+    return max(MAX_FAILED_ROUNDS, math.ceil(MAX_FAILED_CLIENTS / max(1, cohort)))
 
 
 def deal_ranks(clients: Sequence[ClientRecord], config: ExperimentConfig) -> dict[str, int | None]:
     """Return the rank that each client trains; None: the global adapter's.
 
     `federation.client_ranks` are dealt out in turn over the sorted ids, so that a rank stays with
-    its client whoever is drawn, and when the run is resumed. A client that names its own rank keeps
-    that, but for what is over the largest of the run: nothing more is sent.
+    its client whoever is drawn, and when the run is resumed; those who joined later come after all
+    who were there before them. A client that names its own rank keeps that, but for what is over
+    the largest of the run: nothing more is sent.
     """
     dealt: Sequence[int | None] = config.federation.client_ranks or (None,)
     most = max(config.lora.rank, *config.lora.rank_pattern.values(), 1)
     found: dict[str, int | None] = {}
-    for place, client in enumerate(sorted(clients, key=lambda client: client.client_id)):
+    ordered = sorted(clients, key=lambda client: (client.joined, client.client_id))
+    for place, client in enumerate(ordered):
         rank = dealt[place % len(dealt)]
         found[client.client_id] = rank if client.rank is None else min(client.rank, most)
     return found
+
+
+def with_answers(
+    checkpoint: Checkpoint, answers: Mapping[str, ClientAnswer], joining: int | None = None
+) -> Checkpoint:
+    """Return the checkpoint with what the clients just said of themselves.
+
+    joining: the round from which clients that the run does not know take part; None: they do not.
+    Nobody leaves the population: a client that is gone is dropped when it is drawn, so that a
+    resumed run draws the same cohorts. Who joins is never held out, but for another copy of a
+    person ("u7#2") who is.
+
+    The checkpoint is the very same where nothing changes.
+    """
+    known = {client.client_id for client in checkpoint.clients}
+    clients = [_told(client, answers.get(client.client_id)) for client in checkpoint.clients]
+    if joining is not None and not answers.keys() <= known:
+        apart = {client_id.partition("#")[0] for client_id in checkpoint.held_out}
+        for client_id in answers.keys() - known:
+            held_out = client_id.partition("#")[0] in apart
+            client = ClientRecord(client_id, held_out=held_out, joined=joining)
+            clients.append(_told(client, answers[client_id]))
+            _log.info("client %r joins in round %d", client_id, joining)
+        clients.sort(key=lambda client: client.client_id)
+    changed = len(clients) != len(checkpoint.clients) or any(
+        new is not old for new, old in zip(clients, checkpoint.clients, strict=True)
+    )
+    return replace(checkpoint, clients=tuple(clients)) if changed else checkpoint
+
+
+def _told(client: ClientRecord, answer: ClientAnswer | None) -> ClientRecord:
+    if answer is None:
+        return client
+    if (client.rank, client.num_examples) == (answer.rank, answer.num_examples):
+        return client
+    return replace(client, rank=answer.rank, num_examples=answer.num_examples)
 
 
 class _PrepareOnce:
     """Prepare what clients share once a round: a method's broadcast for a rank, and its records."""
 
     def __init__(
-        self, method: Method, setup: ConfigRecord, order: ConfigRecord, round: int, *, dealt: bool
+        self, method: Method, setup: ConfigRecord, order: TrainOrder, *, dealt: bool
     ) -> None:
         self._method, self._setup, self._order = method, setup, order
         self._dealt = dealt  # whether the experiment gives clients their ranks
-        self._uploaded, self._round = method.uploaded(round), round
-        self._of_rank: dict[int | None, _Prepared] = {}
-        self._kept: dict[tuple[int, int], _Prepared] = {}
-        self._frozen: tuple[Adapter, EncodedAdapter] | None = None  # the last one, of any rank
+        self._uploaded, self._round = order.uploaded, order.round
+        self._orders: dict[Codec, ConfigRecord] = {}  # by upload codec
+        self._of_rank: dict[tuple[int | None, Codecs], _Prepared] = {}
+        self._kept: dict[tuple[int, int, Codecs], _Prepared] = {}
+        # The last one in each codec, of any rank.
+        self._frozen: dict[Codec, tuple[Adapter, EncodedAdapter]] = {}
 
-    def __call__(self, state: ServerState, profile: ClientProfile) -> _Prepared:
-        """Return the messages for a client; the same value for the same adapters."""
+    def __call__(self, state: ServerState, profile: ClientProfile, codecs: Codecs) -> _Prepared:
+        """Return the messages for a client; the same value for the same adapters and codecs."""
         if self._method.broadcasts_by_client:
-            return self._once(self._method.broadcast(state, profile))
-        found = self._of_rank.get(profile.rank)
+            return self._once(self._method.broadcast(state, profile), codecs)
+        key = profile.rank, codecs
+        found = self._of_rank.get(key)
         if found is None:
-            found = self._once(self._method.broadcast(state, profile))
+            found = self._once(self._method.broadcast(state, profile), codecs)
             if self._dealt:
                 self._require_rank(profile, found.source.trainable)
-            self._of_rank[profile.rank] = found
+            self._of_rank[key] = found
         return found
 
     def _require_rank(self, profile: ClientProfile, sent: Adapter) -> None:
@@ -361,30 +575,58 @@ class _PrepareOnce:
                 "leave the key out"
             )
 
-    def _once(self, broadcast: Broadcast) -> _Prepared:
-        key = id(broadcast.trainable), id(broadcast.frozen)
+    def _once(self, broadcast: Broadcast, codecs: Codecs) -> _Prepared:
+        key = id(broadcast.trainable), id(broadcast.frozen), codecs
         found = self._kept.get(key)
         if found is None:
             if len(self._kept) >= 4:  # those of single clients do not pile up
                 self._kept.clear()
-            found = self._kept[key] = self._prepared(broadcast)
+            found = self._kept[key] = self._prepared(broadcast, codecs)
         return found
 
-    def _prepared(self, broadcast: Broadcast) -> _Prepared:
-        trainable = encode_adapter(broadcast.trainable, BOTH, self._round)
-        frozen = None
+    def _prepared(self, broadcast: Broadcast, codecs: Codecs) -> _Prepared:
+        trainable = self._encoded(broadcast.trainable, codecs.download, SERVER)
+        surplus, frozen = trainable.fp32_surplus, None
         if broadcast.frozen is not None:
-            if self._frozen is None or self._frozen[0] is not broadcast.frozen:
-                encoded = encode_adapter(broadcast.frozen, BOTH, self._round)
-                self._frozen = broadcast.frozen, encoded
-            frozen = self._frozen[1]
-        controlled = broadcast.control is not None
-        form = ReplyForm.of(broadcast.trainable, self._uploaded, self._round, controlled=controlled)
+            kept = self._frozen.get(codecs.download)
+            if kept is None or kept[0] is not broadcast.frozen:
+                encoded = self._encoded(broadcast.frozen, codecs.download, f"{SERVER}, frozen")
+                kept = self._frozen[codecs.download] = broadcast.frozen, encoded
+            frozen = kept[1]
+            surplus += frozen.fp32_surplus
+        form = ReplyForm.of(
+            trainable.sent,
+            self._uploaded,
+            self._round,
+            controlled=broadcast.control is not None,
+            codec=codecs.upload,
+            own=broadcast.trainable,
+        )
         control = RecordDict()
         if broadcast.control is not None:
             put_control(control, form.buffer, broadcast.control)
-        content = partial(train_content, self._setup, self._order, trainable, frozen, control)
-        return _Prepared(broadcast, content, content_bytes(content()), form)
+        order = self._order_in(codecs.upload)
+        surplus += self._order_in(FP32).count_bytes() - order.count_bytes()
+        content = partial(train_content, self._setup, order, trainable, frozen, control)
+        return _Prepared(broadcast, content, content_bytes(content()), form, surplus)
+
+    def _encoded(self, adapter: Adapter, codec: Codec, who: str) -> EncodedAdapter:
+        """Return an adapter's records; fp32 where a number is too large for the codec.
+
+        Replies may hold numbers up to 1e6, fp16 ends at 65504: that must not end the run.
+        """
+        draws = rounding(codec, self._order.seed, who, self._round)
+        try:
+            return encode_adapter(adapter, BOTH, self._round, codec, draws)
+        except NonFiniteError as error:
+            _log.warning("round %d: sent as fp32: %s", self._round, error)
+            return encode_adapter(adapter, BOTH, self._round)
+
+    def _order_in(self, codec: Codec) -> ConfigRecord:
+        if codec not in self._orders:
+            order = self._order if codec == FP32 else replace(self._order, upload_codec=codec)
+            self._orders[codec] = to_record(order)
+        return self._orders[codec]
 
 
 def _mean_loss(current: _Round) -> float | None:
@@ -409,11 +651,4 @@ def _counted(client: ClientRecord, valid: Mapping[str, int]) -> ClientRecord:
     steps = valid.get(client.client_id)
     if steps is None:
         return client
-    return ClientRecord(
-        client.client_id,
-        client.rank,
-        client.num_examples,
-        client.held_out,
-        client.rounds + 1,
-        client.steps + steps,
-    )
+    return replace(client, rounds=client.rounds + 1, steps=client.steps + steps)

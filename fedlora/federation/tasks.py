@@ -20,6 +20,7 @@ from fedlora.adapter import Array
 from fedlora.aggregation import Broadcast
 from fedlora.errors import FederationError
 from fedlora.federation.buffers import FixedList
+from fedlora.federation.codecs import CODECS, FP32, rounding
 from fedlora.federation.control import read_control, require_no_control
 from fedlora.federation.guard import check_answer, check_reply
 from fedlora.federation.records import (
@@ -64,12 +65,22 @@ def read_task(content: RecordDict) -> TrainTask:
 
 
 def answer_query(
-    setup: ClientSetup, client_id: str, rank: int | None, num_examples: int
+    setup: ClientSetup,
+    client_id: str,
+    rank: int | None,
+    num_examples: int,
+    *,
+    remembers: bool = False,
 ) -> RecordDict:
-    """Return a client's answer to a query. Raises `FederationError` for a senseless value."""
+    """Return a client's answer to a query. Raises `FederationError` for a senseless value.
+
+    remembers: whether the client keeps its own rows over restarts; told where a run is named.
+    """
     count = num_examples if setup.share_num_examples else None
-    content = answer_content(ClientAnswer(client_id, rank, count))
-    check_answer(content, share_num_examples=setup.share_num_examples)
+    asked = setup.run is not None
+    answer = ClientAnswer(client_id, rank, count, CODECS, remembers if asked else None)
+    content = answer_content(answer)
+    check_answer(content, share_num_examples=setup.share_num_examples, remembers=asked)
     return content
 
 
@@ -77,6 +88,7 @@ def answer_task(
     task: TrainTask,
     row: Array,
     *,
+    client_id: str,
     num_examples: int,
     loss: float,
     steps: int,
@@ -86,18 +98,22 @@ def answer_task(
     """Return a client's answer to a training message.
 
     row: ``(task.reply.rows.size,)`` float32, the trained factors in the order of
-    ``task.reply.segments``; it is copied. control: the change of the client's control variate, a
-    row of the same layout, where the task asks for it. metrics: what the trainer tells beside
-    these, which the guard refuses unless it is declared.
+    ``task.reply.segments``; it is copied. client_id: keys the rounding of a codec. control: the
+    change of the client's control variate, a row of the same layout, where the task asks for it.
+    metrics: what the trainer tells beside these, which the guard refuses unless it is declared.
 
-    Raises `ShapeMismatchError`, and `FederationError` for what must not leave.
+    Raises `ShapeMismatchError`, `NonFiniteError` for what a codec cannot hold, and
+    `FederationError` for what must not leave.
     """
     told: dict[str, int | float] = {"loss": float(loss), "steps": int(steps), **(metrics or {})}
     if task.setup.share_num_examples:
         told["num-examples"] = int(num_examples)
-    content = encode_reply_row(task.reply, row, told, control)
-    shared, controlled = task.setup.share_num_examples, task.reply.controlled
-    check_reply(content, task.reply.buffer, share_num_examples=shared, controlled=controlled)
+    form, order = task.reply, task.order
+    draws = rounding(form.wire.codec, order.seed, client_id, order.round)
+    content = encode_reply_row(form, row, told, control, draws)
+    shared = task.setup.share_num_examples
+    change = form.buffer if form.controlled else None
+    check_reply(content, form.wire, share_num_examples=shared, control=change)
     return content
 
 
@@ -111,7 +127,13 @@ def _read_task(content: RecordDict) -> TrainTask:
         )
     broadcast = decode_broadcast(content, setup)
     controlled, who = order.rule.correction is not None, "message from the server"
-    form = ReplyForm.of(broadcast.trainable, order.uploaded, order.round, controlled=controlled)
+    form = ReplyForm.of(
+        broadcast.trainable,
+        order.uploaded,
+        order.round,
+        controlled=controlled,
+        codec=order.upload_codec or FP32,
+    )
     if not controlled:
         require_no_control(content, who)
         return TrainTask(setup, order, broadcast, form)

@@ -22,12 +22,23 @@ import numpy.typing as npt
 from fedlora.adapter import Array
 from fedlora.errors import FormatError, NonFiniteError
 
-__all__ = ["Codec", "dequantize", "dtype_of", "pack_nibbles", "quantize", "to_half"]
+__all__ = [
+    "CODECS",
+    "LEVELS",
+    "Codec",
+    "dequantize",
+    "dtype_of",
+    "pack_nibbles",
+    "quantize",
+    "scales_for",
+    "to_half",
+    "unpack_nibbles",
+]
 
 Codec = Literal["fp32", "fp16", "int8", "int4"]
 Integers: TypeAlias = npt.NDArray[np.int8]
 CODECS: tuple[str, ...] = get_args(Codec)
-_LEVELS: Mapping[str, int] = {"int8": 127, "int4": 7}
+LEVELS: Mapping[str, int] = {"int8": 127, "int4": 7}  # the largest integer, of either sign
 
 
 def dtype_of(codec: str) -> str:
@@ -47,15 +58,20 @@ def to_half(array: Array, what: str) -> npt.NDArray[np.float16]:
     return half
 
 
-def quantize(rows: Array, codec: str) -> tuple[Integers, Array]:
-    """Return integers (rank, n) int8 and scales (rank,) float32 of rows (rank, n)."""
-    levels = _LEVELS[codec]
-    values = rows.astype(np.float64)
-    largest = np.abs(values).max(axis=1)
+def scales_for(largest: npt.NDArray[np.float64], codec: str) -> Array:
+    """Return the scales (rank,) float32 of components whose largest sizes are (rank,) float64."""
+    levels = LEVELS[codec]
     scales = (largest / levels).astype(np.float32)
     # Rounded up: the largest value must not be beyond the last level.
     short = scales.astype(np.float64) * levels < largest
     scales[short] = np.nextafter(scales[short], np.float32(np.inf))
+    return scales
+
+
+def quantize(rows: Array, codec: str) -> tuple[Integers, Array]:
+    """Return integers (rank, n) int8 and scales (rank,) float32 of rows (rank, n)."""
+    values = rows.astype(np.float64)
+    scales = scales_for(np.abs(values).max(axis=1), codec)
     divisor = np.where(scales > 0, scales, 1).astype(np.float64)
     integers = np.rint(values / divisor[:, None]).astype(np.int8)
     return integers, scales

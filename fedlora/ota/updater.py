@@ -164,11 +164,11 @@ class DeviceUpdater:
     def device(self) -> Device:
         """Return what decides about releases here; makes the device's id if there is none."""
         status = self.store.status()
-        manifest = read_manifest(self.store.bundle)
+        manifest = read_manifest(self.store.bundle)  # raises for a state without a bundle
         return Device(
             id=self._device_id(),
             base=status.bundle.base,
-            bundle=status.bundle.digest,
+            bundle=status.bundle.digest or "",
             bundle_version=manifest.made_by.get("fedlora"),
             fedlora=__version__,
             active=None if status.installed is None else status.installed.release,

@@ -178,6 +178,7 @@ class CohortGrid(VirtualGrid):
             content = answer_task(
                 client.task,
                 self._uploaded(client, outcome.row),
+                client_id=client.name,
                 num_examples=outcome.num_examples,
                 loss=outcome.loss,
                 steps=outcome.steps,

@@ -21,11 +21,10 @@ from fedlora.errors import NonFiniteError
 from fedlora.evaluation import Trial, evaluate, evaluate_many
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import ClientRecord
-from fedlora.files import write_atomic
+from fedlora.federation.folder import append_row, rows_of_global
+from fedlora.federation.results import cross_matrix
 from fedlora.formats import load_adapter, save_adapter
 from fedlora.personalization import Person, compare_adapters, compare_many
-from fedlora.simulation.folder import append_row, json_line, read_rows
-from fedlora.simulation.results import cross_matrix
 from fedlora.simulation.threads import in_order, one_torch_thread, worker_count
 from fedlora.world import World
 
@@ -64,10 +63,7 @@ def evaluate_clients(
     """
     records = {record.client_id: record for record in took_part}
     digest = shared.fingerprint()
-    found = read_rows(file)
-    rows = {row["client"]: row for row in found if row.get("global") == digest}
-    if len(rows) < len(found):  # the run went on for more rounds after they were written
-        write_atomic(file, b"".join(json_line(row) for row in rows.values()))
+    rows = rows_of_global(file, digest)
     clients = [client for client in world.data.client_ids if client in records]
     kept = {name for name, path in keep_own.items() if path.is_file() and name in rows}
     todo = {c for c in clients if c not in rows or (c in keep_own and c not in kept)}

@@ -15,7 +15,14 @@ from flwr.serverapp import Grid
 
 from fedlora.errors import RunError
 from fedlora.experiment import ExperimentConfig, app_root
-from fedlora.federation import Checkpoint, RoundRecord, read_checkpoint, run_federation
+from fedlora.federation import (
+    Checkpoint,
+    QuorumGrid,
+    RoundRecord,
+    read_checkpoint,
+    run_federation,
+)
+from fedlora.federation.faults import with_faults
 from fedlora.federation.owner import owner_node_config
 from fedlora.simulation.cohort_grid import CohortGrid
 from fedlora.simulation.flower import run_in_flower
@@ -46,6 +53,9 @@ def run_rounds(
         run_in_flower(config, out, num_clients, on_round=on_round)
     else:
         with _quiet_flower(), one_torch_thread(), _grid(config, out, num_clients) as grid:
+            grid = with_faults(grid, config.faults)
+            if config.quorum is not None:
+                grid = QuorumGrid(grid, config.quorum, config.federation.cohort)
             # The cohort engine keeps its clients' states in the run's folder.
             remember = config.engine.kind == "cohort"
             run_federation(grid, config, out, clients_remember=remember, on_round=on_round)

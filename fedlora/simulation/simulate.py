@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fedlora import __version__
 from fedlora.adapter import Adapter
 from fedlora.errors import ConfigError, RunError
 from fedlora.experiment import ExperimentConfig, find_experiment
 from fedlora.federation.checkpoint import (
-    Checkpoint,
     RoundRecord,
     has_checkpoint,
     read_checkpoint,
     read_rounds,
 )
-from fedlora.files import write_atomic
-from fedlora.formats import load_adapter, save_adapter
-from fedlora.nn.inject import kept_activations
-from fedlora.simulation.folder import (
+from fedlora.federation.faults import describe_faults
+from fedlora.federation.folder import (
+    CLIENTS,
     EXPERIMENT,
     SUMMARY,
     claim,
@@ -32,9 +29,14 @@ from fedlora.simulation.folder import (
     locked,
     read_rows,
     require_free,
+    save_global,
 )
+from fedlora.federation.phases import round_words
+from fedlora.federation.results import run_notes, run_summary, table
+from fedlora.files import write_atomic
+from fedlora.formats import load_adapter
+from fedlora.nn.inject import kept_activations
 from fedlora.simulation.people import cross_evaluate, evaluate_clients
-from fedlora.simulation.results import results, table
 from fedlora.simulation.rounds import PRIVATE, run_rounds
 from fedlora.simulation.slab import starts_of
 from fedlora.world import shared_world
@@ -112,7 +114,7 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     done = _finished(folder) if (folder / SUMMARY).is_file() else None
     if done is not None and done.summary["rounds"] == config.federation.rounds:
         return done
-    clients_file = folder / "clients.jsonl"
+    clients_file = folder / CLIENTS
     before = _seconds_before(folder, clients_file)
     started = time.monotonic()
 
@@ -127,9 +129,7 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     checkpoint = run_rounds(config, folder, len(world.data), on_round=show)
     state, took_part = checkpoint.state, checkpoint.clients
     whole = state.adapter  # one object for everyone: it is evaluated once a window
-    provenance = {"run": config.name, "round": state.round, "method": config.federation.method}
-    for target in ("adapter", "adapter.safetensors"):
-        save_adapter(whole, folder / target, provenance=provenance)
+    save_global(folder, config, state)
     # A skewed partition may leave a client without held-out examples: it only takes part.
     tested = [c for c in took_part if len(world.data.client(c.client_id).test)]
     crossed = [c.client_id for c in tested if not c.held_out][: config.personalization.cross]
@@ -153,21 +153,15 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
         report=lambda *args: report("clients", *args),
         seconds=seconds,
     )
-    task, scored = world.task, [row for row in rows if "scores" in row]
-    summary = {
-        "name": config.name,
-        "rounds": state.round,
-        **results(scored, metric=task.metric, higher_is_better=task.higher_is_better),
-        "bytes_up": checkpoint.bytes_up,
-        "bytes_down": checkpoint.bytes_down,
-        "seed": config.seed,
-        "fedlora_version": __version__,
-        "privacy": None,
-    }
+    task, rounds = world.task, read_rounds(folder)
+    summary = run_summary(
+        config, checkpoint, rows, rounds, metric=task.metric, higher_is_better=task.higher_is_better
+    )
+    untested = len(took_part) - len(tested)
     summary["extra"]["notes"] = [
         *world.data.notes,
-        *_notes(checkpoint, read_rounds(folder), len(took_part) - len(tested)),
-        *(f"not in the means: {row['failed']}" for row in rows if "failed" in row),
+        *filter(None, [describe_faults(config.faults)]),
+        *run_notes(checkpoint, rounds, rows, untested),
     ]
     if kept and config.engine.kind != "cohort":
         summary["extra"]["notes"].append(
@@ -188,27 +182,13 @@ def _files(folder: Path, clients: Sequence[str]) -> dict[str, Path]:
     return {client: folder / f"{quote(client, safe='')}.safetensors" for client in clients}
 
 
-def _notes(checkpoint: Checkpoint, rounds: list[RoundRecord], untested: int) -> list[str]:
-    """Return what a reader of the result must know of clients that it does not hold."""
-    notes = []
-    if out := checkpoint.left_out:
-        notes.append(f"{len(out)} clients were left out from the start; {out[0].reason}")
-    if lost := [dropped for record in rounds for dropped in record.dropped]:
-        notes.append(f"{len(lost)} replies did not count; the last: {lost[-1].reason}")
-    if untested:
-        notes.append(f"{untested} clients without held-out examples are not evaluated")
-    return notes
-
-
 def _show_rounds(
     config: ExperimentConfig, folder: Path, report: Progress
 ) -> Callable[[RoundRecord], None]:
     total = config.federation.rounds
 
     def show(record: RoundRecord) -> None:
-        loss = "" if record.loss is None else f"loss {record.loss:.4f}"
-        lost = f"{len(record.dropped)} dropped" if record.dropped else ""
-        report("rounds", record.round, total, " ".join(filter(None, (loss, lost))))
+        report("rounds", record.round, total, round_words(record))
 
     done = read_checkpoint(folder).state.round if has_checkpoint(folder) else 0
     report("rounds", done, total, "")
@@ -225,5 +205,5 @@ def _seconds_before(folder: Path, clients_file: Path) -> float:
 
 def _finished(folder: Path) -> Run:
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    rows = read_rows(folder / "clients.jsonl")
+    rows = read_rows(folder / CLIENTS)
     return Run(folder, load_adapter(folder / "adapter.safetensors"), summary, rows)

@@ -5,6 +5,7 @@
       bundle/                  a copy of the device bundle, unless it is used where it is
       adapters/DIGEST.safetensors   packed files, each named by its SHA-256
       cache/                   whatever was made of the owner's data and can be made again
+      federation/RUN/KIND      what a client keeps to itself from round to round
       .lock
 
 A commit writes the new adapter beside the others, puts it on the disk, and only then renames a new
@@ -22,7 +23,8 @@ one step back. ``tries`` counts the trials of a pending release, so that one tha
 down again and again is rejected by itself.
 """
 
+from fedlora.store.kept import RunRows
 from fedlora.store.status import BundleEntry, GlobalEntry, PersonalEntry, Status
 from fedlora.store.store import Store
 
-__all__ = ["BundleEntry", "GlobalEntry", "PersonalEntry", "Status", "Store"]
+__all__ = ["BundleEntry", "GlobalEntry", "PersonalEntry", "RunRows", "Status", "Store"]

@@ -28,7 +28,9 @@ _AGAIN = "it was changed or damaged; make a new state with fedlora device init"
 class BundleEntry:
     """The bundle of a state."""
 
-    digest: str  # SHA-256 of its manifest.json, which has those of its other files
+    # SHA-256 of its manifest.json, which has those of its other files; None: there is no bundle,
+    # the state is of a client that trains in torch.
+    digest: str | None
     base: str  # fingerprint
     folder: str | None  # absolute; None: copied into the state
 
@@ -149,7 +151,8 @@ def _entry(kind: type[T], value: Any, where: str) -> T:
     if not isinstance(value, dict) or value.keys() != names:
         raise FormatError(f"{where}: expected an object with {', '.join(names)}: {_AGAIN}")
     for name, about in value.items():
-        if not _FITS[name](about):
+        absent = kind is BundleEntry and name == "digest" and about is None
+        if not absent and not _FITS[name](about):
             raise FormatError(f"{where}: {name}: unexpected value {shown(about)}: {_AGAIN}")
     return kind(**value)
 

@@ -41,6 +41,7 @@ __all__ = ["MAX_TRIES", "Store"]
 
 MAX_TRIES = 3  # trials of a staged release that are begun and not committed
 STATE, LOCK, ADAPTERS, BUNDLE, CACHE = "state.json", ".lock", "adapters", "bundle", "cache"
+KEPT = "federation"  # what a client keeps of its runs: `fedlora.store.kept`
 
 
 class Store:
@@ -68,33 +69,40 @@ class Store:
         and `DigestMismatchError` for a bad bundle.
         """
         target = Path(path)
-        if (target / STATE).exists():
-            raise StoreError(f"{target}: there is a device's state already; name another folder")
-        if target.exists() and not (target.is_dir() and next(target.iterdir(), None) is None):
-            raise StoreError(f"{target}: expected a new or empty folder, found something in it")
+        _require_free(target)
         source = read_manifest(Path(bundle))
         place = os.path.abspath(source.folder) if in_place else None
 
         def build(folder: Path) -> None:
-            (folder / ADAPTERS).mkdir(mode=0o700)
             if in_place:
                 check_bundle(source)
             else:
                 (folder / BUNDLE).mkdir(mode=0o700)
                 copy_bundle(source, folder / BUNDLE)
-            write_new(folder / LOCK, b"")
-            status = Status(BundleEntry(source.digest, source.base, place))
-            write_new(folder / STATE, status_bytes(status))
+            _write_first(folder, BundleEntry(source.digest, source.base, place))
 
         replace_folder(target, build, mode=0o700)
+        return cls(target)
+
+    @classmethod
+    def create_without_bundle(cls, path: str | os.PathLike[str], base: str) -> Store:
+        """Make a new state folder for a client that trains in torch on the base of a fingerprint.
+
+        It keeps adapters as any other, and serves none: `bundle` is refused. Raises `StoreError` as
+        `create` does.
+        """
+        target = Path(path)
+        _require_free(target)
+        entry = BundleEntry(None, base, None)
+        replace_folder(target, lambda folder: _write_first(folder, entry), mode=0o700)
         return cls(target)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Store:
         """Open a state folder for reading; writing takes the lock when it is called for."""
         store = cls(Path(path))
-        store.status()
-        _ = store.bundle
+        if store.status().bundle.digest is not None:
+            _ = store.bundle
         return store
 
     def status(self) -> Status:
@@ -111,6 +119,11 @@ class Store:
     def bundle(self) -> Path:
         """The folder of the bundle. Its manifest is compared with the state, its files are not."""
         entry = self.status().bundle
+        if entry.digest is None:
+            raise StoreError(
+                f"{self.path}: expected a state with a bundle, found that of a client that trains "
+                "in torch; make one with fedlora device init"
+            )
         folder = self.path / BUNDLE if entry.folder is None else Path(entry.folder)
         path = folder / MANIFEST
         if not path.is_file():
@@ -313,15 +326,45 @@ class Store:
             )
             self._commit(replace(before, personal=entry))
 
+    def install_both(
+        self,
+        adapter: Adapter,
+        personal: Adapter | None,
+        *,
+        provenance: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+    ) -> None:
+        """Install a global adapter and the owner's made from it, in one commit.
+
+        personal: None where the global adapter is to be served; an older personal one is then gone.
+        Raises `BaseMismatchError` for an adapter of another base.
+        """
+        with self.lock():
+            before = self.status()
+            digest, num_bytes = self._add(adapter, before, provenance)
+            started = adapter.fingerprint()
+            installed = GlobalEntry(digest, num_bytes, started, dict(provenance))
+            entry = None
+            if personal is not None:
+                digest, num_bytes = self._add(personal, before, {"global": started})
+                entry = PersonalEntry(
+                    digest, num_bytes, personal.fingerprint(), started, False, dict(metrics)
+                )
+            # As when a file is installed by hand: nothing is kept to go back to.
+            status = replace(_with_active(before, installed), previous=None)
+            self._commit(replace(status, personal=entry))
+
     def forget(self) -> bool:
-        """Erase the personal adapter, its metrics and the cache; whether there was anything.
+        """Erase the personal adapter, its metrics, the cache, and what was kept of federations.
+
+        Returns whether there was anything.
 
         The global adapter and the bundle stay. When this returns, no file with the owner's data is
         left and the folders are on the disk; if it is interrupted, call it again.
         """
         with self.lock():
             before = self.status()
-            had_cache = _empty(self.path / CACHE)
+            had_cache = any([_empty(self.path / CACHE), _empty(self.path / KEPT)])
             if before.personal is not None:
                 self._commit(replace(before, personal=None))
             return had_cache or before.personal is not None
@@ -429,6 +472,19 @@ def _what_to_do(entry: GlobalEntry | PersonalEntry) -> str:
     if isinstance(entry, PersonalEntry):
         return "erase it with fedlora device forget, and personalize again"
     return "install a global adapter again with fedlora device install"
+
+
+def _require_free(target: Path) -> None:
+    if (target / STATE).exists():
+        raise StoreError(f"{target}: there is a device's state already; name another folder")
+    if target.exists() and not (target.is_dir() and next(target.iterdir(), None) is None):
+        raise StoreError(f"{target}: expected a new or empty folder, found something in it")
+
+
+def _write_first(folder: Path, bundle: BundleEntry) -> None:
+    (folder / ADAPTERS).mkdir(mode=0o700)
+    write_new(folder / LOCK, b"")
+    write_new(folder / STATE, status_bytes(Status(bundle)))
 
 
 @contextlib.contextmanager

@@ -6,9 +6,10 @@
     python -m simulations.bench cohort --profile minilm-b4-qv
     python -m simulations.bench scale --clients 1000 10000 100000
     python -m simulations.bench device --quick
+    python -m simulations.bench federation --nodes 3 --rounds 5
 
 `simulations.bench.sides` says what is compared, `simulations.bench.work` what is counted;
-`simulations.bench.device` has the device's side.
+`simulations.bench.device` has the device's side, `simulations.bench.federation` a deployed one.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ QUICK_CLIENTS = 8
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit code: 1 when a case failed."""
     options = _parser().parse_args(arguments)
-    run = {"cohort": _cohort, "scale": _scale, "device": _device}[options.benchmark]
+    run = {"cohort": _cohort, "scale": _scale, "device": _device, "federation": _federation}[
+        options.benchmark
+    ]
     try:
         return run(options)
     except FedloraError as error:
@@ -68,7 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     device = which.add_parser("device", help="the device in ONNX Runtime against torch")
     add_device(device)
-    for command in (cohort, scale, device):
+    federation = which.add_parser("federation", help="a round over SuperNodes on the loopback")
+    federation.add_argument("--nodes", type=int, default=3, help="devices, at most 10")
+    federation.add_argument("--rounds", type=int, default=5, help="at least 2; the first is cold")
+    federation.add_argument(
+        "--side", nargs="+", choices=["flower", "fedlora"], default=["flower", "fedlora"],
+        help="what starts the SuperNodes",
+    )  # fmt: skip
+    for command in (cohort, scale, device, federation):
         command.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     return parser
 
@@ -120,6 +130,17 @@ def _device(options: argparse.Namespace) -> int:
     if options.json is not None:
         _write(options.json, results)
     return _report(failed)
+
+
+def _federation(options: argparse.Namespace) -> int:
+    for package in ("onnx", "onnxruntime", "flwr", "psutil"):
+        _require(package, "export,client,dev")
+    from simulations.bench.federation import run_federation_bench  # needs Flower and psutil
+
+    results = run_federation_bench(options.side, options.nodes, options.rounds)
+    if options.json is not None:
+        _write(options.json, results)
+    return 0
 
 
 def _require(package: str, extra: str) -> None:

@@ -142,7 +142,9 @@ class PreparedGrid(Grid):
         number = message.metadata.dst_node_id - FIRST_NODE
         row = self.rows[number % len(self.rows)]
         task = read_task(message.content)
-        return answer_task(task, row, num_examples=10 + number % 50, loss=1.0, steps=1)
+        return answer_task(
+            task, row, client_id=f"c{number}", num_examples=10 + number % 50, loss=1.0, steps=1
+        )
 
 
 def measure(clients: int) -> dict[str, float]:

@@ -147,7 +147,9 @@ def test_help_has_examples(path, run):
     assert f"fedlora {' '.join(path)}" in out
 
 
-@pytest.mark.parametrize("path", [(), ("models",), ("data",), ("device",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "path", [(), ("models",), ("data",), ("device",), ("federation",)], ids=" ".join
+)
 def test_help_of_a_group_lists_its_commands(path, run):
     code, out, err = run(*path, "--help")
     assert (code, err) == (0, "")

@@ -19,6 +19,7 @@ from fedlora.experiment import ExperimentConfig
 from fedlora.federation import ClientSetup, read_checkpoint, run_federation
 from fedlora.federation._flower_private import identify_process
 from fedlora.federation.records import query_content, to_record
+from fedlora.federation.results import run_table
 from fedlora.nn import extract_adapter, get_task, inject_lora, load_base, train_local
 from fedlora.simulation.grid import InProcessGrid
 from fedlora.simulation.rounds import load_app
@@ -86,9 +87,12 @@ def test_the_server_draws_the_same_start_as_torch_injects(world: Any, tmp_path: 
     assert state.adapter.base == world.initial.base
 
 
-def test_the_whole_app_in_process_is_the_server_app_bit_for_bit(tmp_path: Path) -> None:
+def test_the_whole_app_in_process_is_the_server_app_bit_for_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     state = run_federation(InProcessGrid(client_app, 10), CONFIG, tmp_path / "a")
-    (tmp_path / "x.toml").write_text(CONFIG.to_toml())
+    short = ExperimentConfig.from_table(TABLE, {"personalization.steps": 1})
+    (tmp_path / "x.toml").write_text(short.to_toml())
     settings = {
         "experiment": str(tmp_path / "x.toml"),
         "out": str(tmp_path / "b"),
@@ -98,6 +102,8 @@ def test_the_whole_app_in_process_is_the_server_app_bit_for_bit(tmp_path: Path) 
     load_app("serverapp")(grid=InProcessGrid(load_app("clientapp"), 10), context=context)
     again = read_checkpoint(tmp_path / "b").state
     assert again.adapter == state.adapter
+    assert run_table(tmp_path / "b") in capsys.readouterr().out
+    assert not (tmp_path / "a" / "summary.json").exists()
     assert any(np.abs(state.adapter[path].B).max() > 1e-4 for path in state.adapter)
 
 

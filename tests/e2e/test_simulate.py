@@ -13,9 +13,9 @@ import pytest
 from fedlora import load_adapter
 from fedlora.errors import ConfigError, DataError, RunError
 from fedlora.experiment import ExperimentConfig
+from fedlora.federation.folder import read_rows
 from fedlora.formats import read_info
 from fedlora.simulation import simulate
-from fedlora.simulation.folder import read_rows
 
 SHORT = {
     "data.clients": 4,

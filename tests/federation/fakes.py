@@ -16,7 +16,14 @@ from flwr.clientapp import ClientApp
 from fedlora.adapter import Adapter
 from fedlora.aggregation import Broadcast
 from fedlora.experiment import ExperimentConfig
-from fedlora.federation import RoundRecord, handle_query, handle_train, run_federation
+from fedlora.federation import (
+    RoundRecord,
+    handle_evaluate,
+    handle_query,
+    handle_train,
+    run_federation,
+)
+from fedlora.federation.device_state import DeviceState, owners_state
 from fedlora.federation.records import ClientSetup
 from fedlora.randomness import rng
 from fedlora.simulation.grid import InProcessGrid
@@ -38,13 +45,37 @@ class FakeTrainer:
     num_examples: int = 10
     rank: int | None = None
     client_id: str = ""
-    change: Callable[[TrainResult, int], TrainResult] = field(default=lambda result, round: result)
+    change: Callable[[TrainResult, Any], TrainResult] = field(default=lambda result, round: result)
+    parts: tuple[str, ...] = ("validation", "test")  # of its data that hold examples
+    overfitted: tuple[str, ...] = ()  # parts on which training makes it worse
+    trained: dict[int | str, int] = field(default_factory=dict)  # steps, by round
 
     def __post_init__(self) -> None:
         self.client_id = self.client_id or f"c{self.number}"
 
+    @property
+    def initial(self) -> Adapter:
+        return start_adapter(experiment())
+
+    def evaluate(self, adapter: Adapter, part: str) -> dict[str, float] | None:
+        """A loss that falls, and an accuracy that grows, with the size of B; by (id, part)."""
+        if part not in self.parts:
+            return None
+        size = sum(float(np.abs(layer.B).sum()) for layer in adapter.layers.values())
+        sign = -1 if part in self.overfitted else 1
+        return {
+            "loss": 2.0 + self.number - sign * min(1.0, size / 500),
+            "accuracy": min(1.0, size / 1000),
+            "secret": float(self.num_examples),  # a measure that is not declared
+        }
+
     def train(
-        self, broadcast: Broadcast, config: TrainConfig, rule: LocalRule, round: int, seed: int
+        self,
+        broadcast: Broadcast,
+        config: TrainConfig,
+        rule: LocalRule,
+        round: int | str,
+        seed: int,
     ) -> TrainResult:
         generator = rng(seed, "fake", self.client_id, round)
 
@@ -60,12 +91,18 @@ class FakeTrainer:
         }
         adapter = replace(broadcast.trainable, layers=layers)
         steps = config.steps_for(self.num_examples)
-        result = TrainResult(adapter, self.num_examples, 1.0 / round + self.number, steps)
-        return self.change(result, round)
+        loss = self.number + (1.0 / round if isinstance(round, int) else 0.0)
+        self.trained[round] = steps
+        return self.change(TrainResult(adapter, self.num_examples, loss, steps), round)
 
 
-def fake_app(trainers: Mapping[int, FakeTrainer] | None = None) -> ClientApp:
-    """A ClientApp whose client i is ``trainers[i]``, or a `FakeTrainer` with 10 + i examples."""
+def fake_app(
+    trainers: Mapping[int, FakeTrainer] | None = None, states: Path | None = None
+) -> ClientApp:
+    """A ClientApp whose client i is ``trainers[i]``, or a `FakeTrainer` with 10 + i examples.
+
+    states: a folder in which each has a state folder of its own, named by its number.
+    """
     app = ClientApp()
 
     def opener(context: Context) -> Callable[[ClientSetup], FakeTrainer]:
@@ -73,13 +110,21 @@ def fake_app(trainers: Mapping[int, FakeTrainer] | None = None) -> ClientApp:
         chosen = (trainers or {}).get(number) or FakeTrainer(number, 10 + number)
         return lambda setup: chosen
 
+    def device(context: Context) -> DeviceState | None:
+        number = context.node_config["partition-id"]
+        return None if states is None else owners_state({"state": str(states / str(number))})
+
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        return handle_query(message, opener(context))
+        return handle_query(message, opener(context), device(context))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return handle_train(message, opener(context), context.state)
+        return handle_train(message, opener(context), context.state, device(context))
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return handle_evaluate(message, opener(context), context.state, device(context))
 
     return app
 
@@ -108,8 +153,12 @@ def run(
     trainers: Mapping[int, FakeTrainer] | None = None,
     clients: int = 8,
     grid: Any = None,
+    **options: Any,
 ) -> tuple[Any, list[RoundRecord]]:
-    """Run a federation of fakes in process; return the state and the rounds of this call."""
+    """Run a federation of fakes in process; return the state and the rounds of this call.
+
+    options: of `run_federation`.
+    """
     records: list[RoundRecord] = []
     state = run_federation(
         grid or InProcessGrid(fake_app(trainers), clients),
@@ -117,6 +166,7 @@ def run(
         out,
         initial=start_adapter(config),
         on_round=records.append,
+        **options,
     )
     return state, records
 

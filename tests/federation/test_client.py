@@ -17,6 +17,7 @@ from fedlora.federation import ClientSetup, handle_query, handle_train
 from fedlora.federation._flower_private import identify_process
 from fedlora.federation.buffers import BufferForm
 from fedlora.federation.client import one_line
+from fedlora.federation.codecs import CODECS
 from fedlora.federation.guard import check_answer, check_reply
 from fedlora.federation.records import (
     BOTH,
@@ -58,22 +59,26 @@ def trainer(change: Callable[[TrainResult], TrainResult] = lambda result: result
 
 def test_a_query_is_answered_with_id_rank_and_examples() -> None:
     reply = handle_query(query_message(), lambda setup: FakeTrainer(1, 7, rank=4))
-    assert dict(reply.content["client"]) == {"client_id": "c1", "rank": 4, "num_examples": 7}
+    assert dict(reply.content["client"]) == {
+        "client_id": "c1", "rank": 4, "num_examples": 7, "codecs": list(CODECS),
+    }  # fmt: skip
 
 
 def test_with_equal_weights_no_count_leaves_the_client() -> None:
     equal = {"federation__weights": "equal"}
     reply = handle_query(query_message(**equal), lambda setup: trainer())
-    assert dict(reply.content["client"]) == {"client_id": "c1"}
+    assert dict(reply.content["client"]) == {"client_id": "c1", "codecs": list(CODECS)}
     reply = handle_train(train_message(**equal), lambda setup: trainer())
-    assert set(reply.content["metrics"]) == {"loss", "steps"}
+    assert set(reply.content["metrics"]) == {"loss", "seconds", "steps"}
 
 
 def test_a_reply_holds_the_shared_factors_and_the_declared_metrics_only() -> None:
     reply = handle_train(train_message("ffa-lora"), lambda setup: trainer())
     assert set(reply.content) == {"factors", "layout", "metrics"}
     assert {text.split("|")[1] for text in reply.content["layout"]["segments"]} == {"B"}
-    assert dict(reply.content["metrics"]) == {"loss": 2.0, "num-examples": 7, "steps": 5}
+    metrics = dict(reply.content["metrics"])
+    assert 0 <= metrics.pop("seconds") < 60  # how long this took, to the hundredth
+    assert metrics == {"loss": 2.0, "num-examples": 7, "steps": 5}
 
 
 def _move_a(result: TrainResult) -> TrainResult:
@@ -101,8 +106,8 @@ def _raise(error: Exception) -> Callable[[TrainResult], TrainResult]:
 MISTAKES: dict[str, tuple[Callable[[TrainResult], TrainResult], str]] = {
     "a metric of its own": (
         lambda result: replace(result, metrics={"words": 3.0}),
-        "FederationError: refused to send 'words' in the metrics: only loss, num-examples, steps "
-        "may leave this client",
+        "FederationError: refused to send 'words' in the metrics: only loss, num-examples, "
+        "seconds, steps may leave this client",
     ),
     "a frozen factor that moved": (
         _move_a,
@@ -242,14 +247,15 @@ def test_the_guard_stops_a_count_when_weights_are_equal() -> None:
     check_reply(_reply(), form, share_num_examples=True)
     with raises(
         FederationError,
-        "refused to send 'num-examples' in the metrics: only loss, steps may leave this client",
+        "refused to send 'num-examples' in the metrics: only loss, seconds, steps may leave this "
+        "client",
     ):
         check_reply(_reply(), form, share_num_examples=False)
     answer = RecordDict({"client": ConfigRecord({"client_id": "a", "num_examples": 3})})
     check_answer(answer, share_num_examples=True)
     with raises(
         FederationError,
-        "refused to send 'num_examples' in record client: only client_id, rank may leave this "
-        "client",
+        "refused to send 'num_examples' in record client: only client_id, codecs, rank may leave "
+        "this client",
     ):
         check_answer(answer, share_num_examples=False)

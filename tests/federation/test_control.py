@@ -33,7 +33,9 @@ from fedlora.federation.control import (
     read_own_control,
     write_own_control,
 )
+from fedlora.federation.device_state import DeviceState
 from fedlora.federation.guard import check_reply
+from fedlora.federation.own_rows import ContextRows
 from fedlora.federation.records import BOTH, TrainOrder, to_record
 from fedlora.federation.replies import ReplyForm, decode_reply, encode_reply_row, reply_bytes
 from fedlora.flat import RowForm, pack, segments_of
@@ -61,6 +63,10 @@ class Quadratic:
     @property
     def client_id(self) -> str:
         return f"c{self.number}"
+
+    @property
+    def initial(self) -> Adapter:
+        return start_adapter(scaffold_config())
 
     def train(
         self,
@@ -119,8 +125,13 @@ def problem(size: int) -> Any:
 
 
 def spied(
-    config: ExperimentConfig, out: Path, examples: tuple[int, ...] = (10,) * CLIENTS
+    config: ExperimentConfig,
+    out: Path,
+    examples: tuple[int, ...] = (10,) * CLIENTS,
+    states: Path | None = None,
+    forgets: int | None = None,
 ) -> tuple[ServerState, Spied]:
+    """Run a federation; states: where each client has a folder of its own, but one that forgets."""
     start = start_adapter(config)
     factors = config.federation.build_method().uploaded(1)
     gradients, _ = problem(RowForm.of(start, factors).size)
@@ -130,13 +141,17 @@ def spied(
         k = int(context.node_config["partition-id"])
         return lambda setup: Quadratic(k, examples[k], gradient=gradients[k])
 
+    def device(context: Context) -> DeviceState | None:
+        k = context.node_config["partition-id"]
+        return None if states is None or k == forgets else DeviceState(states / str(k))
+
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        return handle_query(message, opener(context))
+        return handle_query(message, opener(context), device(context))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return handle_train(message, opener(context), context.state)
+        return handle_train(message, opener(context), context.state, device(context))
 
     grid = Spied(app)
     return run_federation(grid, config, out, initial=start), grid
@@ -199,7 +214,7 @@ def test_cohorts_of_two_follow_the_reference(tmp_path: Path, weights: str) -> No
     np.testing.assert_allclose(control_of(state), c, rtol=0, atol=CLOSE)
     form = BufferForm.of(segments_of(state.trainable, BOTH))
     for k in range(CLIENTS):
-        mine = read_own_control(form, grid.state_of(k), 100)
+        mine = read_own_control(form, ContextRows(grid.state_of(k)), 100)
         np.testing.assert_allclose(mine, own[k], rtol=0, atol=CLOSE)
 
 
@@ -240,11 +255,11 @@ def test_what_goes_up_is_the_change_and_never_the_variate(tmp_path: Path) -> Non
         sent[reply.metadata.src_node_id - 1000].append(row)
     form = BufferForm.of(segments_of(start_adapter(config), BOTH))
     for k, changes in sent.items():
-        own = read_own_control(form, grid.state_of(k), 4)
+        own = read_own_control(form, ContextRows(grid.state_of(k)), 4)
         np.testing.assert_allclose(np.sum(changes, axis=0), own, rtol=0, atol=1e-6)
         # In its first round the change is the variate, and never again.
         for number in (2, 3):
-            kept = read_own_control(form, grid.state_of(k), number + 1)
+            kept = read_own_control(form, ContextRows(grid.state_of(k)), number + 1)
             assert np.abs(kept - changes[number - 1]).max() > 0.1
 
 
@@ -412,26 +427,27 @@ GUARDED: dict[str, tuple[Callable[[RecordDict], None], str]] = {
 def test_the_guard_knows_what_may_leave_beside_the_factors(case: str) -> None:
     change, text = GUARDED[case]
     form, content = form_and_reply()
-    check_reply(content, form.buffer, share_num_examples=True, controlled=True)
+    check_reply(content, form.buffer, share_num_examples=True, control=form.buffer)
     change(content)
     with raises(FederationError, text):
-        check_reply(content, form.buffer, share_num_examples=True, controlled=True)
+        check_reply(content, form.buffer, share_num_examples=True, control=form.buffer)
 
 
 def test_a_round_that_runs_again_reads_what_it_read_before() -> None:
     form, _ = form_and_reply()
     state = RecordDict()
+    kept = ContextRows(state)
     rows = [np.full(form.rows.size, number, np.float32) for number in range(4)]
-    np.testing.assert_array_equal(read_own_control(form.buffer, state, 1), rows[0])
-    write_own_control(form.buffer, state, 2, rows[1])
-    write_own_control(form.buffer, state, 5, rows[2])
-    assert read_own_control(form.buffer, state, 5)[0] == 1  # the server was killed in round 5
-    write_own_control(form.buffer, state, 5, rows[3])
-    assert [read_own_control(form.buffer, state, n)[0] for n in (2, 3, 5, 6)] == [0, 1, 1, 3]
+    np.testing.assert_array_equal(read_own_control(form.buffer, kept, 1), rows[0])
+    write_own_control(form.buffer, kept, 2, rows[1])
+    write_own_control(form.buffer, kept, 5, rows[2])
+    assert read_own_control(form.buffer, kept, 5)[0] == 1  # the server was killed in round 5
+    write_own_control(form.buffer, kept, 5, rows[3])
+    assert [read_own_control(form.buffer, kept, n)[0] for n in (2, 3, 5, 6)] == [0, 1, 1, 3]
     assert len(state["own-control-AB"]) == 2
     state["own-control-AB-layout"] = ConfigRecord({"segments": ["other|A|1x1"]})
-    with pytest.raises(FederationError, match="own control variate: expected the layers of this"):
-        read_own_control(form.buffer, state, 6)
+    with pytest.raises(FederationError, match="own rows: expected the layers and ranks of this"):
+        read_own_control(form.buffer, kept, 6)
 
 
 def test_a_variate_that_explodes_is_neither_sent_nor_kept() -> None:
@@ -520,8 +536,36 @@ def test_clients_that_forgot_begin_anew_together_with_the_server(
     np.testing.assert_allclose(control_of(state), c, rtol=0, atol=CLOSE)
     form = BufferForm.of(segments_of(state.trainable, BOTH))
     np.testing.assert_allclose(
-        read_own_control(form, grid.state_of(1), 8), own[1], rtol=0, atol=CLOSE
+        read_own_control(form, ContextRows(grid.state_of(1)), 8), own[1], rtol=0, atol=CLOSE
     )
+
+
+def test_devices_that_remember_go_on_where_they_were(tmp_path: Path) -> None:
+    """With state folders a resumed run is a run in one go, variates and all."""
+    whole, _ = spied(scaffold_config(federation__rounds=6), tmp_path / "whole")
+    for rounds in (4, 6):
+        config = scaffold_config(federation__rounds=rounds)
+        resumed, _ = spied(config, tmp_path / "run", states=tmp_path / "states")
+    np.testing.assert_array_equal(row_of(resumed.adapter), row_of(whole.adapter))
+    np.testing.assert_array_equal(control_of(resumed), control_of(whole))
+
+
+def test_one_that_forgot_makes_all_begin_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also those that remember: the server's variate is the mean of everyone's."""
+    states = tmp_path / "states"
+    spied(scaffold_config(federation__rounds=5), tmp_path, states=states)
+    run_before = read_checkpoint(tmp_path).run
+    before = row_of(read_checkpoint(tmp_path).state.adapter)
+    config = scaffold_config(federation__rounds=7)
+    state, _ = spied(config, tmp_path, states=states, forgets=2)
+    assert "control variates begin at zero" in caplog.text
+    assert read_checkpoint(tmp_path).run != run_before
+    gradients, _ = problem(len(before))
+    x, c, _ = scaffold(gradients, before, [range(CLIENTS)] * 2, STEPS, RATE)
+    np.testing.assert_allclose(row_of(state.adapter), x, rtol=0, atol=CLOSE)
+    np.testing.assert_allclose(control_of(state), c, rtol=0, atol=CLOSE)
 
 
 def test_a_server_optimizer_goes_behind_control_variates(tmp_path: Path) -> None:

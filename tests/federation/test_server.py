@@ -78,7 +78,7 @@ def _says(record: dict[str, Any]) -> Any:
         ),
         (
             _says({"client_id": "c3", "num_examples": 5, "age": 44}),
-            "node 1003: age: unknown key; known: client_id, num_examples, rank",
+            "node 1003: age: unknown key; known: client_id, codecs, num_examples, rank, remembers",
         ),
     ],
 )

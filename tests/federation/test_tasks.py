@@ -12,6 +12,7 @@ from flwr.app import Array, ConfigRecord, RecordDict
 from fedlora.aggregation import method
 from fedlora.errors import FederationError
 from fedlora.federation import ClientSetup
+from fedlora.federation.codecs import CODECS
 from fedlora.federation.records import (
     BOTH,
     TrainOrder,
@@ -131,9 +132,10 @@ def test_queries_are_read_once_and_answered_with_what_may_be_told() -> None:
     assert one is two
     assert one == ClientSetup.of(experiment())
     told = answer_query(one, "c1", 4, 7)
-    assert dict(told["client"]) == {"client_id": "c1", "rank": 4, "num_examples": 7}
+    known = {"codecs": list(CODECS)}
+    assert dict(told["client"]) == {"client_id": "c1", "rank": 4, "num_examples": 7} | known
     equal = ClientSetup.of(experiment(federation__weights="equal"))
-    assert dict(answer_query(equal, "c1", None, 7)["client"]) == {"client_id": "c1"}
+    assert dict(answer_query(equal, "c1", None, 7)["client"]) == {"client_id": "c1"} | known
     with raises(FederationError, "client 'c1': expected num-examples >= 1, found 0"):
         answer_query(one, "c1", None, 0)
 
@@ -148,16 +150,18 @@ def test_an_answer_with_a_metric_that_is_not_declared_is_refused() -> None:
     row = np.zeros(task.reply.rows.size, np.float32)
     with raises(
         FederationError,
-        "refused to send 'words' in the metrics: only loss, num-examples, steps may leave this "
-        "client",
+        "refused to send 'words' in the metrics: only loss, num-examples, seconds, steps may "
+        "leave this client",
     ):
-        answer_task(task, row, num_examples=3, loss=1.0, steps=1, metrics={"words": 3.0})
+        answer_task(
+            task, row, client_id="c1", num_examples=3, loss=1.0, steps=1, metrics={"words": 3.0}
+        )
 
 
 def test_no_count_leaves_where_weights_are_equal() -> None:
     task = read_task(contents(1, federation__weights="equal")[0])
     row = np.zeros(task.reply.rows.size, np.float32)
-    content = answer_task(task, row, num_examples=3, loss=1.0, steps=1)
+    content = answer_task(task, row, client_id="c1", num_examples=3, loss=1.0, steps=1)
     assert dict(content["metrics"]) == {"loss": 1.0, "steps": 1}
 
 

@@ -60,13 +60,24 @@ def test_the_same_rounds_as_one_client_after_another(tmp_path: Path, changes: di
     assert difference(together.state.adapter, alone.state.adapter) <= CLOSE
     assert together.state.round == alone.state.round == 3
     assert together.clients == alone.clients
-    assert (together.bytes_up, together.bytes_down) == (alone.bytes_up, alone.bytes_down)
+    # A ClientApp also tells its seconds: the name's 7 bytes and a float.
+    seconds = 15 * sum(client.rounds for client in alone.clients)
+    assert (together.bytes_up, together.bytes_down) == (alone.bytes_up - seconds, alone.bytes_down)
     for mine, theirs in zip(
         read_rounds(tmp_path / "cohort"), read_rounds(tmp_path / "alone"), strict=True
     ):
         assert mine.cohort == theirs.cohort
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-6)
         assert mine.dropped == ()
+
+
+def test_a_quorum_changes_no_bit_where_nobody_is_late(tmp_path: Path) -> None:
+    plain = run_rounds(config(), tmp_path / "plain", PEOPLE)
+    quorum = run_rounds(config(quorum__share=0.5), tmp_path / "quorum", PEOPLE)
+    assert quorum.state.adapter == plain.state.adapter
+    assert quorum.clients == plain.clients
+    assert (quorum.bytes_up, quorum.bytes_down) == (plain.bytes_up, plain.bytes_down)
+    assert all(r.dropped == () and r.late == 0 for r in read_rounds(tmp_path / "quorum"))
 
 
 def test_neither_threads_nor_the_size_of_groups_change_a_result(tmp_path: Path) -> None:

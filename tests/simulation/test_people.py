@@ -12,11 +12,11 @@ from fedlora.errors import ConfigError
 from fedlora.evaluation import evaluate
 from fedlora.experiment import BaseConfig, DataConfig, EngineConfig, ExperimentConfig
 from fedlora.federation.checkpoint import ClientRecord
+from fedlora.federation.folder import read_rows
 from fedlora.formats import load_adapter
 from fedlora.nn import Task
 from fedlora.simulation import people as people_module
 from fedlora.simulation import simulate
-from fedlora.simulation.folder import read_rows
 from fedlora.simulation.people import cross_evaluate, evaluate_clients
 from fedlora.world import open_world
 

@@ -18,7 +18,7 @@ from tests.store.power_cut import Disk, PowerCut
 from tests.store.states import adapter, make_bundle
 
 IMAGES = 4  # drawn at random for each cut, beside the two extremes
-GLOBAL, PERSONAL, NEW = adapter(1), adapter(2), adapter(3)
+GLOBAL, PERSONAL, NEW, OTHER = map(adapter, (1, 2, 3, 4))
 
 DATA = encode_packed(NEW)
 
@@ -32,6 +32,14 @@ def stage(store: Store) -> None:
 ACTIONS: dict[str, tuple[Callable[[Store], object], tuple[fl.Adapter | None, ...]]] = {
     "commit_personal": (lambda s: s.commit_personal(NEW, {"loss": 1.0}), (GLOBAL, NEW)),
     "install_global": (lambda s: s.install_global(NEW, {"round": 2}), (NEW, PERSONAL)),
+    "install_both": (
+        lambda s: s.install_both(NEW, OTHER, provenance={"round": 2}, metrics={"loss": 1.0}),
+        (NEW, OTHER),
+    ),
+    "the global one alone": (
+        lambda s: s.install_both(NEW, None, provenance={}, metrics={}),
+        (NEW, None),
+    ),
     "forget": (lambda s: s.forget(), (GLOBAL, None)),
     "commit a release": (lambda s: s.commit_pending(7), (NEW, PERSONAL)),
     "the same again": (lambda s: s.commit_personal(PERSONAL, {}), (GLOBAL, PERSONAL)),

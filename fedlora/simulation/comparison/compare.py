@@ -28,6 +28,7 @@ from fedlora.experiment import (
     read_table,
     to_plain,
 )
+from fedlora.federation.folder import LOCK, free_folder, locked
 from fedlora.files import write_atomic
 from fedlora.simulation.comparison.plan import (
     TUNING_SEED_DISTANCE,
@@ -50,7 +51,6 @@ from fedlora.simulation.comparison.statistics import (
     difference,
 )
 from fedlora.simulation.comparison.tuning import Tuned, tune
-from fedlora.simulation.folder import LOCK, free_folder, locked
 from fedlora.simulation.simulate import Progress
 
 __all__ = ["Comparison", "compare"]

@@ -10,9 +10,9 @@ import pytest
 from fedlora.data import load_data
 from fedlora.errors import ConfigError, RunError, UnknownNameError
 from fedlora.experiment import ExperimentConfig
+from fedlora.federation.folder import read_rows
 from fedlora.simulation import compare, simulate
 from fedlora.simulation.comparison.runs import on_validation
-from fedlora.simulation.folder import read_rows
 from tests.simulation.small import PEOPLE, config
 
 SMALL = config(federation__rounds=2, personalization__steps=2)

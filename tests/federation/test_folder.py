@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from fedlora.errors import RunError
-from fedlora.simulation.folder import append_row, claim, free_folder, locked, read_rows
+from fedlora.federation.folder import append_row, claim, free_folder, locked, read_rows
 
 
 def test_a_claimed_folder_is_refused_with_the_line_that_resumes_it(tmp_path):
@@ -54,7 +54,7 @@ def test_a_row_that_is_not_json_is_named(tmp_path):
 
 def test_a_second_process_is_kept_out(tmp_path):
     code = (
-        "import sys, pathlib; from fedlora.simulation.folder import locked\n"
+        "import sys, pathlib; from fedlora.federation.folder import locked\n"
         "with locked(pathlib.Path(sys.argv[1])): pass"
     )
     with locked(tmp_path):

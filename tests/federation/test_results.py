@@ -2,7 +2,7 @@
 
 import json
 
-from fedlora.simulation.results import cross_matrix, results, table
+from fedlora.federation.results import cross_matrix, results, table
 
 
 def row(client, base, own, shared, personal, *, held_out=False):

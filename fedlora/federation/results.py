@@ -6,14 +6,30 @@ value}}}``, with "kept_global" (whether) where clients keep the better adapter.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from fedlora import __version__
+from fedlora.errors import RunError
+from fedlora.experiment import ExperimentConfig, FederationConfig
+from fedlora.federation.checkpoint import Checkpoint, RoundRecord
+from fedlora.federation.folder import SUMMARY
+from fedlora.federation.guard import ADAPTERS
+from fedlora.federation.limits import DECLINED
 from fedlora.metrics import gain, share_better, summarize
 
-__all__ = ["ADAPTERS", "cross_matrix", "results", "table"]
-
-ADAPTERS = ("base", "own", "global", "personal")
+__all__ = [
+    "ADAPTERS",
+    "codec_bytes",
+    "cross_matrix",
+    "results",
+    "run_notes",
+    "run_summary",
+    "run_table",
+    "table",
+]
 
 Row = Mapping[str, Any]
 
@@ -42,6 +58,65 @@ def results(rows: Sequence[Row], *, metric: str, higher_is_better: bool) -> dict
     }
 
 
+def codec_bytes(config: FederationConfig, rounds: Sequence[RoundRecord]) -> dict[str, Any]:
+    """Return ``{"codecs": ...}``: what the run's bytes are and would be in fp32; {} where they are.
+
+    Shares are of all bytes of the rounds' messages, layouts and settings included. They are None
+    where nothing travelled.
+    """
+    if config.upload_codec == config.download_codec == "fp32":
+        return {}
+    found: dict[str, Any] = {}
+    for way, codec in (("up", config.upload_codec), ("down", config.download_codec)):
+        total = sum(getattr(record, f"bytes_{way}") for record in rounds)
+        plain = sum(record.fp32_bytes.get(way, 0) for record in rounds)
+        share = round(total / plain, 4) if plain else None
+        found[way] = {"codec": codec, "bytes": total, "fp32_bytes": plain, "share": share}
+    return {"codecs": found}
+
+
+def run_summary(
+    config: ExperimentConfig,
+    checkpoint: Checkpoint,
+    rows: Sequence[Row],
+    rounds: Sequence[RoundRecord],
+    *,
+    metric: str,
+    higher_is_better: bool,
+) -> dict[str, Any]:
+    """Return summary.json, all but its notes and seconds; rows of clients that failed count not."""
+    scored = [row for row in rows if "scores" in row]
+    found = {
+        "name": config.name,
+        "rounds": checkpoint.state.round,
+        **results(scored, metric=metric, higher_is_better=higher_is_better),
+        "bytes_up": checkpoint.bytes_up,
+        "bytes_down": checkpoint.bytes_down,
+        "seed": config.seed,
+        "fedlora_version": __version__,
+        "privacy": None,
+    }
+    found["extra"] |= codec_bytes(config.federation, rounds)
+    return found
+
+
+def run_notes(
+    checkpoint: Checkpoint, rounds: Sequence[RoundRecord], rows: Sequence[Row], untested: int
+) -> list[str]:
+    """Return what a reader of the result must know of clients that it does not hold."""
+    notes = []
+    if out := checkpoint.left_out:
+        notes.append(f"{len(out)} clients were left out from the start; {out[0].reason}")
+    told = [dropped for record in rounds for dropped in record.dropped]
+    if lost := [dropped for dropped in told if not dropped.reason.startswith(DECLINED)]:
+        notes.append(f"{len(lost)} replies did not count; the last: {lost[-1].reason}")
+    if declined := len(told) - len(lost):
+        notes.append(f"{declined} times a device declined to take part in a round")
+    if untested:
+        notes.append(f"{untested} clients without held-out examples are not evaluated")
+    return notes + [f"not in the means: {row['failed']}" for row in rows if "failed" in row]
+
+
 def cross_matrix(
     clients: Sequence[str], values: Sequence[Sequence[float]], *, higher_is_better: bool
 ) -> dict[str, Any]:
@@ -60,6 +135,17 @@ def cross_matrix(
         "values": [list(row) for row in values],
         "own_beats_others": wins,
     }
+
+
+def run_table(out: Path) -> str:
+    """Return `table` of a finished run's folder. Raises `RunError` when there is no summary."""
+    path = out / SUMMARY
+    try:
+        return table(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RunError(f"{path}: no results of a finished run: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path}: not a run's summary: {error!r}") from None
 
 
 def table(summary: Mapping[str, Any]) -> str:

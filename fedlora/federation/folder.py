@@ -19,10 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedlora.aggregation import ServerState
 from fedlora.errors import RunError
+from fedlora.experiment import ExperimentConfig
 from fedlora.files import lock_file, write_atomic
+from fedlora.formats import save_adapter
 
 __all__ = [
+    "CLIENTS",
     "EXPERIMENT",
     "SUMMARY",
     "append_row",
@@ -32,9 +36,12 @@ __all__ = [
     "locked",
     "read_rows",
     "require_free",
+    "rows_of_global",
+    "save_global",
 ]
 
 EXPERIMENT = "experiment.toml"
+CLIENTS = "clients.jsonl"
 SUMMARY = "summary.json"
 LOCK = ".lock"
 
@@ -120,3 +127,28 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 "the file was changed by hand: start a new run"
             ) from None
     return rows
+
+
+def rows_of_global(path: Path, digest: str, *, failed: bool = True) -> dict[str, dict[str, Any]]:
+    """Return the rows of one global adapter by their client; others are cut out of the file.
+
+    digest: the adapter's fingerprint. failed: whether those of clients that failed count. Raises
+    `RunError` as `read_rows` does.
+    """
+    found = read_rows(path)
+    rows = {
+        row["client"]: row
+        for row in found
+        if row.get("global") == digest and (failed or "failed" not in row)
+    }
+    if len(rows) < len(found):  # the run went on for more rounds after they were written
+        write_atomic(path, b"".join(json_line(row) for row in rows.values()))
+    return rows
+
+
+def save_global(folder: Path, config: ExperimentConfig, state: ServerState) -> None:
+    """Write the global adapter as a PEFT folder and as a packed file."""
+    about = {"run": config.name, "round": state.round, "method": config.federation.method}
+    whole = state.adapter
+    for target in ("adapter", "adapter.safetensors"):
+        save_adapter(whole, folder / target, provenance=about)

@@ -1,0 +1,500 @@
+"""`fedlora federation`: a real federation, all of it on this host or step by step on real ones."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedlora.errors import ConfigError, UsageError
+from fedlora.experiment import ExperimentConfig, find_experiment, parse_override
+
+if TYPE_CHECKING:
+    from fedlora.federation import RoundRecord
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Run a real federation: a SuperLink with TLS, SuperNodes with registered keys. `up` "
+    "brings all of it up on this host; the other commands are its steps, for real hosts.",
+    no_args_is_help=True,
+)
+
+Dir = Annotated[
+    Path,
+    typer.Option(
+        "--dir",
+        envvar="FEDLORA_FEDERATION_DIR",
+        help="The federation's folder: certificates, keys, database, logs, run.",
+    ),
+]
+DEFAULT_DIR = Path("federation")
+Override = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the experiment."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def up(
+    folder: Dir = DEFAULT_DIR,
+    nodes: Annotated[int | None, typer.Option(min=1, help="How many. [default: 3]")] = None,
+    trainer: Annotated[
+        str | None,
+        typer.Option(help="onnx or torch for all nodes, or one for each: onnx,onnx,torch."),
+    ] = None,
+    experiment: Annotated[
+        str | None, typer.Option(help="A bundled experiment or a TOML file. [default: watch]")
+    ] = None,
+    override: Override = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of nodes that train in onnx. [default: one is exported, where torch is]"
+        ),
+    ] = None,
+    python: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TRAINER=VENV", help="Run that trainer's nodes in an environment."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what a stopped or killed `up` left.")
+    ] = False,
+    keep_up: Annotated[
+        bool, typer.Option("--keep-up", help="Leave link and nodes running at the end.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a whole federation up on the loopback of this host, run an experiment, stop it again.
+
+    Certificates, node keys, a SuperLink with TLS, node authentication and a database, registered
+    SuperNodes: everything is in the folder. Each node has one client's data.
+
+    Examples:
+
+        fedlora federation up --nodes 3 --experiment watch --set federation.rounds=3
+
+        fedlora federation up --trainer onnx,onnx,torch --python onnx=device-venv/ --dir fed/
+
+        fedlora federation up --resume --dir fed/
+    """
+    from fedlora.federation.deploy import local
+
+    if resume:
+        if any(
+            value is not None for value in (nodes, trainer, experiment, override, bundle, python)
+        ):
+            raise UsageError("--resume goes on with what its folder says: name nothing beside it")
+        federation, config = local.resumed(folder)
+    else:
+        count = 3 if nodes is None else nodes
+        asked = _experiment(experiment or "watch", override)
+        config = local.fitting_cohort(asked, count)
+        kinds = trainer.split(",") if trainer else ()
+        federation = local.plan(folder, count, kinds, bundle=bundle, pythons=_pythons(python))
+        if config != asked:
+            _say(
+                f"federation.cohort: {config.federation.cohort} in place of "
+                f"{asked.federation.cohort}, since there are {count} nodes"
+            )
+        local.begin(federation, config)
+    if any(node.trainer == "onnx" and node.bundle is None for node in federation.nodes):
+        exported = federation.folder / "bundle"
+        _export(config, exported)
+        federation = local.with_bundle(federation, exported)
+    # So that a service manager's stop runs what stops link and nodes, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    result = local.up(federation, config, say=_say, on_round=_show_round(config), keep_up=keep_up)
+    _print_result(result, as_json)
+
+
+@app.command()
+def status(folder: Dir = DEFAULT_DIR, as_json: AsJson = False) -> None:
+    """Show what runs in a federation's folder, and how far its run is.
+
+    Exits with 1 when something that was started is not running.
+
+    Examples:
+
+        fedlora federation status --dir fed/
+    """
+    from fedlora.federation.deploy import local
+
+    found = local.status(folder)
+    started = [row for row in [found["link"], *found["nodes"]] if row and row["pid"] is not None]
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        table = Table("", "pid", "state", "trainer", "", box=None)
+        if link := found["link"]:
+            table.add_row("link", *_process(link), "", link["address"])
+        for row in found["nodes"]:
+            table.add_row(row["name"], *_process(row), row["trainer"], row["link_says"] or "")
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+        if run := found["run"]:
+            loss = "" if run["loss"] is None else f", loss {run['loss']:.4f}"
+            typer.echo(f"run: round {run['round']} of {run['rounds']}{loss}; {run['out']}")
+    if not all(row["running"] for row in started):
+        raise typer.Exit(1)
+
+
+@app.command()
+def down(folder: Dir = DEFAULT_DIR, as_json: AsJson = False) -> None:
+    """Stop the link and the nodes that were started in a folder, by their recorded processes.
+
+    Examples:
+
+        fedlora federation down --dir fed/
+    """
+    from fedlora.federation.deploy import local
+
+    stopped = local.down(folder)
+    if as_json:
+        typer.echo(json.dumps({"stopped": stopped}))
+    else:
+        typer.echo(f"stopped: {', '.join(stopped)}" if stopped else "nothing was running")
+
+
+@app.command()
+def certs(
+    folder: Dir = DEFAULT_DIR,
+    host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A name or address by which devices call the server."),
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, help="Validity of the server's certificate.")] = 397,
+    as_json: AsJson = False,
+) -> None:
+    """Make the authority and the server's certificate, or only a new one of the latter.
+
+    An authority that is there stays: run it again before the certificate ends, and devices need
+    nothing new.
+
+    Examples:
+
+        fedlora federation certs --host fl.example.org --dir /var/lib/fedlora
+    """
+    from fedlora.federation.deploy.certificates import make_certificates
+    from fedlora.federation.deploy.folder import Federation
+
+    federation = Federation.read_or_new(folder)
+    files = make_certificates(federation.certificates.ca.parent, host or [], days=days)
+    if not Federation.there(folder):
+        federation.save()
+    if as_json:
+        names = {"ca": files.ca, "server": files.server, "server_key": files.server_key}
+        typer.echo(json.dumps({name: str(path) for name, path in names.items()}))
+        return
+    typer.echo(f"{files.server}: for {', '.join([*(host or []), 'localhost', '127.0.0.1'])}")
+    typer.echo(f"give {files.ca} to every device; keep {files.ca_key} off the network")
+
+
+@app.command()
+def key(
+    path: Annotated[
+        Path, typer.Argument(help="The private key's file; the public one is FILE.pub.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Make a node key, on the device whose key it is.
+
+    The private half stays there; FILE.pub goes to the server, which registers it.
+
+    Examples:
+
+        fedlora federation key node.key
+    """
+    from fedlora.federation.deploy.keys import fingerprint, make_node_key
+
+    public = make_node_key(path)
+    if as_json:
+        found = {"key": str(path), "public": str(public), "fingerprint": fingerprint(public)}
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(f"{public}: {fingerprint(public)}; have it registered on the server")
+
+
+@app.command()
+def register(
+    public: Annotated[Path, typer.Argument(metavar="KEY.pub", help="A device's public key.")],
+    folder: Dir = DEFAULT_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Let the device with this key take part; run it on the server, while its SuperLink is up.
+
+    Examples:
+
+        fedlora federation register node.key.pub --dir /var/lib/fedlora
+    """
+    from fedlora.federation.deploy.folder import Federation
+    from fedlora.federation.deploy.keys import fingerprint
+    from fedlora.federation.deploy.link import register as register_key
+
+    node_id = register_key(Federation.read(folder), public)
+    if as_json:
+        typer.echo(json.dumps({"node_id": node_id, "fingerprint": fingerprint(public)}))
+    else:
+        typer.echo(f"registered: node {node_id}, {fingerprint(public)}")
+
+
+@app.command("start-link")
+def start_link(
+    folder: Dir = DEFAULT_DIR,
+    host: Annotated[str, typer.Option(help="To listen on; keep it behind a proxy.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+) -> None:
+    """Be the SuperLink, until a signal: TLS, registered keys only, a database in the folder.
+
+    Its Control API has no login: whoever reaches it can run code on every node. Listen on the
+    loopback and let a proxy show /v1/fleet/ and /health alone; docs/deployment.md has one.
+
+    Examples:
+
+        fedlora federation start-link --dir /var/lib/fedlora --port 8000
+    """
+    from fedlora.federation.deploy.folder import Federation, Link
+    from fedlora.federation.deploy.link import become_link
+
+    become_link(Federation.read_or_new(folder), Link(host, port))
+
+
+@app.command("start-node")
+def start_node(
+    link: Annotated[str, typer.Option(metavar="HOST:PORT", help="Of the server.")],
+    node_key: Annotated[
+        Path | None, typer.Option("--key", help="This node's private key, of `federation key`.")
+    ] = None,
+    ca: Annotated[
+        Path | None,
+        typer.Option(help="The server's ca.crt. [default: the authorities this system trusts]"),
+    ] = None,
+    trainer: Annotated[
+        str | None, typer.Option(help="onnx or torch. [default: torch where it is installed]")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="The device bundle that an onnx node trains with.")
+    ] = None,
+    client: Annotated[
+        str | None, typer.Option(help="Whose part of the data is here; or --partition.")
+    ] = None,
+    partition: Annotated[
+        int | None, typer.Option(min=0, help="The same by its number, as in a simulation.")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Where the device keeps what is its own.")
+    ] = None,
+    node_config: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Another key of the node config, as data=…"),
+    ] = None,
+    home: Annotated[Path, typer.Option(help="Of Flower's own files on this device.")] = Path(
+        "flower-home"
+    ),
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="On the loopback. [default: a free one]")
+    ] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds for the server to be there.")] = 60.0,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Without TLS; a SuperLink of fedlora refuses it.")
+    ] = False,
+) -> None:
+    """Be a SuperNode, until a signal. What a device opens is named here, and never by the server.
+
+    Ends with one line when the server refuses it: an unregistered key, a wrong certificate, or a
+    plain connection.
+
+    Examples:
+
+        fedlora federation start-node --link fl.example.org:443 --ca ca.crt --key node.key \\
+            --trainer onnx --bundle bundle/ --client 1_left --state state/
+    """
+    from fedlora.federation.deploy.node import NodeOptions, run_node
+    from fedlora.federation.flower_commands import free_port
+
+    if trainer not in (None, "onnx", "torch"):
+        raise UsageError(f"--trainer: expected onnx or torch, found {trainer!r}")
+    if client is not None and partition is not None:
+        raise UsageError("--client and --partition: expected one of them")
+    named: dict[str, str | int | None] = {
+        "trainer": trainer,
+        "bundle": None if bundle is None else str(bundle.absolute()),
+        "client": client,
+        "partition-id": partition,
+        "state": None if state is None else str(state.absolute()),
+    }
+    config = _node_values(node_config or []) | {
+        name: value for name, value in named.items() if value is not None
+    }
+    options = NodeOptions(
+        link=link,
+        key=node_key,
+        port=port or free_port(),
+        home=home.absolute(),
+        ca=ca,
+        insecure=insecure,
+        config=config,
+    )
+    if ca is not None and not ca.is_file():
+        raise ConfigError(f"--ca {ca}: no such file")
+    run_node(options, wait=wait, say=_say)
+
+
+@app.command()
+def submit(
+    experiment: Annotated[
+        str | None, typer.Argument(help="A bundled experiment (watch, keyboard, …) or a TOML file.")
+    ] = None,
+    folder: Dir = DEFAULT_DIR,
+    out: Annotated[
+        Path | None, typer.Option(help="A new or empty folder for the run.", show_default="DIR/out")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder, from its checkpoint.")
+    ] = None,
+    override: Override = None,
+    min_clients: Annotated[
+        int | None,
+        typer.Option(min=1, help="Begin once so many nodes are connected. [default: the cohort]"),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0, help="Hours for the whole run; it can be resumed after them.")
+    ] = 168.0,
+    as_json: AsJson = False,
+) -> None:
+    """Run an experiment on the federation whose SuperLink runs here; wait for its end.
+
+    Exits with 1 and the reason when the run fails.
+
+    Examples:
+
+        fedlora federation submit watch --dir /var/lib/fedlora --min-clients 3
+
+        fedlora federation submit --resume /var/lib/fedlora/out --dir /var/lib/fedlora
+    """
+    from fedlora.federation.deploy.folder import Federation
+    from fedlora.federation.deploy.submit import Submission, claim_run, read_run
+    from fedlora.federation.deploy.submit import submit as submit_run
+
+    if (experiment is None) == (resume is None):
+        raise UsageError("fedlora federation submit: name an experiment, or a folder to --resume")
+    if resume is not None and out is not None:
+        raise UsageError("--resume goes on in its folder: leave out --out")
+    federation = Federation.read(folder)
+    if resume is not None:
+        run, config = resume, read_run(resume, _overrides(override))
+    else:
+        run, config = out or federation.out, _experiment(str(experiment), override)
+        claim_run(run, config)
+    count = min_clients or config.federation.cohort
+    result = submit_run(
+        federation,
+        Submission(config, run.absolute(), count, timeout * 3600),
+        on_round=_show_round(config),
+        say=_say,
+    )
+    _print_result(result, as_json)
+
+
+def _experiment(name: str, override: Sequence[str] | None) -> ExperimentConfig:
+    return ExperimentConfig.from_toml(find_experiment(name), _overrides(override))
+
+
+def _overrides(override: Sequence[str] | None) -> dict[str, Any]:
+    return dict(parse_override(text) for text in override or ())
+
+
+def _pythons(texts: Sequence[str] | None) -> dict[str, Path]:
+    found = {}
+    for text in texts or ():
+        kind, equals, path = text.partition("=")
+        if not equals or not path or kind not in ("onnx", "torch"):
+            raise UsageError(f"--python {text}: expected onnx=VENV or torch=VENV")
+        found[kind] = Path(path)
+    return found
+
+
+def _node_values(texts: Sequence[str]) -> dict[str, bool | int | float | str]:
+    """Numbers and true or false as such; all else, also what else TOML would read, is text."""
+    values: dict[str, bool | int | float | str] = {}
+    for text in texts:
+        name, equals, raw = text.partition("=")
+        if not equals:
+            raise UsageError(f"--node-config {text}: expected KEY=VALUE, such as min-battery=30")
+        _, value = parse_override(text)
+        values[name.strip()] = value if isinstance(value, bool | int | float | str) else raw
+    return values
+
+
+def _export(config: ExperimentConfig, out: Path) -> None:
+    """Export the bundle of an experiment, for nodes that train in ONNX Runtime."""
+    if config.data.task not in ("next-token", "classification"):
+        raise ConfigError(
+            f"--bundle: expected one, since {config.data.task!r} has no training graph"
+        )
+    missing = [name for name in ("torch", "onnx", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            "--bundle: expected the folder of a device bundle for nodes that train in onnx; it can "
+            f"be exported only where {', '.join(missing)} is installed: run fedlora export there, "
+            "or pip install 'fedlora[export]'"
+        )
+    from fedlora.export.bundle import export_bundle
+
+    export_bundle(
+        config.base.id,
+        out,
+        lora=config.lora,
+        task=config.data.task,  # type: ignore[arg-type]  # checked above
+        num_classes=config.base.num_classes,
+        report=_say,
+    )
+
+
+def _show_round(config: ExperimentConfig) -> Any:
+    from fedlora.federation.deploy.submit import round_line
+
+    rounds = config.federation.rounds
+
+    def show(record: RoundRecord) -> None:
+        _say(round_line(record, rounds))
+
+    return show
+
+
+def _process(row: dict[str, Any]) -> tuple[str, str]:
+    if row["pid"] is None:
+        return "", "not started"
+    return str(row["pid"]), "running" if row["running"] else "ended"
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    from fedlora.federation.results import table
+
+    loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
+    typer.echo(
+        f"completed: {result['rounds']} rounds with {result['clients']} clients{loss}; "
+        f"{result['seconds']:.0f} s; {result['bytes_up']:,} bytes up, "
+        f"{result['bytes_down']:,} down"
+    )
+    if result["dropped"]:
+        typer.echo(f"{result['dropped']} replies did not count; see rounds.jsonl")
+    if result["summary"]:
+        typer.echo(f"\n{table(result['summary'])}\n")
+    typer.echo(f"global adapter: {result['adapter']}")
+    typer.echo(f"everything is in {result['out']}/")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
