@@ -20,6 +20,7 @@
     ├── StoreError                 a device's state folder is missing, taken or in use
     └── UpdateError                over the air: a release cannot be published or fetched
         ├── PublishError           a key is missing, or the repository would not be accepted
+        │   └── GateError          a run's adapter is not good or small enough to be released
         ├── MetadataError          signed metadata is refused
         │   ├── SignatureError     too few signatures of trusted keys
         │   ├── VersionError       older than, or not what, was seen or announced before
@@ -48,6 +49,7 @@ __all__ = [
     "FederationError",
     "FedloraError",
     "FormatError",
+    "GateError",
     "LayerMismatchError",
     "MetadataError",
     "MissingExtraError",
@@ -157,6 +159,10 @@ class UpdateError(FedloraError):
 
 class PublishError(UpdateError):
     """A key is missing, or the repository would not be accepted by its devices."""
+
+
+class GateError(PublishError):
+    """A run's adapter is not good, sound or small enough to be released."""
 
 
 class MetadataError(UpdateError):

@@ -21,7 +21,7 @@ ROWS = [
     {"aggregation", "privacy", "formats", "store", "metrics"},
     {"experiment", "personalization", "mixing", "evaluation", "nn", "bases", "data", "world"},
     {"simulation", "federation", "export", "device", "ota"},
-    {"agent", "report"},
+    {"agent", "release", "report"},
     {"cli", "clients", "server", "simulations"},
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
@@ -145,7 +145,11 @@ def test_the_core_pulls_in_no_heavy_package(modules: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "modules", ["fedlora.federation, server.app, clients.app", "fedlora.cli.main"]
+    "modules",
+    [
+        "fedlora.federation, fedlora.agent, server.app, server.publish, clients.app, clients.agent",
+        "fedlora.cli.main",
+    ],
 )
 def test_neither_server_nor_command_line_pulls_in_torch(modules: str) -> None:
     heavy = ("torch", "ray", "transformers", "matplotlib")

@@ -133,6 +133,12 @@ def status(state: State, as_json: AsJson = False) -> None:
         ("personal", _described(found.personal)),
         ("serving", serving),
     ]
+    if found.pending is not None:
+        rows.append(("staged", f"{_described(found.pending)}; trials begun: {found.tries}"))
+    if found.previous is not None:
+        rows.append(("before", _described(found.previous)))
+    if found.rejected:
+        rows.append(("rejected", ", ".join(f"release {one}" for one in found.rejected)))
     for name, text in rows:
         typer.echo(f"{name:<9} {text}")
 
@@ -421,6 +427,8 @@ def _described(entry: GlobalEntry | PersonalEntry | None) -> str:
         return "none"
     words = [f"{entry.fingerprint[:12]}, {entry.num_bytes:,} bytes"]
     if isinstance(entry, GlobalEntry):
+        if entry.release is not None:
+            words.append(f"release {entry.release} of {entry.channel}")
         if entry.provenance:
             words.append(json.dumps(entry.provenance, ensure_ascii=False, sort_keys=True))
         return "; ".join(words)

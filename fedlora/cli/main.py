@@ -23,6 +23,8 @@ from fedlora.cli import (
     ota,
     simulate,
 )
+from fedlora.cli import agent as _agent  # noqa: F401 - adds commands to device
+from fedlora.cli import stages as _stages  # noqa: F401 - adds commands to ota
 from fedlora.errors import FedloraError, MissingExtraError
 
 __all__ = ["app", "main"]

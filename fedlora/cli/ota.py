@@ -49,6 +49,20 @@ Passphrase = Annotated[
 Version = Annotated[int, typer.Argument(help="A release, by its number.", min=1)]
 Percent = Annotated[float, typer.Option("--rollout", help="Percent of the devices, in 0.01.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Run = Annotated[
+    Path | None, typer.Option("--run", help="The folder of a run, whose gates must pass first.")
+]
+RunCodec = Annotated[str, typer.Option("--codec", help="With --run: fp32, fp16, int8 or int4.")]
+Worse = Annotated[
+    float, typer.Option("--gate-worse", help="With --run: share by which it may be worse than base")
+]
+Rms = Annotated[
+    float, typer.Option("--gate-rms", help="With --run: most that a layer's weights may change by.")
+]
+MaxBytes = Annotated[int, typer.Option("--gate-bytes", help="With --run: most bytes of the file.")]
+Unevaluated = Annotated[
+    bool, typer.Option("--unevaluated", help="With --run: also one that is not finished.")
+]
 
 
 @app.command()
@@ -135,9 +149,10 @@ def keys(
 
 @app.command()
 def publish(
-    adapter: Annotated[Path, typer.Argument(help="A packed file, such as a run's adapter.")],
     repository: Repository,
     keys: KeysFolder,
+    adapter: Annotated[Path | None, typer.Argument(help="A packed file.")] = None,
+    run: Run = None,
     channel: Annotated[str, typer.Option(help="Which devices ask for it.")] = "stable",
     rollout: Percent = 100.0,
     limit: Annotated[
@@ -153,28 +168,50 @@ def publish(
         str | None, typer.Option(help="Only for devices with this fedlora or a newer one.")
     ] = None,
     notes: Annotated[str, typer.Option(help="For people.")] = "",
+    codec: RunCodec = "fp16",
+    worse: Worse = 0.0,
+    rms: Rms = 0.5,
+    max_bytes: MaxBytes = 1 << 26,
+    unevaluated: Unevaluated = False,
     passphrase: Passphrase = None,
     as_json: AsJson = False,
 ) -> None:
     """Publish an adapter as the next release; needs the targets key.
 
-    What the file says of its run, rounds, method and privacy goes with it.
+    What the file says of its run, rounds, method and privacy goes with it. With --run it is the
+    global adapter of a run, which must pass the gates first: not worse than the base for people who
+    never took part, weights that changed by a sound amount, and not too large.
 
     Examples:
 
-        fedlora ota publish runs/keyboard/adapter.safetensors --rollout 1 --repository releases/
-        --keys keys/
+        fedlora ota publish --run runs/keyboard --rollout 1 --repository releases/ --keys keys/
+
+        fedlora ota publish adapter.safetensors --rollout 1 --repository releases/ --keys keys/
     """
-    release = _publisher(repository, keys, passphrase).publish(
-        adapter,
-        channel=channel,
-        rollout=rollout,
-        limit=limit,
-        bundle=_bundle_digest(bundle),
-        minimum_bundle=minimum_bundle,
-        minimum_fedlora=minimum_fedlora,
-        notes=notes,
-    )
+    if (adapter is None) == (run is None):
+        raise ConfigError("expected either a packed file or --run FOLDER")
+    about: dict[str, Any] = {
+        "channel": channel,
+        "rollout": rollout,
+        "limit": limit,
+        "bundle": _bundle_digest(bundle),
+        "minimum_bundle": minimum_bundle,
+        "minimum_fedlora": minimum_fedlora,
+        "notes": notes,
+    }
+    publisher = _publisher(repository, keys, passphrase)
+    if run is not None:
+        from fedlora.release import Gates, publish_run
+
+        gates = Gates(worse, rms, max_bytes)
+        release, found = publish_run(
+            run, publisher, gates=gates, codec=codec, unevaluated=unevaluated, **about
+        )
+        if not as_json:
+            typer.echo("gates passed: " + ", ".join(f"{k} {_shown(v)}" for k, v in found.items()))
+    else:
+        assert adapter is not None
+        release = publisher.publish(adapter, **about)
     _print_release(repository, keys, release, rollout, as_json)
 
 
@@ -326,6 +363,10 @@ def _bundle_digest(text: str | None) -> str | None:
     if not path.is_file():
         raise ConfigError(f"--bundle {text}: expected a bundle's folder or a SHA-256")
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _print_json(value: Any) -> None:

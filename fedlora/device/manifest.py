@@ -7,6 +7,7 @@
       decode.onnx        language models: the next token's logits, with a cache
       train_8x32.onnx    8 rows of 32 tokens; train_16.onnx: 16 rows of a fixed shape
       tokenizer.json     text only
+      canaries.safetensors  a few inputs and the base's logits; see `fedlora.device.canaries`
 
 A graph's inputs are named by this module. LoRA factors are inputs of every graph, float32 and of
 any rank, with the scaling folded into B, so that one graph serves the base and every adapter:
@@ -52,6 +53,7 @@ from fedlora.targets import LayerSpec
 
 __all__ = [
     "BASE_DATA",
+    "CANARIES",
     "MANIFEST",
     "TOKENIZER",
     "FileInfo",
@@ -70,6 +72,7 @@ __all__ = [
 
 VERSION = 1
 MANIFEST, BASE_DATA, TOKENIZER = "manifest.json", "base.onnx.data", "tokenizer.json"
+CANARIES = "canaries.safetensors"
 GraphKind = Literal["infer", "decode", "train"]
 Precision = Literal["fp32", "int8", "int4"]
 # Of the products of training: "exact" gives the gradients of the base as it is stored; the others
@@ -292,7 +295,7 @@ def _check_files(manifest: Manifest, path: Path) -> None:
         if graph.kind == "train" and graph.rows is None:
             raise FormatError(f"{path}: {name}: expected the rows of a train graph, found none")
     for name, info in manifest.files.items():
-        if name not in manifest.graphs and name not in (BASE_DATA, TOKENIZER):
+        if name not in manifest.graphs and name not in (BASE_DATA, TOKENIZER, CANARIES):
             raise FormatError(f"{path}: files: a bundle has no file {name[:80]!r}")
         if type(info.num_bytes) is not int or info.num_bytes < 0:
             raise FormatError(f"{path}: {name}: expected its size, found {shown(info.num_bytes)}")

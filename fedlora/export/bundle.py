@@ -1,7 +1,8 @@
 """Write a device bundle: trace, emit, compare with torch, and only then say what it is.
 
 A bundle is written whole or not at all, the same bytes for the same base, layers, graphs and
-versions; where such a one is there already, nothing is done.
+versions on the same kind of processor (the last digits of the canaries' logits are its own); where
+such a one is there already, nothing is done.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 
 from fedlora.adapter import Adapter, LoraConfig
 from fedlora.data.text import TokenizerLike, load_tokenizer
+from fedlora.device.canaries import Canaries, write_canaries
 from fedlora.device.manifest import (
     BASE_DATA,
+    CANARIES,
     MANIFEST,
     TOKENIZER,
     FileInfo,
@@ -42,7 +45,13 @@ from fedlora.export.capture import tensors_of
 from fedlora.export.decode import decode_graph
 from fedlora.export.emit import emit
 from fedlora.export.merged import merged_into
-from fedlora.export.parity import decode_difference, infer_difference, train_difference
+from fedlora.export.parity import (
+    base_logits,
+    canary_inputs,
+    decode_difference,
+    infer_difference,
+    train_difference,
+)
 from fedlora.export.trace import Subject, example, infer_graph, subject_of, train_graph
 from fedlora.export.traced import Traced
 from fedlora.export.weights import BaseWeights
@@ -144,8 +153,8 @@ def export_bundle(
         report(f"{out} is this bundle already; --again writes it anew")
         return there
     # Graphs that the new bundle does not have are an old bundle's, if there is one.
-    owned = ("*.onnx", TOKENIZER) if (out / MANIFEST).is_file() else ()
-    files = {*planned.graphs, BASE_DATA, MANIFEST} | ({TOKENIZER} if tokenizer else set())
+    owned = ("*.onnx", TOKENIZER, CANARIES) if (out / MANIFEST).is_file() else ()
+    files = {*planned.graphs, BASE_DATA, CANARIES, MANIFEST} | ({TOKENIZER} if tokenizer else set())
     require_replaceable(out, files, owned)
     made: list[Manifest] = []
 
@@ -203,6 +212,7 @@ def _build(
             )
         # One digit: the last ones of a sum depend on the machine.
         graphs[plan.file] = replace(plan.info, difference=float(f"{found:.0e}"))
+    write_canaries(folder, _canaries(folder, subject, plans, ends, planned.web))
     files = {
         path.name: FileInfo(sha256_of(path), path.stat().st_size)
         for path in sorted(folder.iterdir())
@@ -252,6 +262,21 @@ def _difference(path: Path, plan: _Plan, subject: Subject, ends: _Ends, web: boo
         if name.startswith("past_key_values")
     }
     return decode_difference(path, subject, empty, defaults)
+
+
+def _canaries(
+    folder: Path,
+    subject: Subject,
+    plans: Sequence[_Plan],
+    ends: Mapping[str, _Ends],
+    web: bool,
+) -> Canaries:
+    """Return inputs, and the logits of infer.onnx: of a quantized base those of its own."""
+    plan = next(plan for plan in plans if plan.info.kind == "infer")
+    _, zeros = ends[plan.file]
+    defaults = {name: value.numpy() for name, value in zeros.items()} if web else {}
+    inputs = canary_inputs(subject)
+    return Canaries(inputs, base_logits(folder / plan.file, inputs, defaults))
 
 
 def _tokenizer_file(source: TokenizerLike) -> bytes | None:
@@ -369,6 +394,7 @@ def _already(out: Path, planned: Manifest, tokenizer: bytes | None) -> Manifest 
     same = digest == (None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest())
     plain = replace(there, graphs=graphs, files={}, outputs=0)
     # A config that went through JSON has lists where tuples were.
+    same = same and CANARIES in there.files
     return there if same and _plain(plain) == _plain(planned) else None
 
 

@@ -20,13 +20,20 @@ from fedlora.nn.inject import inject_lora, load_adapter_into, lora_modules, remo
 from fedlora.nn.tasks import NOT_COUNTED, get_task, logits_of
 from fedlora.randomness import rng
 
-__all__ = ["decode_difference", "infer_difference", "train_difference"]
+__all__ = [
+    "base_logits",
+    "canary_inputs",
+    "decode_difference",
+    "infer_difference",
+    "train_difference",
+]
 
 Values: TypeAlias = dict[str, npt.NDArray[Any]]
 
 RANKS = (1, 4, 8, 16)
 # Rows and tokens of a batch for each of these; the base alone comes first.
 SIZES = ((2, 5), (1, 1), (3, 8), (2, 16), (4, 3))
+CANARY_SIZE = (2, 8)  # rows and tokens; a large vocabulary's logits must stay small
 EFFECT = 0.05  # of a random adapter: B is about as large as trained ones, its scaling folded in
 
 
@@ -101,6 +108,19 @@ def train_difference(
         norm = np.sqrt(sum(float(np.square(b, dtype=np.float64).sum()) for _, b in pairs))
         found.append(float(distance / max(norm, 1e-12)))
     return _largest(found)
+
+
+def canary_inputs(subject: Subject) -> npt.NDArray[Any]:
+    """Return the inputs of a bundle's canaries, none of them padding."""
+    return _inputs(subject, *CANARY_SIZE, padded=False)
+
+
+def base_logits(
+    path: Path, inputs: npt.NDArray[Any], defaults: Mapping[str, Any]
+) -> npt.NDArray[Any]:
+    """(rows, outputs) of the base in infer.onnx; of a language model at the last position."""
+    (logits,) = _session(path).run(["logits"], {"inputs": inputs, **defaults})
+    return np.asarray(logits[:, -1] if logits.ndim == 3 else logits, np.float32)
 
 
 def _vocabulary_of(model: nn.Module) -> int:

@@ -68,6 +68,7 @@ class Poll:
     requests: int
     received: int  # bytes of bodies
     downloaded: bool  # rather than found in a slot
+    active_halted: bool = False  # what is served here is not offered to anyone any more
 
 
 class DeviceUpdater:
@@ -98,6 +99,7 @@ class DeviceUpdater:
         self.channel = check_channel(channel)
         self.limits = limits or Limits()
         self.last_poll: Poll | None = None
+        self._active_halted = False
         self._bootstrap = bootstrap
         self._clock = clock
         self._folder = self.store.path / "ota"
@@ -124,7 +126,14 @@ class DeviceUpdater:
                 clear(self._folder / "partial")
             finally:
                 fetcher.close()
-            self.last_poll = Poll(release, reasons, fetcher.requests, fetcher.received, downloaded)
+            self.last_poll = Poll(
+                release,
+                reasons,
+                fetcher.requests,
+                fetcher.received,
+                downloaded,
+                self._active_halted,
+            )
             return release
 
     def commit(self, release: Release) -> None:
@@ -178,6 +187,7 @@ class DeviceUpdater:
 
     def _chosen(self, client: Client) -> tuple[Release | None, dict[int, str]]:
         found = client.target(rollout_path(self.channel))
+        self._active_halted = False
         if found is None:
             return None, {}
         rollout = Rollout.from_custom(_custom(found), self.channel)
@@ -186,7 +196,10 @@ class DeviceUpdater:
             target = client.target(release_path(self.channel, version))
             return None if target is None else _release(target)
 
-        return choose(rollout, find, self.device())
+        device = self.device()
+        active = None if device.active is None else rollout.stage(device.active)
+        self._active_halted = active is not None and active.halted
+        return choose(rollout, find, device)
 
     def _stage(self, client: Client, release: Release) -> bool:
         """Stage a release that is not staged yet; whether it had to be downloaded."""

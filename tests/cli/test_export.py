@@ -29,7 +29,9 @@ def test_export_prints_sizes_and_differences(tmp_path: Path) -> None:
     out = tmp_path / "b"
     arguments = ("watch-cnn", "--out", str(out), "--target-modules", "hidden", "--train", "4")
     result = json.loads(export(*arguments, "--rank", "3", "--json"))
-    assert result["files"].keys() == {"base.onnx.data", "infer.onnx", "train_4.onnx"}
+    assert result["files"].keys() == {
+        "base.onnx.data", "canaries.safetensors", "infer.onnx", "train_4.onnx",
+    }  # fmt: skip
     assert result["bytes"] == sum(result["files"].values())
     assert 0 < result["graphs"]["infer.onnx"]["difference"] < 1e-5
     assert read_manifest(out).lora.rank == 3

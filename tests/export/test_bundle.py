@@ -15,7 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from fedlora.adapter import Adapter, LoraConfig
 from fedlora.bases.registry import tokenizer_file
 from fedlora.data.text import load_tokenizer
+from fedlora.device.canaries import drift, read_canaries
 from fedlora.device.manifest import Manifest, factors_of, read_manifest, verify_files
+from fedlora.device.session import Session
 from fedlora.errors import (
     BaseMismatchError,
     ConfigError,
@@ -69,7 +71,7 @@ def test_a_bundle_says_what_it_is(watch: tuple[Path, Manifest]) -> None:
     folder, manifest = watch
     card = load_base("watch-cnn").card
     assert {path.name for path in folder.iterdir()} == {
-        "manifest.json", "base.onnx.data", "infer.onnx", "train_16.onnx",
+        "manifest.json", "base.onnx.data", "canaries.safetensors", "infer.onnx", "train_16.onnx",
     }  # fmt: skip
     there = read_manifest(folder)
     verify_files(folder, there)
@@ -83,6 +85,15 @@ def test_a_bundle_says_what_it_is(watch: tuple[Path, Manifest]) -> None:
     for graph in there.graphs.values():
         assert 0 < graph.difference < 1e-5
     assert there.graphs["train_16.onnx"].rows == 16
+
+
+def test_a_bundle_has_canaries_which_the_base_still_sings(watch: tuple[Path, Manifest]) -> None:
+    folder, manifest = watch
+    canaries = read_canaries(folder, manifest)
+    assert canaries is not None
+    assert (canaries.inputs.shape, canaries.logits.shape) == ((2, 6, 100), (2, 7))
+    # The same graph, perhaps on another number of threads.
+    assert drift(Session(folder), canaries) < 1e-6
 
 
 def test_the_same_bundle_again_is_the_same_bytes(
