@@ -176,6 +176,7 @@ def _follow(
         end=time.monotonic() + submission.timeout,
         alive=alive,
         on_round=on_round,
+        last_file=SUMMARY,  # of the devices' last stage
     )
 
 
