@@ -97,6 +97,12 @@ def undisturbed(device: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def bundle(undisturbed: Path) -> Path:
+    """The bundle that `up` has exported there: once is enough for these tests."""
+    return undisturbed / "bundle"
+
+
 def test_devices_without_torch_train_what_the_simulation_trains(
     undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -131,9 +137,9 @@ def test_every_device_has_its_personal_adapter_and_the_summary_compares_four(
     assert seen["personal"]["mean"] > seen["base"]["mean"]
 
 
-def test_adamw_gives_the_same_outputs(device: Path, tmp_path: Path) -> None:
+def test_adamw_gives_the_same_outputs(device: Path, bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "fed"
-    bring_up(folder, {}, device)
+    bring_up(folder, {}, device, bundle)
     run = simulate("watch", overrides=SETTINGS, out=tmp_path / "simulated")
     difference = outputs_apart(read_run(folder / "out"), adapter_of(folder), run.adapter)
     print("AdamW: outputs differ by", difference)
@@ -235,9 +241,11 @@ def test_a_failed_run_is_reported_as_failed(tmp_path: Path) -> None:
     assert leftovers(Federation.read(folder)) == []
 
 
-def test_a_killed_superlink_costs_no_round(undisturbed: Path, device: Path, tmp_path: Path) -> None:
+def test_a_killed_superlink_costs_no_round(
+    undisturbed: Path, device: Path, bundle: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "fed"
-    with going_up(folder, PLAIN_SGD, device) as up:
+    with going_up(folder, PLAIN_SGD, device, bundle) as up:
         wait_for_round(folder, 1, up)
         federation = Federation.read(folder)
         # The whole server at once, as when its power goes: the SuperLink, its ServerApp, and the
@@ -264,10 +272,10 @@ def test_a_killed_superlink_costs_no_round(undisturbed: Path, device: Path, tmp_
 
 
 def test_kills_in_the_last_stage_leave_every_personal_adapter_intact(
-    undisturbed: Path, device: Path, tmp_path: Path
+    undisturbed: Path, device: Path, bundle: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "fed"
-    with going_up(folder, PLAIN_SGD, device) as up:
+    with going_up(folder, PLAIN_SGD, device, bundle) as up:
         wait_for_round(folder, 3, up)
         federation = Federation.read(folder)
         log = federation.log("node-0")
@@ -289,16 +297,18 @@ def test_kills_in_the_last_stage_leave_every_personal_adapter_intact(
     assert leftovers(federation) == []
 
 
-def test_a_killed_node_a_straggler_and_a_killed_superlink(device: Path, tmp_path: Path) -> None:
+def test_a_killed_node_a_straggler_and_a_killed_superlink(
+    device: Path, bundle: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "fed"
     settings = PLAIN_SGD | {
-        "federation.method": "fedsa",  # its B are the devices' own, and live in their states alone
+        "federation.method": "fedsa-lora",  # B are the devices' own, in their states alone
         "federation.rounds": 5,
         "quorum.share": 0.6,  # two of three
         "quorum.grace": 2,
         "quorum.deadline": 300,
     }
-    with going_up(folder, settings, device) as up:
+    with going_up(folder, settings, device, bundle) as up:
         wait_for_round(folder, 1, up)
         federation = Federation.read(folder)
         # A node in mid-train: it has the message of round 2, and its client's process dies with it.
@@ -339,7 +349,9 @@ def test_a_killed_node_a_straggler_and_a_killed_superlink(device: Path, tmp_path
     assert leftovers(federation) == []
 
 
-def test_faults_of_every_kind_and_a_short_deadline(device: Path, tmp_path: Path) -> None:
+def test_faults_of_every_kind_and_a_short_deadline(
+    device: Path, bundle: Path, tmp_path: Path
+) -> None:
     """What `[faults]` and `[quorum]` say holds on a real link too, set by --set."""
     folder, rounds = tmp_path / "fed", 6
     chances = dict.fromkeys(("drop", "crash", "delay", "duplicate", "corrupt"), 0.2)
@@ -360,7 +372,7 @@ def test_faults_of_every_kind_and_a_short_deadline(device: Path, tmp_path: Path)
         "quorum.deadline": 40,
     }
     settings |= {f"faults.{kind}": chance for kind, chance in chances.items()}
-    result = bring_up(folder, settings, device)
+    result = bring_up(folder, settings, device, bundle)
     assert (result["rounds"], result["clients"], result["failed_rounds"]) == (rounds, NODES, 0)
     records = read_rounds(folder / "out")
     for record in records:
@@ -446,17 +458,23 @@ def test_an_owner_who_allows_nothing_now_is_left_in_peace(tmp_path: Path) -> Non
     wait_until(lambda: leftovers(Federation.read(fed)) == [])
 
 
-def arguments(folder: Path, settings: dict[str, Any], device: Path) -> list[str | Path]:
+def arguments(
+    folder: Path, settings: dict[str, Any], device: Path, bundle: Path | None
+) -> list[str | Path]:
     keys = (SETTINGS | settings).items()
     overrides = [word for key, value in keys for word in ("--set", f"{key}={value}")]
+    if bundle is not None:
+        overrides += ["--bundle", str(bundle)]
     return [
         "up", "--nodes", str(NODES), "--trainer", "onnx,onnx,torch", "--experiment", "watch",
         "--python", f"onnx={device}", "--dir", folder, *overrides,
     ]  # fmt: skip
 
 
-def bring_up(folder: Path, settings: dict[str, Any], device: Path) -> Any:
-    done = fedlora(*arguments(folder, settings, device), "--json")
+def bring_up(
+    folder: Path, settings: dict[str, Any], device: Path, bundle: Path | None = None
+) -> Any:
+    done = fedlora(*arguments(folder, settings, device, bundle), "--json")
     print(done.stderr)
     logs = "".join(path.read_text() for path in (folder / "logs").glob("*.log"))
     assert done.returncode == 0, done.stderr + logs[-5000:]
@@ -465,10 +483,11 @@ def bring_up(folder: Path, settings: dict[str, Any], device: Path) -> Any:
 
 @contextmanager
 def going_up(
-    folder: Path, settings: dict[str, Any], device: Path
+    folder: Path, settings: dict[str, Any], device: Path, bundle: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Yield the process of `up` in its middle; nothing of it is left when the test fails."""
-    command = [sys.executable, "-m", "fedlora", "federation", *arguments(folder, settings, device)]
+    words = arguments(folder, settings, device, bundle)
+    command = [sys.executable, "-m", "fedlora", "federation", *words]
     with open(folder.with_name("up.log"), "wb") as log:
         up = subprocess.Popen(
             [str(word) for word in command], env=environment(), stdout=log, stderr=log
