@@ -34,7 +34,13 @@ from fedlora.federation.deploy.node import (
     node_refusal,
     not_activated,
 )
-from fedlora.federation.deploy.submit import Submission, claim_run, read_run, submit
+from fedlora.federation.deploy.submit import (
+    Submission,
+    claim_run,
+    read_run,
+    submit,
+    was_submitted,
+)
 from fedlora.federation.flower_commands import flower_environment, free_port, last_line
 from fedlora.federation.owner import owner_node_config
 from fedlora.federation.sampling import draw_held_out
@@ -171,8 +177,10 @@ def up(
         federation = _bring_up(federation, config, say, export)
         submission = Submission(config, federation.out, len(federation.nodes))
         watch = _NodeWatch(federation, config, say)
-        # The server would ask nodes that it only believes to be connected, as after a power cut.
-        while time.monotonic() < watch.end and not watch.all_accepted():
+        # The server would ask nodes that it only believes to be connected, as after a power cut. A
+        # first run's waits for its nodes by itself.
+        again = was_submitted(federation.out)
+        while again and time.monotonic() < watch.end and not watch.all_accepted():
             watch.look()
             time.sleep(0.2)
         return submit(federation, submission, on_round=on_round, say=say, look=watch.look)
