@@ -174,6 +174,8 @@ def wait_for_run(
     while True:
         records = read_rounds(out)
         for record in records[seen:]:
+            if record.status == "failed":  # this may have been one too many
+                pause = LAST_SECONDS
             if on_round is not None:
                 on_round(record)
         seen = len(records)  # fewer than before where a resumed run dropped what was too new
