@@ -106,9 +106,10 @@ def up(
                 f"federation.cohort: {config.federation.cohort} in place of "
                 f"{asked.federation.cohort}, since there are {count} nodes"
             )
-        local.begin(federation, config)
     if any(node.trainer == "onnx" and node.bundle is None for node in federation.nodes):
         _require_exportable(config)
+    if not resume:
+        local.begin(federation, config)
     # So that a service manager's stop runs what stops link and nodes, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     result = local.up(
