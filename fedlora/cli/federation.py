@@ -106,14 +106,20 @@ def up(
                 f"federation.cohort: {config.federation.cohort} in place of "
                 f"{asked.federation.cohort}, since there are {count} nodes"
             )
-        local.begin(federation, config)
     if any(node.trainer == "onnx" and node.bundle is None for node in federation.nodes):
-        exported = federation.folder / "bundle"
-        _export(config, exported)
-        federation = local.with_bundle(federation, exported)
+        _require_exportable(config)
+    if not resume:
+        local.begin(federation, config)
     # So that a service manager's stop runs what stops link and nodes, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
-    result = local.up(federation, config, say=_say, on_round=_show_round(config), keep_up=keep_up)
+    result = local.up(
+        federation,
+        config,
+        say=_say,
+        on_round=_show_round(config),
+        keep_up=keep_up,
+        export=lambda out: _export(config, out),
+    )
     _print_result(result, as_json)
 
 
@@ -434,8 +440,8 @@ def _node_values(texts: Sequence[str]) -> dict[str, bool | int | float | str]:
     return values
 
 
-def _export(config: ExperimentConfig, out: Path) -> None:
-    """Export the bundle of an experiment, for nodes that train in ONNX Runtime."""
+def _require_exportable(config: ExperimentConfig) -> None:
+    """Raise where no bundle of an experiment can be made, before anything is started."""
     if config.data.task not in ("next-token", "classification"):
         raise ConfigError(
             f"--bundle: expected one, since {config.data.task!r} has no training graph"
@@ -447,6 +453,10 @@ def _export(config: ExperimentConfig, out: Path) -> None:
             f"be exported only where {', '.join(missing)} is installed: run fedlora export there, "
             "or pip install 'fedlora[export]'"
         )
+
+
+def _export(config: ExperimentConfig, out: Path) -> None:
+    """Export the bundle of an experiment, for nodes that train in ONNX Runtime."""
     from fedlora.export.bundle import export_bundle
 
     export_bundle(

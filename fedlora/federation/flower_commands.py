@@ -1,7 +1,7 @@
 """Flower's own commands: their environment, the app they are given, a run's status and its end.
 
 What is written here was found out by running them. ``flwr run --stream`` exits 0 for a run that
-failed, so the end is read from ``flwr list``, which costs a second of the processor. Without the
+failed, so the end is read from ``flwr list``, which costs over a second of a processor. Without the
 environment of `flower_environment` a first ``flwr run`` asks the network, and may install another
 torch. `fedlora simulate --engine flower` and `fedlora federation` share all of it.
 """
@@ -9,6 +9,7 @@ torch. `fedlora simulate --engine flower` and `fedlora federation` share all of 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -43,8 +44,9 @@ __all__ = [
 ]
 
 POLL_SECONDS = 0.5  # between looks at rounds.jsonl
-STATUS_SECONDS = 10.0  # between questions for the status of a run in its middle
-LAST_SECONDS = 2.0  # the same once the last round is written
+STATUS_SECONDS = 10.0  # between questions for the status of a run when it has just begun,
+LONGEST_STATUS_SECONDS = 30.0  # growing to this, since each costs over a second of a processor
+LAST_SECONDS = 2.0  # the same once its last file is written
 COMMAND_SECONDS = 120.0  # for one flwr command
 CONNECTION = "own"  # the name of the connection in our config.toml
 
@@ -155,26 +157,33 @@ def wait_for_run(
     end: float,
     alive: Callable[[], None],
     on_round: Callable[[RoundRecord], None] | None = None,
+    last_file: str | None = None,
 ) -> None:
     """Report the rounds that are written to `out`, and return when the run is completed.
 
-    rounds: after that many the status is asked often. end: of `time.monotonic`. alive: is called at
-    every look, and raises when there is no use in waiting. Raises the run's own error if it failed
-    with one of ours, `RunError` with the last line of its log for any other, and `FederationError`
-    when the time is up.
+    The status is asked often once the run has written all that it writes: `rounds` rounds and then
+    the file `last_file`, new or anew. Before that it is asked ever more rarely. end: of
+    `time.monotonic`. alive: is called at every look, and raises when there is no use in waiting.
+
+    Raises the run's own error if it failed with one of ours, `RunError` with the last line of its
+    log for any other, and `FederationError` when the time is up.
     """
     seen = len(read_rounds(out))
-    ask_again = 0.0
+    before = _written(out, last_file)
+    asked, pause = -math.inf, STATUS_SECONDS
     while True:
         records = read_rounds(out)
         for record in records[seen:]:
+            if record.status == "failed":  # this may have been one too many
+                pause = LAST_SECONDS
             if on_round is not None:
                 on_round(record)
         seen = len(records)  # fewer than before where a resumed run dropped what was too new
         done = bool(records) and records[-1].round >= rounds
+        done = done and (last_file is None or _written(out, last_file) != before)
         now = time.monotonic()
-        if now >= ask_again or (done and now >= ask_again - STATUS_SECONDS + LAST_SECONDS):
-            ask_again = now + STATUS_SECONDS
+        if now - asked >= (min(LAST_SECONDS, pause) if done else pause):
+            asked, pause = now, min(LONGEST_STATUS_SECONDS, 1.5 * pause)
             status = commands.status(run_id)
             if status == "finished:completed":
                 for record in read_rounds(out)[seen:]:
@@ -187,6 +196,14 @@ def wait_for_run(
         if time.monotonic() > end:
             raise FederationError(f"{commands.what} did not end in time; the run can be resumed")
         time.sleep(POLL_SECONDS)
+
+
+def _written(out: Path, name: str | None) -> int | None:
+    """Return when a file of the run was written, by its own clock; None: it is not there."""
+    try:
+        return None if name is None else (out / name).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def run_failure(log: str, status: str, what: str) -> FedloraError:

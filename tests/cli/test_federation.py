@@ -12,8 +12,8 @@ from fedlora.cli import federation as commands
 from fedlora.cli.federation import _node_values, _pythons
 from fedlora.cli.main import app
 from fedlora.errors import ConfigError, RunError, UsageError
-from fedlora.experiment import ExperimentConfig, find_experiment
-from fedlora.federation.deploy.folder import Federation
+from fedlora.federation.deploy import local
+from fedlora.federation.deploy.folder import Federation, Node
 from tests.matching import raises
 
 
@@ -85,9 +85,11 @@ def test_a_bundle_that_cannot_be_exported_is_asked_for(
 ) -> None:
     real = commands.find_spec
     monkeypatch.setattr(commands, "find_spec", lambda name: None if name == "torch" else real(name))
-    config = ExperimentConfig.from_toml(find_experiment("watch"))
+    planned = Federation(tmp_path / "fed", nodes=(Node(0, "onnx"),))
+    monkeypatch.setattr(local, "plan", lambda *words, **options: planned)
     with raises(ConfigError, "--bundle: expected the folder of a device bundle", "where torch is"):
-        commands._export(config, tmp_path / "bundle")
+        run("up", "--dir", tmp_path / "fed", "--nodes", "1", "--trainer", "onnx")
+    assert not (tmp_path / "fed").exists()  # so that the folder can be named again
 
 
 def test_values_of_a_node_config_keep_their_type() -> None:

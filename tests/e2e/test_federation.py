@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 
 from fedlora.adapter import Adapter
+from fedlora.conditions import FaultsConfig
 from fedlora.data import load_data
 from fedlora.federation import read_rounds
 from fedlora.federation.deploy import local, processes
@@ -29,8 +31,11 @@ from fedlora.federation.deploy.folder import Federation, Link
 from fedlora.federation.deploy.keys import make_node_key, public_path
 from fedlora.federation.deploy.link import answers, register, start_link
 from fedlora.federation.deploy.submit import read_run
+from fedlora.federation.faults import CRASHED, draw_fault
 from fedlora.federation.flower_commands import free_port
+from fedlora.federation.folder import read_rows
 from fedlora.formats import load_adapter
+from fedlora.store import Store
 from tests.e2e.test_without_torch import install, installed
 from tests.e2e.test_without_torch import wheel as wheel  # a fixture
 
@@ -56,6 +61,8 @@ SETTINGS = {
     "federation.rounds": 3,
     "engine.kind": "sequential",
 }
+CLIENTS = ("1_right", "2_right", "3_left")  # whose data the nodes have
+FAULTS_SEED = 0
 PLAIN_SGD = {"federation.optimizer": "sgd", "federation.learning_rate": 0.05}
 
 
@@ -90,6 +97,12 @@ def undisturbed(device: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def bundle(undisturbed: Path) -> Path:
+    """The bundle that `up` has exported there: once is enough for these tests."""
+    return undisturbed / "bundle"
+
+
 def test_devices_without_torch_train_what_the_simulation_trains(
     undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -112,9 +125,21 @@ def test_nothing_is_left_running_and_secrets_are_the_owners(undisturbed: Path) -
     assert found["run"]["round"] == found["run"]["rounds"] == 3
 
 
-def test_adamw_gives_the_same_outputs(device: Path, tmp_path: Path) -> None:
+def test_every_device_has_its_personal_adapter_and_the_summary_compares_four(
+    undisturbed: Path,
+) -> None:
+    for node in Federation.read(undisturbed).nodes:
+        assert node_store(undisturbed, node.number).status().commits == 1
+    assert len(personal_adapters(undisturbed)) == NODES
+    seen = four_adapters(undisturbed)
+    print({name: round(values["mean"], 4) for name, values in seen.items()})
+    # What its own data gives a device is more than what it had (measured: 0.74 to 0.97).
+    assert seen["personal"]["mean"] > seen["base"]["mean"]
+
+
+def test_adamw_gives_the_same_outputs(device: Path, bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "fed"
-    bring_up(folder, {}, device)
+    bring_up(folder, {}, device, bundle)
     run = simulate("watch", overrides=SETTINGS, out=tmp_path / "simulated")
     difference = outputs_apart(read_run(folder / "out"), adapter_of(folder), run.adapter)
     print("AdamW: outputs differ by", difference)
@@ -216,16 +241,17 @@ def test_a_failed_run_is_reported_as_failed(tmp_path: Path) -> None:
     assert leftovers(Federation.read(folder)) == []
 
 
-def test_a_killed_superlink_costs_no_round(undisturbed: Path, device: Path, tmp_path: Path) -> None:
+def test_a_killed_superlink_costs_no_round(
+    undisturbed: Path, device: Path, bundle: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "fed"
-    with going_up(folder, PLAIN_SGD, device) as up:
+    with going_up(folder, PLAIN_SGD, device, bundle) as up:
         wait_for_round(folder, 1, up)
         federation = Federation.read(folder)
         # The whole server at once, as when its power goes: the SuperLink, its ServerApp, and the
         # command that follows them. The nodes live on.
         up.kill()
-        for pid in processes.marked(federation.mark("link")):
-            os.kill(pid, signal.SIGKILL)
+        kill("link", federation)
         up.wait()
     found = local.status(folder)
     assert found["link"]["running"] is False
@@ -237,27 +263,58 @@ def test_a_killed_superlink_costs_no_round(undisturbed: Path, device: Path, tmp_
     records = read_rounds(folder / "out")
     assert [record.round for record in records] == [1, 2, 3]
     assert all(record.dropped == () and len(record.cohort) == NODES for record in records)
-    # The same replies arrived, so the same bits come out.
+    # The same replies arrived, so the same bits come out, on the devices too.
     assert apart(adapter_of(folder), adapter_of(undisturbed)) == 0
+    for here, there in zip(personal_adapters(folder), personal_adapters(undisturbed), strict=True):
+        assert apart(here, there) == 0
+    assert four_adapters(folder) == four_adapters(undisturbed)
     assert leftovers(federation) == []
 
 
-def test_a_killed_node_a_straggler_and_a_killed_superlink(device: Path, tmp_path: Path) -> None:
+def test_kills_in_the_last_stage_leave_every_personal_adapter_intact(
+    undisturbed: Path, device: Path, bundle: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "fed"
+    with going_up(folder, PLAIN_SGD, device, bundle) as up:
+        wait_for_round(folder, 3, up)
+        federation = Federation.read(folder)
+        log = federation.log("node-0")
+        wait_until(lambda: "Receiving: evaluate message" in log.read_text())
+        # One device in the middle of its own training, and then the server; the others live on, and
+        # may be writing to their states.
+        kill("node-0", federation)
+        up.kill()
+        kill("link", federation)
+        up.wait()
+    done = fedlora("up", "--resume", "--dir", folder, "--json")
+    print(done.stderr)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rounds"] == 3
+    assert apart(adapter_of(folder), adapter_of(undisturbed)) == 0
+    for here, there in zip(personal_adapters(folder), personal_adapters(undisturbed), strict=True):
+        assert apart(here, there) == 0
+    assert four_adapters(folder) == four_adapters(undisturbed)
+    assert leftovers(federation) == []
+
+
+def test_a_killed_node_a_straggler_and_a_killed_superlink(
+    device: Path, bundle: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "fed"
     settings = PLAIN_SGD | {
+        "federation.method": "fedsa-lora",  # B are the devices' own, in their states alone
         "federation.rounds": 5,
         "quorum.share": 0.6,  # two of three
         "quorum.grace": 2,
         "quorum.deadline": 300,
     }
-    with going_up(folder, settings, device) as up:
+    with going_up(folder, settings, device, bundle) as up:
         wait_for_round(folder, 1, up)
         federation = Federation.read(folder)
         # A node in mid-train: it has the message of round 2, and its client's process dies with it.
         log = federation.log("node-0")
         wait_until(lambda: log.read_text().count("Receiving: train message") >= 2)
-        for pid in processes.marked(federation.mark("node-0")):
-            os.kill(pid, signal.SIGKILL)
+        kill("node-0", federation)
         wait_for_round(folder, 2, up)
         config = read_run(folder / "out")
         federation = local.start_nodes(Federation.read(folder), config)
@@ -270,8 +327,7 @@ def test_a_killed_node_a_straggler_and_a_killed_superlink(device: Path, tmp_path
             os.kill(pid, signal.SIGCONT)
         wait_for_round(folder, 3, up)
         up.kill()
-        for pid in processes.marked(federation.mark("link")):
-            os.kill(pid, signal.SIGKILL)
+        kill("link", federation)
         up.wait()
     done = fedlora("up", "--resume", "--dir", folder, "--json")
     print(done.stderr)
@@ -283,25 +339,142 @@ def test_a_killed_node_a_straggler_and_a_killed_superlink(device: Path, tmp_path
     # No round is lost beyond the quorum's rule: each had its two of three.
     assert all(record.status == "updated" for record in records)
     assert all(len(record.dropped) <= 1 for record in records)
-    adapter = adapter_of(folder)
-    assert all(
-        np.isfinite(layer.A).all() and np.isfinite(layer.B).all()
-        for layer in adapter.layers.values()
-    )
+    assert is_finite(adapter_of(folder))
+    for number, adapter in enumerate(personal_adapters(folder)):
+        assert any(layer.B.any() for layer in adapter.layers.values())
+        # What the device has kept of the rounds is whole: it would be refused by its digest.
+        (run,) = (node_store(folder, number).path / "federation").iterdir()
+        assert [len(path.name) for path in run.iterdir()] == [32]
+    four_adapters(folder)
     assert leftovers(federation) == []
 
 
-def arguments(folder: Path, settings: dict[str, Any], device: Path) -> list[str | Path]:
+def test_faults_of_every_kind_and_a_short_deadline(
+    device: Path, bundle: Path, tmp_path: Path
+) -> None:
+    """What `[faults]` and `[quorum]` say holds on a real link too, set by --set."""
+    folder, rounds = tmp_path / "fed", 6
+    chances = dict.fromkeys(("drop", "crash", "delay", "duplicate", "corrupt"), 0.2)
+    faults = FaultsConfig(**chances, seconds=2.0, seed=FAULTS_SEED)
+    drawn = {
+        (number, client): draw_fault(faults, client, str(number))
+        for number in range(1, rounds + 1)
+        for client in CLIENTS
+    }
+    hits = [fault for fault in drawn.values() if fault is not None]
+    assert all(any(getattr(fault, kind) for fault in hits) for kind in chances)
+    settings: dict[str, Any] = PLAIN_SGD | {
+        "federation.rounds": rounds,
+        "faults.seconds": faults.seconds,
+        "faults.seed": faults.seed,
+        "quorum.share": 0.6,  # two of three
+        "quorum.grace": 20,  # longer than a delay, so that what was delayed still comes
+        "quorum.deadline": 40,
+    }
+    settings |= {f"faults.{kind}": chance for kind, chance in chances.items()}
+    result = bring_up(folder, settings, device, bundle)
+    assert (result["rounds"], result["clients"], result["failed_rounds"]) == (rounds, NODES, 0)
+    records = read_rounds(folder / "out")
+    for record in records:
+        print(record)
+    assert [record.round for record in records] == list(range(1, rounds + 1))
+    for record in records:
+        assert set(record.cohort) == set(CLIENTS)
+        assert record.seconds < 40 + 20  # the deadline, and the server's own work
+        reasons: dict[str, list[str]] = {client: [] for client in CLIENTS}
+        for dropped in record.dropped:
+            reasons[dropped.client].append(dropped.reason)
+        for client in CLIENTS:
+            assert_told(drawn[record.round, client], reasons[client], client)
+    assert is_finite(adapter_of(folder))
+    assert len(personal_adapters(folder)) == NODES
+    four_adapters(folder)
+    (note,) = [
+        note for note in result["summary"]["extra"]["notes"] if note.startswith("faults were")
+    ]
+    assert "drop 0.2, crash 0.2, delay 0.2, duplicate 0.2, corrupt 0.2" in note
+
+
+def assert_told(fault: Any, reasons: list[str], client: str) -> None:
+    """What rounds.jsonl says of one client's message is what was done to it, and nothing else."""
+    if fault is None or not (fault.drop or fault.crash or fault.corrupt or fault.duplicate):
+        assert reasons == []
+    elif fault.drop:
+        assert reasons in (["no reply in time"], ["not waited for: the round had its quorum"])
+    elif fault.crash:
+        assert reasons == [CRASHED]
+    else:
+        twice = ["a second reply in one round; the first counts"]
+        if fault.corrupt:
+            assert reasons[0].startswith(f"client {client!r}") or "too late to count" in reasons[0]
+            reasons = reasons[1:]
+        assert reasons == (twice if fault.duplicate else [])
+
+
+def test_an_owner_who_allows_nothing_now_is_left_in_peace(tmp_path: Path) -> None:
+    """Two of three devices decline: one at this hour, one with as little data as it has."""
+    fed, port, hour = tmp_path / "fed", free_port(), datetime.now().hour
+    limits = {
+        "1_left": [],
+        "1_right": ["--node-config", f"hours={(hour + 6) % 24}-{(hour + 7) % 24}"],
+        "2_right": ["--node-config", "min-examples=1000000"],
+    }
+    make_certificates(fed / "certs")
+    federation = start_link(Federation(fed), Link("127.0.0.1", port))
+    try:
+        with ExitStack() as nodes:
+            for client, words in limits.items():
+                key, folder = tmp_path / f"{client}.key", tmp_path / client
+                register(federation, make_node_key(key))
+                nodes.enter_context(
+                    running(
+                        "start-node", "--link", f"127.0.0.1:{port}", "--key", key,
+                        "--ca", fed / "certs" / "ca.crt", "--trainer", "torch",
+                        "--client", client, "--home", folder / "home", "--state",
+                        folder / "state", *words,
+                    )
+                )  # fmt: skip
+            done = fedlora(
+                "submit", "watch", "--dir", fed, "--min-clients", "3", "--json",
+                "--set", "federation.cohort=3", "--set", "federation.rounds=2",
+            )  # fmt: skip
+    finally:
+        local.down(fed)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["rounds"], result["clients"], result["failed_rounds"]) == (2, 3, 0)
+    expected = {"1_right": "declined: hours", "2_right": "declined: examples"}
+    for record in read_rounds(fed / "out"):
+        assert record.status == "updated"
+        assert sorted(record.declined) == sorted(expected)
+        assert {drop.client: drop.reason for drop in record.dropped} == expected
+    rows = {row["client"]: row for row in read_rows(fed / "out" / "clients.jsonl")}
+    assert "scores" in rows["1_left"]
+    for client, reason in expected.items():
+        assert rows[client]["failed"] == f"client {client!r}: {reason}"
+        # Nothing was trained there, so there is nothing to keep.
+        assert not (tmp_path / client / "state" / "state.json").exists()
+    assert Store.open(tmp_path / "1_left" / "state").personal_adapter() is not None
+    wait_until(lambda: leftovers(Federation.read(fed)) == [])
+
+
+def arguments(
+    folder: Path, settings: dict[str, Any], device: Path, bundle: Path | None
+) -> list[str | Path]:
     keys = (SETTINGS | settings).items()
     overrides = [word for key, value in keys for word in ("--set", f"{key}={value}")]
+    if bundle is not None:
+        overrides += ["--bundle", str(bundle)]
     return [
         "up", "--nodes", str(NODES), "--trainer", "onnx,onnx,torch", "--experiment", "watch",
         "--python", f"onnx={device}", "--dir", folder, *overrides,
     ]  # fmt: skip
 
 
-def bring_up(folder: Path, settings: dict[str, Any], device: Path) -> Any:
-    done = fedlora(*arguments(folder, settings, device), "--json")
+def bring_up(
+    folder: Path, settings: dict[str, Any], device: Path, bundle: Path | None = None
+) -> Any:
+    done = fedlora(*arguments(folder, settings, device, bundle), "--json")
     print(done.stderr)
     logs = "".join(path.read_text() for path in (folder / "logs").glob("*.log"))
     assert done.returncode == 0, done.stderr + logs[-5000:]
@@ -310,10 +483,11 @@ def bring_up(folder: Path, settings: dict[str, Any], device: Path) -> Any:
 
 @contextmanager
 def going_up(
-    folder: Path, settings: dict[str, Any], device: Path
+    folder: Path, settings: dict[str, Any], device: Path, bundle: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Yield the process of `up` in its middle; nothing of it is left when the test fails."""
-    command = [sys.executable, "-m", "fedlora", "federation", *arguments(folder, settings, device)]
+    words = arguments(folder, settings, device, bundle)
+    command = [sys.executable, "-m", "fedlora", "federation", *words]
     with open(folder.with_name("up.log"), "wb") as log:
         up = subprocess.Popen(
             [str(word) for word in command], env=environment(), stdout=log, stderr=log
@@ -380,6 +554,55 @@ def wait_until(happened: Any) -> None:
 def leftovers(federation: Federation) -> list[int]:
     names = ["link", *(node.name for node in federation.nodes)]
     return [pid for name in names for pid in processes.marked(federation.mark(name))]
+
+
+def kill(name: str, federation: Federation) -> None:
+    """Kill link or node-0, … with all that it has started, as a power cut does."""
+    for pid in processes.marked(federation.mark(name)):
+        with suppress(ProcessLookupError):  # a child that has just ended
+            os.kill(pid, signal.SIGKILL)
+
+
+def node_store(folder: Path, number: int) -> Store:
+    federation = Federation.read(folder)
+    return Store.open(federation.node_folder(federation.nodes[number]) / "state")
+
+
+def personal_adapters(folder: Path) -> list[Adapter]:
+    """Return each node's personal adapter, of this run's global one; reading compares digests."""
+    found = []
+    for node in Federation.read(folder).nodes:
+        store = node_store(folder, node.number)
+        shared, personal = store.global_adapter(), store.personal_adapter()
+        assert shared is not None
+        assert personal is not None
+        assert shared == load_adapter(folder / "out" / "adapter.safetensors")
+        assert is_finite(personal)
+        assert personal != shared
+        assert store.status().personal.stale is False  # type: ignore[union-attr]
+        found.append(personal)
+    return found
+
+
+def four_adapters(folder: Path) -> dict[str, dict[str, float]]:
+    """Return what summary.json has of base, own, global and personal, as all clients told it."""
+    summary = json.loads((folder / "out" / "summary.json").read_bytes())
+    rows = read_rows(folder / "out" / "clients.jsonl")
+    assert summary["clients"] == NODES
+    assert sorted({row["client"] for row in rows if "scores" in row}) == sorted(CLIENTS)
+    found = {}
+    for name in ("base", "own", "global", "personal"):
+        found[name] = summary[name]
+        assert all(np.isfinite(value) for value in found[name].values())
+        assert 0 <= found[name]["mean"] <= 1  # an accuracy
+    return found
+
+
+def is_finite(adapter: Adapter) -> bool:
+    return all(
+        bool(np.isfinite(layer.A).all() and np.isfinite(layer.B).all())
+        for layer in adapter.layers.values()
+    )
 
 
 def adapter_of(folder: Path) -> Adapter:

@@ -113,6 +113,68 @@ def test_the_end_of_a_run_is_what_the_list_says(
     check(FederationError, "the run did not end in time; the run can be resumed", "running", end=0)
 
 
+@pytest.mark.parametrize("left_over", [False, True])
+def test_the_status_is_asked_rarely_until_the_last_file_is_written(
+    left_over: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question costs over a second of a processor, which devices of one host share."""
+    last = tmp_path / "summary.json"
+    if left_over:  # of the same run, before it was resumed
+        last.write_text("{}")
+    append_round(tmp_path, RoundRecord(3, "updated", ("a",), 0.5, 1.0, 1, 1))
+    now, asked = 1000.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        if now == 1200.0:
+            last.unlink(missing_ok=True)
+            last.write_text('{"name": "watch"}')
+
+    class Asked(Scripted):
+        __slots__ = ()
+
+        def flwr(self, *arguments: str) -> str:
+            asked.append(now - 1000)
+            return super().flwr(*arguments)
+
+    monkeypatch.setattr(flower_commands.time, "monotonic", lambda: now)
+    monkeypatch.setattr(flower_commands.time, "sleep", sleep)
+    words = ["running"] * 11 + ["finished:completed"]
+    wait_for_run(
+        Asked({"statuses": words}, "the run"), "7", tmp_path, 3, end=2000.0, alive=lambda: None,
+        last_file=last.name,
+    )  # fmt: skip
+    assert asked == [0, 15, 37.5, 67.5, 97.5, 127.5, 157.5, 187.5, 200, 202, 204, 206]
+
+
+def test_after_a_failed_round_the_status_is_asked_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, asked = 1000.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        if now == 1040.0:
+            append_round(tmp_path, RoundRecord(1, "failed", ("a",), None, 1.0, 1, 1))
+
+    class Asked(Scripted):
+        __slots__ = ()
+
+        def flwr(self, *arguments: str) -> str:
+            asked.append(now - 1000)
+            return super().flwr(*arguments)
+
+    monkeypatch.setattr(flower_commands.time, "monotonic", lambda: now)
+    monkeypatch.setattr(flower_commands.time, "sleep", sleep)
+    commands = Asked({"statuses": ["running"] * 4 + ["finished:failed"]}, "the run")
+    with raises(ConfigError, "data.id: unknown"):
+        wait_for_run(commands, "7", tmp_path, 3, end=2000.0, alive=lambda: None)
+    # Every 15 s and more, then at once, and 3 s later; the last one is that of its log.
+    assert asked == [0, 15, 37.5, 40, 43, 43]
+
+
 def test_a_status_that_cannot_be_read_is_unknown() -> None:
     class Broken(FlowerCommands):
         def flwr(self, *arguments: str) -> str:

@@ -10,7 +10,9 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,13 @@ from fedlora.federation.deploy.node import (
     node_refusal,
     not_activated,
 )
-from fedlora.federation.deploy.submit import Submission, claim_run, read_run, submit
+from fedlora.federation.deploy.submit import (
+    Submission,
+    claim_run,
+    read_run,
+    submit,
+    was_submitted,
+)
 from fedlora.federation.flower_commands import flower_environment, free_port, last_line
 from fedlora.federation.owner import owner_node_config
 from fedlora.federation.sampling import draw_held_out
@@ -50,6 +58,7 @@ __all__ = [
 ]
 
 Say = Callable[[str], None]
+AT_ONCE = 8  # nodes that are registered or stopped at one time
 
 
 def plan(
@@ -154,20 +163,24 @@ def up(
     say: Say,
     on_round: Callable[[RoundRecord], None] | None = None,
     keep_up: bool = False,
+    export: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Start what does not run yet, submit the experiment or go on with it, and follow it.
 
-    The federation is one that has begun (`begin`) or is `resumed`.
+    The federation is one that has begun (`begin`) or is `resumed`. export: makes a bundle in a
+    folder, for onnx nodes that have none; it works while the SuperLink starts.
 
     What was started is stopped at the end, however that comes, unless `keep_up`. Returns what
     `submit` does. Raises what it raises, and `FederationError` when something does not start.
     """
     try:
-        federation = _bring_up(federation, config, say)
+        federation = _bring_up(federation, config, say, export)
         submission = Submission(config, federation.out, len(federation.nodes))
         watch = _NodeWatch(federation, config, say)
-        # The server would ask nodes that it only believes to be connected, as after a power cut.
-        while time.monotonic() < watch.end and not watch.all_accepted():
+        # The server would ask nodes that it only believes to be connected, as after a power cut. A
+        # first run's waits for its nodes by itself.
+        again = was_submitted(federation.out)
+        while again and time.monotonic() < watch.end and not watch.all_accepted():
             watch.look()
             time.sleep(0.2)
         return submit(federation, submission, on_round=on_round, say=say, look=watch.look)
@@ -185,9 +198,10 @@ def down(folder: Path) -> list[str]:
         # The ServerApp first: it would note rounds as failed while the nodes leave. Then the nodes,
         # which sign off at the SuperLink: else it would not take them again for a minute.
         processes.stop_marked(link.mark, but=link.pid)
-    for node in federation.nodes:
-        if node.process is not None and processes.stop(node.process):
-            stopped.append(node.name)
+    started = [(node.name, node.process) for node in federation.nodes if node.process is not None]
+    with ThreadPoolExecutor(AT_ONCE) as pool:  # each takes seconds to sign off
+        ended = list(pool.map(processes.stop, [process for _, process in started]))
+    stopped += [name for (name, _), was_running in zip(started, ended, strict=True) if was_running]
     if link is not None and processes.stop(link):
         stopped.append("link")
     return stopped
@@ -240,43 +254,71 @@ def status(folder: Path) -> dict[str, Any]:
     }
 
 
-def _bring_up(federation: Federation, config: ExperimentConfig, say: Say) -> Federation:
+def _bring_up(
+    federation: Federation,
+    config: ExperimentConfig,
+    say: Say,
+    export: Callable[[Path], None] | None = None,
+) -> Federation:
     federation.save()
-    if not federation.certificates.server.is_file():
-        make_certificates(federation.certificates.ca.parent)
-        say("certificates: made")
-    link = federation.link
-    if link is None or link.process is None or not processes.is_running(link.process):
-        # The old port, since nodes that still run know it.
-        port = free_port() if link is None else link.port
-        federation = start_link(federation, Link("127.0.0.1", port))
-        say(f"link: up on 127.0.0.1:{port}")
+    with ThreadPoolExecutor(1) as pool:
+        exporting: Future[None] | None = None
+        if export is not None and _lacks_bundle(federation):
+            exporting = pool.submit(export, federation.folder / "bundle")
+        if not federation.certificates.server.is_file():
+            make_certificates(federation.certificates.ca.parent)
+            say("certificates: made")
+        link = federation.link
+        if link is None or link.process is None or not processes.is_running(link.process):
+            # The old port, since nodes that still run know it.
+            port = free_port() if link is None else link.port
+            federation = start_link(federation, Link("127.0.0.1", port))
+            say(f"link: up on 127.0.0.1:{port}")
+        federation = _register_nodes(federation)
+        if exporting is not None:
+            exporting.result()
+            federation = with_bundle(federation, federation.folder / "bundle")
     federation = start_nodes(federation, config)
     trainers = ", ".join(node.trainer for node in federation.nodes)
     say(f"nodes: {len(federation.nodes)} started ({trainers})")
     return federation
 
 
+def _lacks_bundle(federation: Federation) -> bool:
+    return any(node.trainer == "onnx" and node.bundle is None for node in federation.nodes)
+
+
 def start_nodes(federation: Federation, config: ExperimentConfig) -> Federation:
     """Register and start every node that does not run, also in the middle of a run."""
+    federation = _register_nodes(federation)
     for node in federation.nodes:
-        federation = _bring_node_up(federation, node, config)
+        federation = _start_node(federation, node, config)
     return federation
 
 
-def _bring_node_up(federation: Federation, node: Node, config: ExperimentConfig) -> Federation:
+def _register_nodes(federation: Federation) -> Federation:
+    """Register those that are not, several at once: each takes seconds in a process of Flower."""
+    todo = [node for node in federation.nodes if node.node_id is None]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for node in pool.map(partial(_registered, federation), todo):
+            federation = _with_node(federation, node)
+    return federation
+
+
+def _registered(federation: Federation, node: Node) -> Node:
     key = federation.key(node)
     if not public_path(key).is_file():
         key.unlink(missing_ok=True)  # of a command that was killed between the two
         make_node_key(key)
-    if node.node_id is None:
-        try:
-            node = replace(node, node_id=register(federation, public_path(key)))
-        except FederationError as error:
-            if "already" not in str(error):  # registered by a command that was killed after it
-                raise
-            node = replace(node, node_id="")
-        federation = _with_node(federation, node)
+    try:
+        return replace(node, node_id=register(federation, public_path(key)))
+    except FederationError as error:
+        if "already" not in str(error):
+            raise
+        return replace(node, node_id="")  # registered by a command that was killed after it
+
+
+def _start_node(federation: Federation, node: Node, config: ExperimentConfig) -> Federation:
     if node.process is None or not processes.is_running(node.process):
         processes.stop_marked(federation.mark(node.name))
         node = replace(node, port=free_port())

@@ -31,7 +31,7 @@ from fedlora.federation.folder import EXPERIMENT, SUMMARY
 from fedlora.federation.phases import round_words
 from fedlora.files import lock_file, write_atomic
 
-__all__ = ["Submission", "claim_run", "read_run", "round_line", "submit"]
+__all__ = ["Submission", "claim_run", "read_run", "round_line", "submit", "was_submitted"]
 
 SUBMITTED = "submitted.json"  # the id of the run on the SuperLink
 LOCK = ".submit.lock"
@@ -67,6 +67,11 @@ def read_run(out: Path, overrides: Mapping[str, Any] | None = None) -> Experimen
     if not (out / EXPERIMENT).is_file():
         raise RunError(f"{out}: expected a run's folder, found no {EXPERIMENT} in it")
     return ExperimentConfig.from_toml(out / EXPERIMENT, overrides)
+
+
+def was_submitted(out: Path) -> bool:
+    """Whether a SuperLink has had this folder's run, be it that it has it no longer."""
+    return (out / SUBMITTED).is_file()
 
 
 def submit(
@@ -176,6 +181,7 @@ def _follow(
         end=time.monotonic() + submission.timeout,
         alive=alive,
         on_round=on_round,
+        last_file=SUMMARY,  # of the devices' last stage
     )
 
 

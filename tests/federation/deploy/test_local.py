@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from fedlora.errors import ConfigError, FederationError, RunError
 from fedlora.experiment import ExperimentConfig
@@ -161,6 +164,46 @@ def test_a_node_that_ended_is_told_once_and_the_last_one_ends_the_wait(tmp_path:
     watch.end = 0.0  # long after it could have been a node that the SuperLink had not missed yet
     with raises(FederationError, "no node is left: node-1 has ended: 127.0.0.1:8000: unregistered"):
         watch.look()
+
+
+def test_nodes_are_registered_at_once_and_those_that_were_not_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(3, timeout=30)  # broken, if they came one after the other
+
+    def register(federation: Federation, public: Path) -> str:
+        together.wait()
+        if public.name == "node-2.pub":
+            raise FederationError(f"{public}: not registered: Public key already in use.")
+        return {"node-1.pub": "11", "node-3.pub": "13"}[public.name]
+
+    monkeypatch.setattr(local, "register", register)
+    nodes = (Node(0, "torch", node_id="10"), *(Node(number, "torch") for number in (1, 2, 3)))
+    federation = local._register_nodes(Federation(tmp_path, nodes=nodes))
+    assert [node.node_id for node in federation.nodes] == ["10", "11", "", "13"]
+    assert Federation.read(tmp_path) == federation
+    assert sorted(path.name for path in (tmp_path / "keys").glob("*.pub")) == [
+        "node-1.pub", "node-2.pub", "node-3.pub",
+    ]  # fmt: skip
+
+
+def test_what_the_bundle_fails_with_is_what_up_fails_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        local, "start_link", lambda federation, link: replace(federation, link=link)
+    )
+    monkeypatch.setattr(local, "register", lambda federation, public: "1")
+    started: list[Any] = []
+    monkeypatch.setattr(local, "start_nodes", lambda *words: started.append(words))
+
+    def export(folder: Path) -> None:
+        raise ConfigError(f"{folder}: no bundle")
+
+    federation = Federation(tmp_path, nodes=(Node(0, "onnx"),))
+    with raises(ConfigError, f"{tmp_path / 'bundle'}: no bundle"):
+        local.up(federation, CONFIG, say=lambda line: None, export=export)
+    assert started == []
 
 
 def test_the_address_by_which_this_host_reaches_the_link() -> None:
