@@ -82,24 +82,28 @@ def test_lost_and_damaged_replies_leave_more_than_half_of_the_gain(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_hundred_rounds_with_dropouts_end_at_most_two_points_below_an_undisturbed_run(
+def test_a_hundred_rounds_with_dropouts_end_within_a_point_of_undisturbed_runs(
     tmp_path: Path,
 ) -> None:
-    rounds = {"federation.rounds": 100}
-    faulty = rounds | {"faults.drop": 0.3, "faults.corrupt": 0.05}
-    runs = {
-        name: simulate("watch", overrides=overrides, out=tmp_path / name)
-        for name, overrides in (("plain", rounds), ("faulty", faulty))
-    }
-    assert finite(runs["faulty"].adapter)
-    records = read_rounds(tmp_path / "faulty")
-    assert len(records) == 100
-    refused = [d for r in records for d in r.dropped if d.reason != "no reply in time"]
-    # 1000 messages, of which 0.7 * 0.05 arrive and are damaged: 35, 12 being two deviations.
-    assert 23 <= len(refused) <= 47
-    assert all(d.reason.startswith(f"client '{d.client}'") for d in refused)
-    for adapter in ("global", "personal"):
-        plain, other = (runs[name].summary[adapter]["mean"] for name in ("plain", "faulty"))
-        # Measured: global 0.9 points below, personal 1.7 above. With a constant learning rate an
-        # accuracy moves by more than a point from round to round, hence two points and one side.
-        assert other > plain - 0.02
+    apart: dict[str, list[float]] = {"global": [], "personal": []}
+    for seed in (0, 1, 2):
+        rounds = {"federation.rounds": 100, "seed": seed}
+        faulty = rounds | {"faults.drop": 0.3, "faults.corrupt": 0.05}
+        runs = {
+            name: simulate("watch", overrides=overrides, out=tmp_path / f"{name}-{seed}")
+            for name, overrides in (("plain", rounds), ("faulty", faulty))
+        }
+        assert finite(runs["faulty"].adapter)
+        records = read_rounds(tmp_path / f"faulty-{seed}")
+        assert len(records) == 100
+        refused = [d for r in records for d in r.dropped if d.reason != "no reply in time"]
+        # 1000 messages, of which 0.7 * 0.05 arrive and are damaged: 35, 12 being two deviations.
+        assert 23 <= len(refused) <= 47
+        assert all(d.reason.startswith(f"client '{d.client}'") for d in refused)
+        for adapter, differences in apart.items():
+            plain, other = (runs[name].summary[adapter]["mean"] for name in ("plain", "faulty"))
+            differences.append(other - plain)
+    # A point, which is what is asked for; one side, since a run may as well gain by its noise. Of
+    # three seeds, as with a constant learning rate one of them moves by a point between two rounds.
+    assert np.mean(apart["global"]) > -0.01
+    assert np.mean(apart["personal"]) > -0.01
