@@ -39,6 +39,7 @@ from flwr.serverapp import Grid
 from fedlora.conditions import FaultsConfig
 from fedlora.federation._flower_private import CLIENT_ERROR, set_message_id
 from fedlora.federation.corruption import corrupt, corruptions_of
+from fedlora.federation.wrapped_grid import WrappedGrid
 from fedlora.randomness import rng
 
 __all__ = ["CRASHED", "Fault", "FaultyGrid", "describe_faults", "draw_fault", "with_faults"]
@@ -89,7 +90,7 @@ def with_faults(grid: Grid, faults: FaultsConfig | None, *, real_time: bool = Fa
     return FaultyGrid(grid, faults, real_time=real_time)
 
 
-class FaultyGrid(Grid):
+class FaultyGrid(WrappedGrid):
     """Pass messages to `grid` and replies back, with `faults`.
 
     real_time: whether `send_and_receive` waits by the clock, as over a real link. clock and sleep
@@ -105,7 +106,8 @@ class FaultyGrid(Grid):
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._grid, self._faults = grid, faults
+        super().__init__(grid)
+        self._faults = faults
         self._real_time, self._clock, self._sleep = real_time, clock, sleep
         self._clients: dict[int, str] = {}  # by node id, as they told
         self._open: dict[tuple[int, str], Fault] = {}  # by node and round, until the reply comes
@@ -254,34 +256,6 @@ class FaultyGrid(Grid):
         reply = Message(Error(CLIENT_ERROR, CRASHED), reply_to=message)
         set_message_id(reply, f"fault-{next(self._numbers)}")
         return reply
-
-    def set_run(self, run: Any) -> None:
-        """Set the run of the grid inside."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """The run of the grid inside."""
-        return self._grid.run
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the node ids of the grid inside."""
-        return self._grid.get_node_ids()
-
-    def get_nodes(self) -> Iterable[Any]:
-        """Return the nodes of the grid inside."""
-        return self._grid.get_nodes()
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Create a message, as the grid inside does."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
 
 def _slower(content: RecordDict, seconds: float) -> RecordDict:

@@ -25,9 +25,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from fedlora.conditions import QuorumConfig
@@ -37,6 +37,7 @@ from fedlora.federation._flower_private import (
     set_source_node,
 )
 from fedlora.federation.records import content_bytes
+from fedlora.federation.wrapped_grid import WrappedGrid
 
 __all__ = ["QuorumGrid", "Replies", "Wait"]
 
@@ -101,7 +102,7 @@ class Replies(Iterator[Message]):
         return next(self._source)
 
 
-class QuorumGrid(Grid):
+class QuorumGrid(WrappedGrid):
     """Send and receive through `grid`, waiting by `config` for a round's replies.
 
     config: None waits for everyone until the round's time is over. cohort: the clients of a round,
@@ -122,7 +123,8 @@ class QuorumGrid(Grid):
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._grid, self._config, self._cohort, self._at_once = grid, config, cohort, at_once
+        super().__init__(grid)
+        self._config, self._cohort, self._at_once = config, cohort, at_once
         self.clock, self.sleep = clock, sleep
         self._out: dict[str, _Asked] = {}  # by message id: what nobody waits for any more
         self._answers: list[Message] = []  # to queries, after they were waited for
@@ -155,42 +157,6 @@ class QuorumGrid(Grid):
         self._collect()
         found, self._answers = self._answers, []
         return found
-
-    def set_run(self, run: Any) -> None:
-        """Set the wrapped grid's run."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """The run that the ServerApp sees."""
-        return self._grid.run
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the nodes that are connected now."""
-        return self._grid.get_node_ids()
-
-    def get_nodes(self) -> Any:
-        """Return what the wrapped grid knows of its nodes."""
-        return self._grid.get_nodes()
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Create a message; the same as ``Message(...)``."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Push through the wrapped grid; nothing here knows of these messages."""
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pull from the wrapped grid."""
-        return self._grid.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
