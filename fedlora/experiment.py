@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 from fedlora.adapter import LoraConfig
 from fedlora.aggregation import (
     Method,
+    methods,
     with_control_variates,
     with_rule,
     with_server_optimizer,
@@ -32,6 +33,7 @@ from fedlora.conditions import FaultsConfig, QuorumConfig
 from fedlora.data import FederatedData, load_data
 from fedlora.data.text import TokenizerLike
 from fedlora.errors import ConfigError, MissingExtraError, nearest, unknown_name
+from fedlora.privacy import PrivacyConfig, SecureAggregationConfig
 from fedlora.training import TrainConfig, require_plain_sgd
 
 __all__ = [
@@ -276,6 +278,8 @@ class ExperimentConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     quorum: QuorumConfig | None = None  # None: a round waits for everyone
     faults: FaultsConfig | None = None  # None: nothing is made to go wrong
+    privacy: PrivacyConfig | None = None  # None: no guarantee
+    secure_aggregation: SecureAggregationConfig | None = None  # None: the server sees each update
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -297,6 +301,48 @@ class ExperimentConfig:
             raise ConfigError(
                 f"federation.client_ranks: expected at most lora.rank = {self.lora.rank}, found "
                 f"{max(self.federation.client_ranks)}"
+            )
+        for table in ("privacy", "secure_aggregation"):
+            if getattr(self, table) is not None:
+                self._require_sums(table)
+        secure = self.secure_aggregation
+        if secure is not None and secure.clipping_range is None and self.privacy is None:
+            raise ConfigError(
+                "secure_aggregation.clipping_range: expected a number, as there is no "
+                "privacy.clipping_norm to take it from; set it"
+            )
+
+    def _require_sums(self, table: str) -> None:
+        """Raise unless equal clients' sum is all that the server uses of a cohort."""
+        federation = self.federation
+        method = federation.build_method()
+        if not method.linear or method.local.correction is not None:
+            linear = sorted(name for name, known in methods().items() if known.linear)
+            raise ConfigError(
+                f"{table}: expected a method of which a sum is enough, without a robust rule or "
+                f"control variates, found {method.name}; use one of {', '.join(linear)}"
+            )
+        over = self.quorum.over_selection if self.quorum is not None else 0.0
+        for key, found, wanted in (
+            ("federation.weights", federation.weights, "equal"),
+            ("federation.client_ranks", federation.client_ranks, ()),
+            ("quorum.over_selection", over, 0.0),
+        ):
+            if found != wanted:
+                raise ConfigError(f"{key}: expected {wanted!r} with [{table}], found {found!r}")
+        if table == "secure_aggregation" and federation.upload_codec != "fp32":
+            raise ConfigError(
+                "federation.upload_codec: expected 'fp32' with [secure_aggregation], which has "
+                f"its own numbers, found {federation.upload_codec!r}"
+            )
+        if (
+            table == "secure_aggregation"
+            and self.privacy is not None
+            and self.privacy.target_quantile is not None
+        ):
+            raise ConfigError(
+                "privacy.target_quantile: expected none with [secure_aggregation], in which the "
+                f"server sees no update's norm, found {self.privacy.target_quantile!r}"
             )
 
     @property

@@ -52,6 +52,7 @@ app.add_typer(federation.app, name="federation")
 # Which extra brings a package that fedlora imports only where it is needed.
 _EXTRAS = {
     "cryptography": "server",
+    "dp_accounting": "privacy",
     "flwr": "sim",
     "gguf": "text",
     "matplotlib": "plots",
