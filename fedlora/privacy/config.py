@@ -39,8 +39,8 @@ class PrivacyConfig:
                 raise ConfigError(f"privacy.{name}: expected a finite number > 0, found {value!r}")
         if (self.noise_multiplier is None) == (self.epsilon is None):
             raise ConfigError(
-                "privacy: expected either noise_multiplier or epsilon, found "
-                + ("both" if self.epsilon is not None else "none of them")
+                "privacy.noise_multiplier: expected either it or privacy.epsilon, found "
+                + ("both" if self.epsilon is not None else "neither")
             )
         if not 0 < self.delta < 1:
             raise ConfigError(f"privacy.delta: expected a number in (0, 1), found {self.delta!r}")
