@@ -2,6 +2,7 @@
 
     <!-- file: NAME -->     the block is written to NAME in the page's folder
     <!-- shown: REASON -->  it is not run, only checked, for a reason that stands there
+    <!-- run -->, <!-- tests -->  the README's two first lines, which others run
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(
-    r"(?:^<!-- (?P<mark>file|shown): (?P<words>[^\n]*?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$",
+    r"(?:^<!-- (?P<mark>\w+)(?:: (?P<words>[^\n]*?))? -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$",
     re.M | re.S,
 )
 LANGUAGES = {"bash", "ini", "json", "python", "text", "toml"}
@@ -51,6 +52,9 @@ def blocks(page: str) -> list[Block]:
     found = []
     for match in _BLOCK.finditer(text):
         line = text.count("\n", 0, match.start("language")) + 1
-        marks = {match["mark"]: match["words"]} if match["mark"] else {}
+        mark, words = match["mark"], match["words"] or ""
+        if mark in ("run", "tests"):
+            mark, words = "shown", "in a new environment, by .ci/run"
+        marks = {mark: words} if mark in ("file", "shown") else {}
         found.append(Block(page, line, match["language"], match["text"], **marks))
     return found

@@ -36,6 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "fedlora simulate watch --set federation.rounds=1 --out runs/watch",
         "mkdir runs/a runs/b && cp -r runs/watch/adapter runs/a && cp -r runs/watch/adapter runs/b",
         "cp runs/keyboard/adapter.safetensors global.safetensors",
+        "fedlora convert global.safetensors small.safetensors --codec int8",
         "for i in $(seq 60); do echo see you at the game number $i; done > messages.txt",
         "cp messages.txt my-messages.txt",
     ):
