@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -40,6 +41,8 @@ _KINDS: tuple[tuple[type[Exception], type[UpdateError], str], ...] = (
     (tuf.DownloadError, DownloadError, "what has come is kept; try again later"),
 )
 MAX_ROTATIONS = 256  # of the root, in one refresh
+STRONG = {"sha256", "sha512"}  # one of them is there, whatever else a target has; releases: SHA-256
+_HEX = re.compile(r"[0-9a-f]{1,128}")
 
 
 class Client:
@@ -94,11 +97,16 @@ class Client:
 
         Raises `UpdateError`, and `StoreError` where a file cannot be written.
         """
-        if "sha256" not in target.hashes:
-            raise MetadataError(f"{self.url}: expected a SHA-256 of {target.path!r}, found none")
+        # Digests become names of files, of the repository and of this device.
+        digests = target.hashes.values()
+        if not target.hashes.keys() & STRONG or not all(_HEX.fullmatch(text) for text in digests):
+            raise MetadataError(
+                f"{self.url}: expected a SHA-256 or SHA-512 of {target.path!r}, found none, or not "
+                "in hex"
+            )
         folder, slash, name = target.path.rpartition("/")
         # With consistent snapshots a target's file has its digest in its name.
-        path = f"{folder}{slash}{next(iter(target.hashes.values()))}.{name}"
+        path = f"{folder}{slash}{next(iter(digests))}.{name}"
         url = f"{(self._targets_url or '').rstrip('/')}/{path}"
         with typed(url, parts):
             return download(self.fetcher, url, target, parts, limits)

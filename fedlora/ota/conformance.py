@@ -7,6 +7,7 @@
 
 https://github.com/theupdateframework/tuf-conformance, CLIENT-CLI.md. Exit code 0: done; 1: refused.
 A target is kept in F as one file, named by its quoted path, and not downloaded again while it fits.
+With several ``--target-name`` one client takes them in their order, up to the first that fails.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def _update(given: argparse.Namespace) -> None:
         )
         client.refresh()
         if given.command == "download":
-            _download(client, given.target_name, given.target_dir, limits)
+            for name in given.target_name or [""]:  # no name is refused as an unknown one is
+                _download(client, name, given.target_dir, limits)
     finally:
         fetcher.close()
 
@@ -73,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fedlora.ota.conformance")
     parser.add_argument("--metadata-dir", type=Path, required=True)
     parser.add_argument("--metadata-url")
-    parser.add_argument("--target-name")
+    parser.add_argument("--target-name", action="append")
     parser.add_argument("--target-base-url")
     parser.add_argument("--target-dir", type=Path)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -40,7 +40,7 @@ def download(fetcher: Fetcher, url: str, target: TargetFile, folder: Path, limit
     Raises python-tuf's `DownloadError` and its kinds, `ReleaseError` when what came is not the
     target, and `StoreError` when the folder cannot be written.
     """
-    name = target.hashes["sha256"]
+    name = next(iter(target.hashes.values()))  # in hex, as `Client.download` looked at
     with _own_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         keep = {f"{name}.part", f"{name}.json"}
@@ -60,7 +60,7 @@ def download(fetcher: Fetcher, url: str, target: TargetFile, folder: Path, limit
             part.discard()
             if not (resumed and again):
                 raise ReleaseError(
-                    f"{url}: expected {target.length:,} bytes with SHA-256 {name[:12]}…, found "
+                    f"{url}: expected {target.length:,} bytes with digest {name[:12]}…, found "
                     f"others ({error}); nothing was installed"
                 ) from None
     raise AssertionError("unreachable")

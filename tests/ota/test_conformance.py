@@ -49,10 +49,11 @@ class Client:
     def refresh(self) -> int:
         return conformance.main([*self._common(), "refresh"])
 
-    def download(self, name: str) -> int:
+    def download(self, *names: str) -> int:
         return conformance.main(
-            [*self._common(), "--target-name", name, "--target-dir", str(self.files),
-             "--target-base-url", f"{self.url}/targets/", "download"]
+            [*self._common(), *(text for name in names for text in ("--target-name", name)),
+             "--target-dir", str(self.files), "--target-base-url", f"{self.url}/targets/",
+             "download"]
         )  # fmt: skip
 
     def version(self, role: str) -> int:
@@ -133,14 +134,72 @@ def test_a_target_is_downloaded_once(client: Client, web: Web, world: World) -> 
     assert client.download("no such target") == 1
 
 
+def sign(world: World, target: TargetFile) -> None:
+    """Have the targets role sign one more target."""
+    roles = world.publisher.roles
+    targets = roles.targets()
+    targets.targets[target.path] = target
+    roles.write("targets", targets)
+    roles.write_snapshot()
+    roles.write_timestamp()
+
+
+def test_several_targets_are_taken_in_order_up_to_the_first_that_fails(
+    client: Client, web: Web, world: World
+) -> None:
+    for number in (1, 2, 3):
+        world.publish(number)
+    first, second, third = (f"stable/{number}.safetensors" for number in (1, 2, 3))
+    assert client.download(second, "no such target", third) == 1
+    assert {path.name for path in client.files.iterdir()} == {"stable%2F2.safetensors"}
+    web.forget()
+    assert client.download(first, second, third) == 0
+    assert len(list(client.files.iterdir())) == 3
+    paths = web.paths()
+    asked = [path.split(".", 1)[1] for path in paths if path.startswith("targets/")]
+    assert asked == ["1.safetensors", "3.safetensors"]  # the second is there
+    assert paths.count("metadata/timestamp.json") == 1  # one client, one refresh
+    assert client.download() == 1
+
+
+@pytest.mark.parametrize("kinds", [["sha256"], ["sha512"], ["sha256", "sha512"], ["sha512", "md5"]])
+def test_a_target_may_have_the_longer_digest(
+    client: Client, web: Web, world: World, kinds: list[str]
+) -> None:
+    target = TargetFile.from_data("dir/file.txt", b"content", kinds)
+    sign(world, target)
+    web.rules["targets/dir/[0-9a-f]{32,128}[.]file[.]txt"] = b"content"
+    assert client.download("dir/file.txt") == 0
+    (file,) = client.files.iterdir()
+    assert file.read_bytes() == b"content"
+    (asked,) = (path for path in web.paths() if path.startswith("targets/"))
+    assert asked.split("/")[-1].split(".")[0] in target.hashes.values()
+
+
+@pytest.mark.parametrize(
+    "hashes",
+    [
+        {"md5": "9a0364b9e99bb480dd25e1f0284c8555"},  # right, and weak
+        {"unknown": "00" * 32},
+        {"sha256": "../../../outside"},
+        {"sha256": "00" * 32, "sha512": "/"},
+        {"sha256": ""},
+    ],
+)
+def test_digests_that_are_weak_or_no_names_of_files_ask_for_nothing(
+    client: Client, web: Web, world: World, hashes: dict[str, str]
+) -> None:
+    sign(world, TargetFile(7, hashes, "dir/file.txt"))
+    web.rules["targets/.*"] = b"content"
+    assert client.download("dir/file.txt") == 1
+    assert not any(path.startswith("targets/") for path in web.paths())
+    assert list(client.files.iterdir()) == []
+
+
 def test_a_target_that_changed_keeps_its_file(client: Client, web: Web, world: World) -> None:
     for content in (b"first", b"second"):
-        targets = world.publisher.roles.targets()
         target = TargetFile.from_data("dir/file.txt", content, ["sha256"])
-        targets.targets["dir/file.txt"] = target
-        world.publisher.roles.write("targets", targets)
-        world.publisher.roles.write_snapshot()
-        world.publisher.roles.write_timestamp()
+        sign(world, target)
         digest = target.hashes["sha256"]
         web.rules[f"targets/dir/{digest}.file.txt"] = content
         assert client.download("dir/file.txt") == 0
