@@ -120,12 +120,12 @@ class ClientSession:
         places = [holder + 1 for holder in holders]
         seeds = split(state["seed"], terms.share_threshold, places)
         keys = split(state["mask_secret"], terms.share_threshold, places)
-        own = self.index, directory[self.index].share_key
+        own = directory[self.index]
         messages: dict[int, bytes] = {}
         receiving: dict[int, bytes] = {}
         for holder in holders:
-            theirs = holder, directory[holder].share_key
-            shared = shared_secret(state["share_secret"], theirs[1], holder)
+            theirs = directory[holder]
+            shared = shared_secret(state["share_secret"], theirs.share_key, holder)
             pair = PairOfShares(seeds[holder + 1], keys[holder + 1])
             key = channel_key(terms, shared, own, theirs)
             messages[holder] = seal_shares(terms, key, self.index, holder, pair)

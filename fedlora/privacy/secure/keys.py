@@ -3,7 +3,8 @@
 A client has two X25519 pairs a round: one for encrypting shares, one for the masks with its
 neighbors, whose secret half is shared out and may be opened by the server. Whatever is derived
 (HKDF-SHA256, salted with the terms' digest) names its purpose, both clients and their public keys,
-so nothing of another round, direction or purpose fits.
+so nothing of another round, direction or purpose fits. Two clients that see other advertisements of
+each other than were sent cannot read each other's shares, and so find out.
 
 The advertisement is signed with the device's identity where it has one: ECDSA with SHA-384 over
 terms, index, both keys and the commitment to the seed of the own mask.
@@ -63,6 +64,11 @@ class Advertisement:
         return b"fedlora secure aggregation keys 1\n" + struct.pack(
             "<I32s96s", self.index, self.terms, keys
         )
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the signed part (32 bytes)."""
+        return hashlib.sha256(self.signed_part()).digest()
 
     def to_bytes(self) -> bytes:
         """Return 138 bytes and the signature."""
@@ -223,28 +229,26 @@ def self_mask_seed(terms: Terms, index: int, seed: bytes) -> bytes:
     return _derive(terms, seed, b"self mask", struct.pack("<I", index))
 
 
-def mask_seed(terms: Terms, shared: bytes, one: Advertised, other: Advertised) -> bytes:
+def mask_seed(
+    terms: Terms, shared: bytes, one: tuple[int, bytes], other: tuple[int, bytes]
+) -> bytes:
     """Return the generator's key for the mask of two clients, the same whoever asks.
 
-    shared: `shared_secret` of their mask keys. The lower index adds the mask, the other subtracts.
+    shared: `shared_secret` of their mask keys. one, other: index and public mask key. The lower index adds the mask, the other subtracts.
     """
-    low, high = sorted((one, other))
-    return _derive(terms, shared, b"pairwise mask", _pair(low, high))
+    (low, low_key), (high, high_key) = sorted((one, other))
+    context = struct.pack("<I32sI32s", low, low_key, high, high_key)
+    return _derive(terms, shared, b"pairwise mask", context)
 
 
-def channel_key(terms: Terms, shared: bytes, sender: Advertised, recipient: Advertised) -> bytes:
+def channel_key(
+    terms: Terms, shared: bytes, sender: Advertisement, recipient: Advertisement
+) -> bytes:
     """Return the AES key for what one client sends to another.
 
     shared: `shared_secret` of their share keys.
     """
-    return _derive(terms, shared, b"channel", _pair(sender, recipient))
-
-
-Advertised = tuple[int, bytes]  # a client and its public key
-
-
-def _pair(first: Advertised, second: Advertised) -> bytes:
-    return struct.pack("<I32sI32s", *first, *second)
+    return _derive(terms, shared, b"channel", sender.digest + recipient.digest)
 
 
 def _derive(terms: Terms, secret: bytes, purpose: bytes, context: bytes) -> bytes:
