@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -92,17 +94,12 @@ def test_numbers_beyond_the_range_are_clipped():
 
 
 def test_a_client_with_too_few_holders_left_is_out_before_masks_are_put():
-    # All but a few of one client's neighbors are lost while sharing.
     terms = terms_of(60, 31, neighbors=46)
-    victim = 9
-    enough = terms.share_threshold - 2  # and itself: one too few
-    lost = set(terms.neighbors_of(victim)[enough:])
+    victim, near = 9, terms.neighbors_of(9)
+    # One neighbor too few is left to it, and it is left out; a draw with enough for all others.
+    lost = set(random.Random(84).sample(near, len(near) - (terms.share_threshold - 2)))
+    vectors = vectors_of(terms)
     found = Round(terms, {"shares": lost}).keys().shares()
-    # Its neighbors' own neighborhoods suffer as well; nobody is left with too few holders.
-    try:
-        left = set(found.server.survivors_of_sharing)
-    except ThresholdError:
-        left = set()
-    assert victim not in left
-    for client in left:
-        assert len(left.intersection(terms.holders_of(client))) >= terms.share_threshold
+    left = set(range(60)) - lost - {victim}
+    assert set(found.server.survivors_of_sharing) == left
+    assert_total(found.masked(vectors).unmask(), vectors, left)
