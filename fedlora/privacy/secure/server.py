@@ -60,8 +60,8 @@ class ServerSession:
     A phase ends when something of the next is asked for or added: `directory`, `shares_for`, the
     first masked vector, the first revealed shares. What is late is refused with `PhaseOrderError`,
     as is a second message of a client in a phase. A refused message costs that client only: go on
-    with the others. Read `survivors` and `dropouts` once, when no more vectors are awaited: one that
-    is added later fits no revealed share.
+    with the others. Read `survivors` and `dropouts` once, when no more vectors are awaited: one
+    that is added later fits no revealed share.
 
     known: identities' public keys by client, as clients check them; None: none.
     """
