@@ -231,19 +231,20 @@ class PrivateRounds:
 
     def _charge(self, round: int, event: PrivacyEvent, mechanism: CentralMechanism) -> None:
         """Write down what a round releases: its sum, and the count of an adaptive norm."""
-        z = self.state.noise_multiplier
-        moves = z / event.noise_multiplier  # in norms: 2 where one person takes another's place
+        # In norms: 2 where one person more takes another's place.
+        moves = mechanism.noise_multiplier / event.noise_multiplier
         notes = () if moves == 1 else ("one person more takes another's place in the cohort",)
 
-        def write(noise: float, norm: float, kind: Literal["central", "count"]) -> None:
-            each = replace(event, noise_multiplier=noise / (moves * norm))
-            line = LedgerLine(round, each, moves * norm, noise, kind, notes)
+        def write(multiplier: float, norm: float, kind: Literal["central", "count"]) -> None:
+            # Multipliers are the same to the last bit in all rounds: equal events are grouped.
+            each = replace(event, noise_multiplier=multiplier / moves)
+            line = LedgerLine(round, each, moves * norm, multiplier * norm, kind, notes)
             self._ledger = self._ledger.append(line)
 
-        write(mechanism.noise_std, mechanism.clipping_norm, "central")
+        write(mechanism.sum_multiplier, mechanism.clipping_norm, "central")
         if mechanism.target_quantile is not None:
             # Of a count that one client moves by a half at most: see `share_below`.
-            write(count_noise(mechanism.denominator), 0.5, "count")
+            write(2 * count_noise(mechanism.denominator), 0.5, "count")
         self.epsilon = self._epsilon(self._ledger.events())
 
     def _charge_local(self, round: int, event: PrivacyEvent) -> None:
