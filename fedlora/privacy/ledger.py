@@ -135,6 +135,22 @@ class Ledger:
             ) from None
         return dataclasses.replace(self, lines=(*self.lines, line))
 
+    def charge(self, line: LedgerLine) -> Ledger:
+        """Return the ledger with one more release of a local round, on the disk by then.
+
+        What devices have sent cannot be taken back: where the round was begun before and cut off,
+        its line gets the count of both, in one replacement of the file. Else as `append`.
+        """
+        last = self.lines[-1] if self.lines else None
+        if last is None or last.round != line.round or line.mechanism != "local":
+            return self.append(line)
+        if dataclasses.replace(last, event=line.event) != line:
+            raise RunError(f"{self.path}: expected the same noise in round {line.round} again")
+        event = dataclasses.replace(line.event, count=last.event.count + line.event.count)
+        lines = (*self.lines[:-1], dataclasses.replace(line, event=event))
+        write_atomic(self.path, b"".join(map(_bytes, lines)))
+        return dataclasses.replace(self, lines=lines)
+
     def drop_after(self, round: int) -> Ledger:
         """Return the ledger without the rounds after `round`, and replace the file by it at once.
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from fedlora.adapter import Adapter
+from fedlora.data import FederatedData
 from fedlora.errors import ConfigError, RunError
 from fedlora.experiment import ExperimentConfig, find_experiment
 from fedlora.federation.checkpoint import (
+    ClientRecord,
     RoundRecord,
     has_checkpoint,
     read_checkpoint,
@@ -31,6 +33,7 @@ from fedlora.federation.folder import (
     require_free,
     save_global,
 )
+from fedlora.federation.guarantee import privacy_summary
 from fedlora.federation.phases import round_words
 from fedlora.federation.results import run_notes, run_summary, table
 from fedlora.files import write_atomic
@@ -42,6 +45,11 @@ from fedlora.simulation.slab import starts_of
 from fedlora.world import shared_world
 
 __all__ = ["Progress", "Run", "simulate"]
+
+OUTSIDE = (
+    "the figures of single clients are this simulation's own, and outside the guarantee: devices "
+    "tell none of them"
+)
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, of how many, a few words
 
@@ -128,10 +136,16 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     show = _show_rounds(config, folder, report)
     checkpoint = run_rounds(config, folder, len(world.data), on_round=show)
     state, took_part = checkpoint.state, checkpoint.clients
+    if config.sums_only:
+        took_part = tuple(_with_steps(client, config, world.data) for client in took_part)
     whole = state.adapter  # one object for everyone: it is evaluated once a window
     save_global(folder, config, state)
     # A skewed partition may leave a client without held-out examples: it only takes part.
     tested = [c for c in took_part if len(world.data.client(c.client_id).test)]
+    copies = len(tested)
+    if not config.personalization.every_copy:
+        tested = _one_of_each(tested)
+    copies -= len(tested)
     crossed = [c.client_id for c in tested if not c.held_out][: config.personalization.cross]
     own = _files(folder / "own", crossed)
     kept = config.federation.build_method().kept(max(1, state.round))
@@ -155,13 +169,16 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     )
     task, rounds = world.task, read_rounds(folder)
     summary = run_summary(
-        config, checkpoint, rows, rounds, metric=task.metric, higher_is_better=task.higher_is_better
-    )
-    untested = len(took_part) - len(tested)
+        config, checkpoint, rows, rounds, metric=task.metric,
+        higher_is_better=task.higher_is_better, privacy=privacy_summary(folder, config, checkpoint),
+    )  # fmt: skip
+    untested = len(took_part) - len(tested) - copies
     summary["extra"]["notes"] = [
         *world.data.notes,
         *filter(None, [describe_faults(config.faults)]),
         *run_notes(checkpoint, rounds, rows, untested),
+        *([f"{copies} copies of people are not evaluated: one of each is"] if copies else []),
+        *([OUTSIDE] if config.sums_only else []),
     ]
     if kept and config.engine.kind != "cohort":
         summary["extra"]["notes"].append(
@@ -176,6 +193,24 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     summary["seconds"] = round(seconds(), 3)
     write_atomic(folder / SUMMARY, json.dumps(summary, indent=2).encode())
     return Run(folder, whole, summary, rows)
+
+
+def _with_steps(
+    client: ClientRecord, config: ExperimentConfig, data: FederatedData
+) -> ClientRecord:
+    """Return a client with the steps that it has taken, which it does not tell with privacy."""
+    count = len(data.client(client.client_id).train)
+    return replace(client, steps=client.rounds * config.federation.train.steps_for(count))
+
+
+def _one_of_each(clients: Sequence[ClientRecord]) -> list[ClientRecord]:
+    """Return one copy of each person: the one that took part most often, of these the first."""
+    found: dict[str, ClientRecord] = {}
+    for client in clients:
+        person = client.client_id.partition("#")[0]
+        if person not in found or client.rounds > found[person].rounds:
+            found[person] = client
+    return list(found.values())
 
 
 def _files(folder: Path, clients: Sequence[str]) -> dict[str, Path]:
