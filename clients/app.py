@@ -8,6 +8,7 @@ torch where it is installed, else onnx), and only then imported.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 from flwr.app import Context, Message
@@ -25,6 +26,14 @@ from fedlora.federation.client import (
 from fedlora.federation.device_state import owners_state
 from fedlora.federation.limits import owners_limits, reason_to_decline
 from fedlora.federation.records import ClientSetup
+from fedlora.federation.secure_handlers import (
+    handle_keys,
+    handle_masked,
+    handle_shares,
+    handle_unmask,
+    owners_identity,
+    owners_trusted,
+)
 
 app = ClientApp()
 
@@ -40,6 +49,31 @@ def query(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train for one round, if this device's owner allows it now (`fedlora.federation.limits`)."""
     return _if_allowed(message, context, handle_train)
+
+
+@app.train("keys")
+def keys(message: Message, context: Context) -> Message:
+    """Begin a secure sum, if this device's owner allows it now."""
+    identity = owners_identity(context.node_config)
+    return _if_allowed(message, context, partial(handle_keys, identity=identity))
+
+
+@app.train("shares")
+def shares(message: Message, context: Context) -> Message:
+    """Deal shares of this client's secrets of a secure sum."""
+    return handle_shares(message, context.state, owners_trusted(context.node_config))
+
+
+@app.train("masked")
+def masked(message: Message, context: Context) -> Message:
+    """Train for one round of secure sums; a device that may not by now falls out of the sum."""
+    return _if_allowed(message, context, handle_masked)
+
+
+@app.train("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Help to take the masks off a sum, whatever this device's limits say by now."""
+    return handle_unmask(message, context.state)
 
 
 @app.evaluate()

@@ -101,6 +101,8 @@ class RoundRecord:
     declined: tuple[str, ...] = ()  # client ids: their owners do not allow it now; also in dropped
     # What bytes_up and bytes_down would be in fp32, as "up" and "down", where a codec is in use.
     fp32_bytes: Mapping[str, int] = field(default_factory=dict)
+    # By the phases of a secure sum: "clients" whose answer was right, "bytes_up", "bytes_down".
+    secure: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

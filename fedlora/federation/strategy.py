@@ -37,7 +37,7 @@ from fedlora.federation.codecs import FP32, Codecs, agreed
 from fedlora.federation.limits import DECLINED, read_declined
 from fedlora.federation.phases import PhaseClock, slowest_and_median
 from fedlora.federation.population import counted, deal_ranks, named_run, total_weight, with_answers
-from fedlora.federation.prepared import PrepareOnce
+from fedlora.federation.prepared import Prepared, PrepareOnce
 from fedlora.federation.quorum import Replies
 from fedlora.federation.records import (
     ClientSetup,
@@ -53,6 +53,8 @@ from fedlora.federation.replies import (
 )
 from fedlora.federation.roster import Roster
 from fedlora.federation.sampling import draw_cohort
+from fedlora.federation.secure import Member, SecureRound, begin_secure, phases_told
+from fedlora.federation.summed import aggregate_mean, sent_row
 
 __all__ = ["FederatedLora", "most_failed_rounds"]
 
@@ -91,6 +93,7 @@ class _Round:
     late: int = 0  # replies to older rounds
     surplus_up: int = 0  # what would come on top of these in fp32
     surplus_down: int = 0
+    secure: SecureRound | str | None = None  # the phases of a secure sum; or why there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,7 @@ class FederatedLora(Strategy):
     `roster`: who is connected now, asked before each round; None: the same nodes all along.
     A round without an update in which as many clients declined as failed (or more; silence is
     neither) is no failed one: it is tried again, with another cohort, after `pause` seconds.
+    timeout: seconds for each phase of a secure sum that is an exchange of its own.
 
     Raises `FederationError` after `most_failed_rounds` rounds in a row without an update, and after
     a week of nothing but declining.
@@ -126,6 +130,7 @@ class FederatedLora(Strategy):
         codecs: Mapping[str, Sequence[str]] | None = None,
         *,
         pause: Callable[[float], None] = time.sleep,
+        timeout: float = 3600.0,
     ) -> None:
         self.config = config
         self.method = method
@@ -139,6 +144,7 @@ class FederatedLora(Strategy):
         self._save_seconds = 0.0
         self._have_clients(checkpoint)
         self._pause = pause
+        self._timeout = timeout
         self._again = 0  # cohorts that have declined the round that is next
         self._paused = 0.0  # seconds, for their sake
 
@@ -170,7 +176,9 @@ class FederatedLora(Strategy):
             self._again,
         )
         self._round = current = _Round(number, cohort, clock=clock)
-        messages = clock.within("prepare", self._messages(current, grid))
+        if self.config.secure_aggregation is not None:
+            self._begin_secure(current, grid)
+        messages = clock.within("prepare", self._messages(current))
         clock.enter("send")
         return messages
 
@@ -185,15 +193,19 @@ class FederatedLora(Strategy):
         if isinstance(replies, Replies):
             replies.count_by(lambda: len(current.valid))
         received = current.clock.within("wait", replies)
-        after = self._aggregated(current, self._updates(current, received))
+        if current.secure is None:
+            after = self._aggregated(current, self._updates(current, received))
+        else:
+            after = self._summed(current, current.secure, received)
         declined = after is None and len(current.declined) >= max(1, current.failures)
         # A round that fails changes nothing but the number; one that is tried again, not even that.
         number = current.number - declined
         state = after or replace(self.checkpoint.state, round=number)
         silent = "no reply in time"
         if isinstance(replies, Replies):
-            current.late = replies.late
-            current.bytes_up += replies.late_bytes
+            if current.secure is None:  # whose phases count for themselves
+                current.late = replies.late
+                current.bytes_up += replies.late_bytes
             if replies.ended == "quorum":
                 silent = "not waited for: the round had its quorum"
         for sent in current.awaited.values():
@@ -234,7 +246,45 @@ class FederatedLora(Strategy):
         self._clients = {client.client_id: client for client in checkpoint.clients}
         self._ranks = deal_ranks(checkpoint.clients, self.config)
 
-    def _messages(self, current: _Round, grid: Grid) -> Iterator[Message]:
+    def _begin_secure(self, current: _Round, grid: Grid) -> None:
+        """Carry out the phases of a secure sum that come before its training."""
+        members = []
+        for place, client_id in enumerate(current.cohort):
+            if (node := self._nodes.get(client_id)) is not None:
+                members.append(Member(client_id, node, place))
+            else:
+                self._drop(current, client_id, "not connected")
+        current.secure = begin_secure(
+            self.config,
+            run=self.checkpoint.run,
+            round=current.number,
+            cohort=len(current.cohort),
+            members=members,
+            size=len(sent_row(self.method, self.checkpoint.state)),
+            setup=to_record(ClientSetup.of(self.config, self._run)),
+            exchange=lambda messages: grid.send_and_receive(messages, timeout=self._timeout),
+            clock=current.clock,
+        )
+
+    def _messages(self, current: _Round) -> Iterator[Message]:
+        prepared = self._preparing(current)
+        if isinstance(current.secure, SecureRound):
+            yield from current.secure.messages(lambda m: prepared(m.client_id).content())
+        if current.secure is not None:
+            return
+        for client_id in current.cohort:
+            node = self._nodes.get(client_id)
+            if node is None:
+                self._drop(current, client_id, "not connected")
+                continue
+            found = prepared(client_id)
+            current.awaited[node] = _Sent(client_id, found.form)
+            current.bytes_down += found.num_bytes
+            current.surplus_down += found.fp32_surplus
+            yield Message(found.content(), node, "train", group_id=str(current.number))
+
+    def _preparing(self, current: _Round) -> Callable[[str], Prepared]:
+        """Return what prepares the message of a client, by its id."""
         setup = to_record(ClientSetup.of(self.config, self._run))
         order = TrainOrder(
             current.number,
@@ -245,19 +295,13 @@ class FederatedLora(Strategy):
         )
         dealt = bool(self.config.federation.client_ranks)
         prepare = PrepareOnce(self.method, setup, order, dealt=dealt)
-        for client_id in current.cohort:
-            node = self._nodes.get(client_id)
-            if node is None:
-                self._drop(current, client_id, "not connected")
-                continue
-            client = self._clients[client_id]
-            profile = ClientProfile(client_id, self._ranks[client_id], client.num_examples)
-            codecs = self._agreed(client_id)
-            prepared = prepare(self.checkpoint.state, profile, codecs)
-            current.awaited[node] = _Sent(client_id, prepared.form)
-            current.bytes_down += prepared.num_bytes
-            current.surplus_down += prepared.fp32_surplus
-            yield Message(prepared.content(), node, "train", group_id=str(current.number))
+
+        def prepared(client_id: str) -> Prepared:
+            num_examples = self._clients[client_id].num_examples
+            profile = ClientProfile(client_id, self._ranks[client_id], num_examples)
+            return prepare(self.checkpoint.state, profile, self._agreed(client_id))
+
+        return prepared
 
     def _agreed(self, client_id: str) -> Codecs:
         """Return how a client's factors travel; say once who does not know the run's codecs."""
@@ -345,6 +389,44 @@ class FederatedLora(Strategy):
             return None
         return state
 
+    def _summed(
+        self, current: _Round, secure: SecureRound | str, replies: Iterable[Message]
+    ) -> ServerState | None:
+        """Return the state after a round of which the sum alone is known; None as `_aggregated`."""
+        if isinstance(secure, str):
+            self._drop_all(current, current.cohort, secure)
+            return None
+        total = secure.finish(replies)
+        for phase in secure.phases:
+            for dropped in phase.dropped:
+                self._drop(current, dropped.client, dropped.reason)
+            current.declined += phase.declined
+            current.failures += phase.failures
+            current.bytes_up += phase.bytes_up
+            current.bytes_down += phase.bytes_down
+            current.late += phase.late
+        members = [member.client_id for member in secure.members]
+        if total is None:
+            self._drop_all(current, members, secure.given_up or "")
+            return None
+        steps = self.config.federation.train_in(current.number).local_steps or 0
+        current.valid = {member.client_id: steps for member in secure.contributors}
+        try:
+            mean = total.sum / total.count
+            state = aggregate_mean(self.method, self.checkpoint.state, mean)
+            require_answerable(state.trainable)
+        except NonFiniteError as error:
+            current.valid.clear()
+            self._drop_all(current, members, f"all updates together: {error}")
+            return None
+        return state
+
+    def _drop_all(self, current: _Round, clients: Iterable[str], reason: str) -> None:
+        """Drop those of a round that is given up who are not out of it by themselves."""
+        out = {dropped.client for dropped in current.dropped}
+        for client in [client for client in clients if client not in out] or ["everyone"]:
+            self._drop(current, client, reason)
+
     def _check(self, current: _Round, sent: _Sent, message: Message) -> tuple[Reply, float]:
         who = f"client {sent.client_id!r}"
         reply = decode_reply(message.content, sent.form, who)
@@ -419,6 +501,7 @@ class FederatedLora(Strategy):
             late=current.late,
             declined=tuple(current.declined),
             fp32_bytes=self._fp32_bytes(current),
+            secure=phases_told(current.secure),
         )
         self.checkpoint = replace(
             checkpoint,
