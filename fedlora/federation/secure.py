@@ -266,8 +266,9 @@ class SecureRound:
             return RecordDict({"secure": order.copy()})
 
         self._exchange(UNMASK, masked.right, unmask, self._take_revealed)
-        if self.given_up is not None:
-            return None
+        return None if self.given_up is not None else self._total()
+
+    def _total(self) -> SecureTotal | None:
         try:
             return self._server.total()
         except SecureAggregationError as error:

@@ -124,7 +124,7 @@ class MemorySessions:
 def answer_keys(
     content: RecordDict, sessions: Sessions, identity: Identity | None = None
 ) -> RecordDict:
-    """Begin a round: draw its keys, and tell the public ones, signed with `identity` if there is one.
+    """Begin a round: draw its keys and tell the public ones, signed where there is an `identity`.
 
     Raises `FederationError` for a round that this client has begun already or left behind.
     """
@@ -149,7 +149,7 @@ def answer_keys(
 def answer_shares(
     content: RecordDict, sessions: Sessions, trusted: Mapping[bytes, bytes] | None = None
 ) -> RecordDict:
-    """Deal shares of this client's secrets to its neighbors, each sealed for one of them.
+    """Deal shares of this client's secrets to those who hold them, each sealed for one of them.
 
     trusted: the public keys of the devices that the owner trusts, by their SHA-256; with them an
     advertisement counts only if one of these has signed it, and no two if the same has. None: the
@@ -167,7 +167,7 @@ def answer_shares(
         known = {p: trusted[signer] for p, signer in signers.items() if signer in trusted}
     shares = session.share(directory, known)
     reply = RecordDict({"shares": parts_record(shares)})
-    check_parts(reply, "shares", session.terms.neighbors_of(session.index))
+    check_parts(reply, "shares", session.terms.holders_of(session.index))
     sessions.write(kept)
     return reply
 
@@ -242,8 +242,9 @@ def answer_phase(kind: str, content: RecordDict, sessions: Sessions) -> RecordDi
 
     Virtual clients are all the caller's own, and need no identities.
     """
-    answers = {KEYS: answer_keys, SHARES: answer_shares, UNMASK: answer_unmask}
-    return answers[kind](content, sessions)
+    if kind == KEYS:
+        return answer_keys(content, sessions)
+    return answer_shares(content, sessions) if kind == SHARES else answer_unmask(content, sessions)
 
 
 def _kept(sessions: Sessions, order: PhaseOrder) -> tuple[Kept, ClientSession]:

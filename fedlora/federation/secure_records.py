@@ -157,8 +157,10 @@ def advertisement_content(advertisement: bytes, signer: bytes | None) -> RecordD
     signer: the SHA-256 of the public key that has signed it. It proves nothing: it says which of
     many trusted keys to check the signature with.
     """
-    record = {"bytes": advertisement} | ({} if signer is None else {"signer": signer})
-    return RecordDict({"advertisement": ConfigRecord(record)})
+    record = ConfigRecord({"bytes": advertisement})
+    if signer is not None:
+        record["signer"] = signer
+    return RecordDict({"advertisement": record})
 
 
 def read_advertisement(content: RecordDict, who: str) -> tuple[bytes, bytes | None]:
