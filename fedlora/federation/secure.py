@@ -280,6 +280,11 @@ class SecureRound:
         """The clients whose updates are in the sum; none if the round was given up."""
         return () if self.given_up is not None else self._masked.right
 
+    @property
+    def left(self) -> Sequence[Member]:
+        """The clients that were still in the round when it ended."""
+        return self.phases[-1].right if self.phases else self.members
+
     def _sharing(self) -> list[Member]:
         """Return who may train: with few neighbors, one may have lost too many of them."""
         sharing = frozenset(self._server.survivors_of_sharing)

@@ -394,7 +394,8 @@ class FederatedLora(Strategy):
     ) -> ServerState | None:
         """Return the state after a round of which the sum alone is known; None as `_aggregated`."""
         if isinstance(secure, str):
-            self._drop_all(current, current.cohort, secure)
+            here = [client for client in current.cohort if client in self._nodes]
+            self._drop_all(current, here, secure)
             return None
         total = secure.finish(replies)
         for phase in secure.phases:
@@ -405,9 +406,9 @@ class FederatedLora(Strategy):
             current.bytes_up += phase.bytes_up
             current.bytes_down += phase.bytes_down
             current.late += phase.late
-        members = [member.client_id for member in secure.members]
+        left = [member.client_id for member in secure.left]
         if total is None:
-            self._drop_all(current, members, secure.given_up or "")
+            self._drop_all(current, left, secure.given_up or "")
             return None
         steps = self.config.federation.train_in(current.number).local_steps or 0
         current.valid = {member.client_id: steps for member in secure.contributors}
@@ -416,15 +417,14 @@ class FederatedLora(Strategy):
             state = aggregate_mean(self.method, self.checkpoint.state, mean)
             require_answerable(state.trainable)
         except NonFiniteError as error:
+            self._drop_all(current, list(current.valid), f"all updates together: {error}")
             current.valid.clear()
-            self._drop_all(current, members, f"all updates together: {error}")
             return None
         return state
 
-    def _drop_all(self, current: _Round, clients: Iterable[str], reason: str) -> None:
-        """Drop those of a round that is given up who are not out of it by themselves."""
-        out = {dropped.client for dropped in current.dropped}
-        for client in [client for client in clients if client not in out] or ["everyone"]:
+    def _drop_all(self, current: _Round, clients: Sequence[str], reason: str) -> None:
+        """Drop the clients that are left in a round that is given up."""
+        for client in clients or ["everyone"]:
             self._drop(current, client, reason)
 
     def _check(self, current: _Round, sent: _Sent, message: Message) -> tuple[Reply, float]:
