@@ -311,6 +311,18 @@ class ExperimentConfig:
                 "secure_aggregation.clipping_range: expected a number, as there is no "
                 "privacy.clipping_norm to take it from; set it"
             )
+        if secure is not None and self.quorum is not None:
+            if self.quorum.share < secure.threshold:
+                raise ConfigError(
+                    "quorum.share: expected at least secure_aggregation.threshold = "
+                    f"{secure.threshold:g}, found {self.quorum.share:g}: with fewer clients a round "
+                    "is given up"
+                )
+        if secure is not None and self.privacy is not None and self.privacy.mechanism == "local":
+            raise ConfigError(
+                "privacy.mechanism: expected 'central' with [secure_aggregation], found 'local', "
+                "whose noise would not fit into the range of a secure sum; choose one of the two"
+            )
 
     def _require_sums(self, table: str) -> None:
         """Raise unless equal clients' sum is all that the server uses of a cohort."""
@@ -323,10 +335,13 @@ class ExperimentConfig:
                 f"control variates, found {method.name}; use one of {', '.join(linear)}"
             )
         over = self.quorum.over_selection if self.quorum is not None else 0.0
+        share = self.quorum.share if self.quorum is not None and table == "privacy" else 1.0
         for key, found, wanted in (
             ("federation.weights", federation.weights, "equal"),
             ("federation.client_ranks", federation.client_ranks, ()),
             ("quorum.over_selection", over, 0.0),
+            # One client's reply would shut another's out: the sum moves by two, not by one.
+            ("quorum.share", share, 1.0),
         ):
             if found != wanted:
                 raise ConfigError(f"{key}: expected {wanted!r} with [{table}], found {found!r}")
@@ -344,6 +359,11 @@ class ExperimentConfig:
                 "privacy.target_quantile: expected none with [secure_aggregation], in which the "
                 f"server sees no update's norm, found {self.privacy.target_quantile!r}"
             )
+
+    @property
+    def sums_only(self) -> bool:
+        """Whether clients tell nothing but what goes into a sum: no metrics, no scores."""
+        return self.privacy is not None or self.secure_aggregation is not None
 
     @property
     def personal_training(self) -> TrainConfig:

@@ -23,6 +23,7 @@ from flwr.app import Message, RecordDict
 
 from fedlora.errors import ConfigError, FormatError
 from fedlora.federation.client import (
+    NO_LIMITS,
     OpenTrainer,
     Trainer,
     declined,
@@ -107,7 +108,9 @@ def handle_masked(
     def build() -> RecordDict:
         require_masking(message.content, sessions)
         content = training_records(message.content)
-        return trained(content, open_trainer, state, device, min_examples, answer)
+        return trained(
+            content, open_trainer, state, device, min_examples, NO_LIMITS, answer
+        )
 
     return reply_with(message, build)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -38,6 +39,7 @@ from fedlora.federation.limits import DECLINED, read_declined
 from fedlora.federation.phases import PhaseClock, slowest_and_median
 from fedlora.federation.population import counted, deal_ranks, named_run, total_weight, with_answers
 from fedlora.federation.prepared import Prepared, PrepareOnce
+from fedlora.federation.private_sum import CohortSum, PrivateRounds
 from fedlora.federation.quorum import Replies
 from fedlora.federation.records import (
     ClientSetup,
@@ -55,6 +57,7 @@ from fedlora.federation.roster import Roster
 from fedlora.federation.sampling import draw_cohort
 from fedlora.federation.secure import Member, SecureRound, begin_secure, phases_told
 from fedlora.federation.summed import aggregate_mean, sent_row
+from fedlora.privacy.secure import SecureTotal
 
 __all__ = ["FederatedLora", "most_failed_rounds"]
 
@@ -95,6 +98,11 @@ class _Round:
     surplus_down: int = 0
     secure: SecureRound | str | None = None  # the phases of a secure sum; or why there is none
 
+    @property
+    def is_declined(self) -> bool:
+        """Whether nobody trained, and no fewer declined than failed."""
+        return not self.valid and len(self.declined) >= max(1, self.failures)
+
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
@@ -113,10 +121,12 @@ class FederatedLora(Strategy):
     `roster`: who is connected now, asked before each round; None: the same nodes all along.
     A round without an update in which as many clients declined as failed (or more; silence is
     neither) is no failed one: it is tried again, with another cohort, after `pause` seconds.
+    private: what makes the rounds private; then each of them releases noise, also one without an
+    update, and none is tried again.
     timeout: seconds for each phase of a secure sum that is an exchange of its own.
 
     Raises `FederationError` after `most_failed_rounds` rounds in a row without an update, and after
-    a week of nothing but declining.
+    a week of nothing but declining; `BudgetSpent` before a round that would pass `max_epsilon`.
     """
 
     def __init__(
@@ -130,10 +140,12 @@ class FederatedLora(Strategy):
         codecs: Mapping[str, Sequence[str]] | None = None,
         *,
         pause: Callable[[float], None] = time.sleep,
+        private: PrivateRounds | None = None,
         timeout: float = 3600.0,
     ) -> None:
         self.config = config
         self.method = method
+        self._private = private
         self._nodes = dict(nodes)
         self._save = save
         self._roster = roster
@@ -158,7 +170,7 @@ class FederatedLora(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the cohort and yield one message per client, each with its own records."""
-        federation, number = self.config.federation, self.checkpoint.state.round + 1
+        number = self.checkpoint.state.round + 1
         clock = PhaseClock(self._save_seconds)
         if self._roster is not None:
             self._nodes, answers = self._roster.update()
@@ -166,15 +178,7 @@ class FederatedLora(Strategy):
             told = with_answers(self.checkpoint, answers, joining=number)
             if told is not self.checkpoint:
                 self._have_clients(told)
-        more = self.config.quorum.over_selection if self.config.quorum else 0.0
-        cohort = draw_cohort(
-            self.checkpoint.client_ids,
-            math.ceil(federation.cohort * (1 + more) - 1e-9),  # 10 * 1.1 is a little over 11
-            number,
-            self.config.seed,
-            federation.sampling,
-            self._again,
-        )
+        cohort = self._cohort(number)
         self._round = current = _Round(number, cohort, clock=clock)
         if self.config.secure_aggregation is not None:
             self._begin_secure(current, grid)
@@ -191,13 +195,18 @@ class FederatedLora(Strategy):
             raise FederationError("aggregate_train was called before configure_train")
         current.clock.enter("aggregate")
         if isinstance(replies, Replies):
-            replies.count_by(lambda: len(current.valid))
+            # A private round waits for everyone: a reply must not shut another out.
+            private = self._private is not None
+            replies.count_by(lambda: 0 if private else len(current.valid))
         received = current.clock.within("wait", replies)
-        if current.secure is None:
+        if current.secure is not None:
+            after = self._summed(current, current.secure, received)
+        elif self._private is None:
             after = self._aggregated(current, self._updates(current, received))
         else:
-            after = self._summed(current, current.secure, received)
-        declined = after is None and len(current.declined) >= max(1, current.failures)
+            after = self._released(self._private, current, self._updates(current, received))
+        # A private round has released its noise: it does not come again.
+        declined = self._private is None and after is None and current.is_declined
         # A round that fails changes nothing but the number; one that is tried again, not even that.
         number = current.number - declined
         state = after or replace(self.checkpoint.state, round=number)
@@ -210,8 +219,12 @@ class FederatedLora(Strategy):
                 silent = "not waited for: the round had its quorum"
         for sent in current.awaited.values():
             self._drop(current, sent.client_id, silent)
-        self._finish(current, replace(self.checkpoint, state=state), updated=after is not None)
-        self._wait_for_the_willing(current, declined=declined)
+        before = replace(self.checkpoint, state=state)
+        if self._private is not None:
+            before = replace(before, privacy=self._private.state)
+        counts = after is not None and (self._private is None or bool(current.valid))
+        self._finish(current, before, updated=counts)
+        self._wait_for_the_willing(current, declined=not counts and current.is_declined)
         loss = _mean_loss(current)
         return None, None if loss is None else MetricRecord({"loss": loss})
 
@@ -245,6 +258,21 @@ class FederatedLora(Strategy):
         self.checkpoint = replace(checkpoint, state=state)
         self._clients = {client.client_id: client for client in checkpoint.clients}
         self._ranks = deal_ranks(checkpoint.clients, self.config)
+
+    def _cohort(self, number: int) -> tuple[str, ...]:
+        """Draw a round's cohort: from the run's secret where it has one, else from the seed."""
+        if self._private is not None:
+            return self._private.begin(number, self.checkpoint.client_ids)
+        federation, quorum = self.config.federation, self.config.quorum
+        more = quorum.over_selection if quorum else 0.0
+        return draw_cohort(
+            self.checkpoint.client_ids,
+            math.ceil(federation.cohort * (1 + more) - 1e-9),  # 10 * 1.1 is a little over 11
+            number,
+            self.config.seed,
+            federation.sampling,
+            self._again,
+        )
 
     def _begin_secure(self, current: _Round, grid: Grid) -> None:
         """Carry out the phases of a secure sum that come before its training."""
@@ -292,9 +320,16 @@ class FederatedLora(Strategy):
             self.config.federation.train_in(current.number),
             self.method.uploaded(current.number),
             self.method.rule(current.number),
+            noise=None if self._private is None else self._private.local_noise,
         )
-        dealt = bool(self.config.federation.client_ranks)
-        prepare = PrepareOnce(self.method, setup, order, dealt=dealt)
+        config = self.config
+        prepare = PrepareOnce(
+            self.method,
+            setup,
+            order,
+            dealt=bool(config.federation.client_ranks),
+            measured=not config.sums_only,
+        )
 
         def prepared(client_id: str) -> Prepared:
             num_examples = self._clients[client_id].num_examples
@@ -389,13 +424,56 @@ class FederatedLora(Strategy):
             return None
         return state
 
+    def _released(
+        self, private: PrivateRounds, current: _Round, updates: Iterator[Update]
+    ) -> ServerState | None:
+        """Return the state after a private round; None for noise that no adapter can hold.
+
+        It is released and charged with whoever has replied, also with nobody.
+        """
+        found = private.add_up(self.method, self.checkpoint.state, updates)
+        return self._released_sum(private, current, found)
+
+    def _released_sum(
+        self, private: PrivateRounds, current: _Round, found: CohortSum
+    ) -> ServerState | None:
+        try:
+            return private.release_sum(self.method, self.checkpoint.state, found)
+        except NonFiniteError as error:
+            _log.warning("round %d: given up, and charged: %s", current.number, error)
+            self._give_up(current, current.valid, f"all updates together: {error}")
+            return None
+
     def _summed(
         self, current: _Round, secure: SecureRound | str, replies: Iterable[Message]
     ) -> ServerState | None:
-        """Return the state after a round of which the sum alone is known; None as `_aggregated`."""
+        """Return the state after a round of which the sum alone is known.
+
+        None as `_aggregated`, or as `_released` in a run with privacy.
+        """
+        total = self._total(current, secure, replies)
+        if self._private is not None:
+            nobody = CohortSum(np.zeros(len(sent_row(self.method, self.checkpoint.state))), 0)
+            found = nobody if total is None else CohortSum(total.sum, total.count)
+            return self._released_sum(self._private, current, found)
+        if total is None:
+            return None
+        try:
+            mean = total.sum / total.count
+            state = aggregate_mean(self.method, self.checkpoint.state, mean)
+            require_answerable(state.trainable)
+        except NonFiniteError as error:
+            self._give_up(current, current.valid, f"all updates together: {error}")
+            return None
+        return state
+
+    def _total(
+        self, current: _Round, secure: SecureRound | str, replies: Iterable[Message]
+    ) -> SecureTotal | None:
+        """Return the sum, and note what came of the phases; None: the round is given up."""
         if isinstance(secure, str):
             here = [client for client in current.cohort if client in self._nodes]
-            self._drop_all(current, here, secure)
+            self._give_up(current, here, secure)
             return None
         total = secure.finish(replies)
         for phase in secure.phases:
@@ -406,26 +484,19 @@ class FederatedLora(Strategy):
             current.bytes_up += phase.bytes_up
             current.bytes_down += phase.bytes_down
             current.late += phase.late
-        left = [member.client_id for member in secure.left]
         if total is None:
-            self._drop_all(current, left, secure.given_up or "")
-            return None
-        steps = self.config.federation.train_in(current.number).local_steps or 0
-        current.valid = {member.client_id: steps for member in secure.contributors}
-        try:
-            mean = total.sum / total.count
-            state = aggregate_mean(self.method, self.checkpoint.state, mean)
-            require_answerable(state.trainable)
-        except NonFiniteError as error:
-            self._drop_all(current, list(current.valid), f"all updates together: {error}")
-            current.valid.clear()
-            return None
-        return state
+            self._give_up(current, [m.client_id for m in secure.left], secure.given_up or "")
+        else:
+            # What a client does not tell and the order does not say counts as none.
+            steps = self.config.federation.train_in(current.number).local_steps or 0
+            current.valid = {member.client_id: steps for member in secure.contributors}
+        return total
 
-    def _drop_all(self, current: _Round, clients: Sequence[str], reason: str) -> None:
-        """Drop the clients that are left in a round that is given up."""
-        for client in clients or ["everyone"]:
+    def _give_up(self, current: _Round, clients: Iterable[str], reason: str) -> None:
+        """Drop the clients that are left in a round."""
+        for client in list(clients) or ["everyone"]:
             self._drop(current, client, reason)
+        current.valid.clear()
 
     def _check(self, current: _Round, sent: _Sent, message: Message) -> tuple[Reply, float]:
         who = f"client {sent.client_id!r}"
@@ -480,9 +551,10 @@ class FederatedLora(Strategy):
 
     def _finish(self, current: _Round, checkpoint: Checkpoint, *, updated: bool) -> None:
         declined = checkpoint.state.round < current.number  # the round is tried again
-        failed = not updated and not declined and bool(current.cohort)
+        willing = not (declined or (not updated and current.is_declined))
+        failed = not updated and willing and bool(current.cohort)
         without: Literal["declined", "failed", "empty"] = (
-            "declined" if declined else "failed" if failed else "empty"
+            "declined" if not willing else "failed" if failed else "empty"
         )
         phases = current.clock.seconds()
         seconds = sum(phases.values()) - phases["save"]  # that is of the round before
@@ -501,6 +573,7 @@ class FederatedLora(Strategy):
             late=current.late,
             declined=tuple(current.declined),
             fp32_bytes=self._fp32_bytes(current),
+            epsilon=None if self._private is None else round(self._private.epsilon, 6),
             secure=phases_told(current.secure),
         )
         self.checkpoint = replace(
@@ -510,7 +583,7 @@ class FederatedLora(Strategy):
             bytes_down=checkpoint.bytes_down + current.bytes_down,
             seconds=checkpoint.seconds + seconds,
             # Those who declined say nothing of whether the others would have failed.
-            failed_in_a_row=checkpoint.failed_in_a_row + failed if failed or declined else 0,
+            failed_in_a_row=checkpoint.failed_in_a_row + failed if failed or not willing else 0,
         )
         self._round = None
         saving = time.monotonic()
