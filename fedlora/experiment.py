@@ -311,13 +311,13 @@ class ExperimentConfig:
                 "secure_aggregation.clipping_range: expected a number, as there is no "
                 "privacy.clipping_norm to take it from; set it"
             )
-        if secure is not None and self.quorum is not None:
-            if self.quorum.share < secure.threshold:
-                raise ConfigError(
-                    "quorum.share: expected at least secure_aggregation.threshold = "
-                    f"{secure.threshold:g}, found {self.quorum.share:g}: with fewer clients a round "
-                    "is given up"
-                )
+        quorum = self.quorum
+        if secure is not None and quorum is not None and quorum.share < secure.threshold:
+            raise ConfigError(
+                f"quorum.share: expected at least secure_aggregation.threshold = "
+                f"{secure.threshold:g}, found {quorum.share:g}: with fewer clients a round is given "
+                "up"
+            )
         if secure is not None and self.privacy is not None and self.privacy.mechanism == "local":
             raise ConfigError(
                 "privacy.mechanism: expected 'central' with [secure_aggregation], found 'local', "

@@ -94,6 +94,7 @@ class Phase:
     kind: str  # the message type
     round: int
     names: Mapping[int, str] = field(default_factory=dict)  # client ids of the cohort, by node
+    patient: bool = False  # whether everyone is waited for, whatever the quorum
     awaited: dict[int, Member] = field(default_factory=dict)  # by node, until it answers
     answered: dict[int, Member] = field(default_factory=dict)  # by node
     right: list[Member] = field(default_factory=list)  # whose answer counts
@@ -116,11 +117,19 @@ class Phase:
             self.bytes_down += content_bytes(content)
             yield Message(content, member.node, self.kind, group_id=str(self.round))
 
-    def read(self, replies: Iterable[Message], take: Callable[[Member, RecordDict], None]) -> None:
-        """Read the replies as they come; `take` gets each content, and raises for a wrong one."""
+    def read(
+        self,
+        replies: Iterable[Message],
+        take: Callable[[Member, RecordDict], None],
+        clock: PhaseClock | None = None,
+    ) -> None:
+        """Read the replies as they come; `take` gets each content, and raises for a wrong one.
+
+        clock: what it takes to get them is "wait" there; None: it is in a phase of its own.
+        """
         if isinstance(replies, Replies):
-            replies.count_by(lambda: len(self.right))
-        for message in replies:
+            replies.count_by(lambda: 0 if self.patient else len(self.right))
+        for message in replies if clock is None else clock.within("wait", replies):
             told = message.metadata
             if (told.group_id, told.message_type) != (str(self.round), self.kind):
                 # Before it is looked up: a late reply must not take the place of the right one.
@@ -257,7 +266,7 @@ class SecureRound:
         if self.given_up is not None:
             return None
         masked = self._masked
-        masked.read(replies, self._take_masked)
+        masked.read(replies, self._take_masked, self._clock)
         self.phases.append(masked)
         self._require_enough(masked)
         order = self._order(self._server.survivors, self._server.dropouts)
@@ -314,7 +323,9 @@ class SecureRound:
         return phase.right
 
     def _phase(self, kind: str) -> Phase:
-        return Phase(kind, self.terms.round, self._names)
+        # A private round waits for everyone: a reply must not shut another out.
+        patient = self._clipping_norm is not None
+        return Phase(kind, self.terms.round, self._names, patient)
 
     def _order(
         self,

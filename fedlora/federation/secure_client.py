@@ -28,7 +28,6 @@ from fedlora.federation.secure_records import (
     KEYS,
     MASKED,
     SHARES,
-    UNMASK,
     PhaseOrder,
     advertisement_content,
     masked_record,

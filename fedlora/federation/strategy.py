@@ -194,13 +194,13 @@ class FederatedLora(Strategy):
         if current is None:
             raise FederationError("aggregate_train was called before configure_train")
         current.clock.enter("aggregate")
-        if isinstance(replies, Replies):
+        received = current.clock.within("wait", replies)
+        if current.secure is None and isinstance(replies, Replies):
             # A private round waits for everyone: a reply must not shut another out.
             private = self._private is not None
             replies.count_by(lambda: 0 if private else len(current.valid))
-        received = current.clock.within("wait", replies)
         if current.secure is not None:
-            after = self._summed(current, current.secure, received)
+            after = self._summed(current, current.secure, replies)
         elif self._private is None:
             after = self._aggregated(current, self._updates(current, received))
         else:

@@ -204,7 +204,7 @@ def test_below_the_threshold_the_round_is_given_up_and_nothing_is_asked_any_more
         return [] if first and client in lost and reply.metadata.message_type == kind else [reply]
 
     config = secure(federation__rounds=2)
-    state, records = run(config, tmp_path, grid=FaultyGrid(fault))
+    _, records = run(config, tmp_path, grid=FaultyGrid(fault))
     name = kind.partition(".")[2]
     assert [r.status for r in records] == ["failed", "updated"]  # the run goes on
     assert told(records[0])[:4] == [(c, f"{name}: no reply in time") for c in lost]
@@ -505,19 +505,11 @@ def test_injected_faults_hit_every_phase_on_its_own(tmp_path: Path) -> None:
 
 def test_a_phase_ends_with_its_quorum_and_the_late_are_out(tmp_path: Path) -> None:
     config = secure(quorum__share=0.75, quorum__grace=1.0, quorum__deadline=60.0)
+    slow = {(1, KEYS), (5, MASKED)}
     link = Link(8)
-    slow = {KEYS: (1,), MASKED: (5,)}
-
-    def push(messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
-        for message in messages:
-            node, kind = message.metadata.dst_node_id - FIRST, message.metadata.message_type
-            link._delays[node] = 30.0 if node in slow.get(kind, ()) else 1.0
-            link._script = lambda n, reply: (link._delays[n], [reply])
-            ids += list(Link.push_messages(link, [message]))
-        return ids
-
-    link.push_messages = push  # type: ignore[method-assign]
+    link._script = lambda n, reply: (
+        30.0 if (n, reply.metadata.message_type) in slow else 1.0, [reply]
+    )  # fmt: skip
     grid = link.through(config.quorum, cohort=8)
     state, (record,) = run(config, tmp_path, grid=grid)
     expected = mean(config, [0, 2, 3, 4, 6, 7])
