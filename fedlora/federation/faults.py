@@ -65,9 +65,7 @@ class Fault:
     generator: np.random.Generator  # for the kind and place of a corruption
 
 
-def draw_fault(
-    faults: FaultsConfig, client: str, round: str, kind: str = "train"
-) -> Fault | None:
+def draw_fault(faults: FaultsConfig, client: str, round: str, kind: str = "train") -> Fault | None:
     """Return what happens to a client's message in a round; None: nothing.
 
     kind: the message type, "train" or a phase "train.…" of a secure sum.

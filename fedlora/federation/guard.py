@@ -152,8 +152,8 @@ def check_masked(content: RecordDict, length: int, bits: int) -> None:
     digest = _record(content, "masked-digest", ConfigRecord)
     _refuse_others("record masked", masked.keys(), frozenset({"row"}))
     _refuse_others("record masked-digest", digest.keys(), _DIGEST)
-    row = masked["row"]
-    if row.shape != (length,) or row.dtype != f"uint{bits}":
+    row = masked.get("row")
+    if row is None or row.shape != (length,) or row.dtype != f"uint{bits}":
         raise FederationError("refused to send masked: it is not of the round's size and type")
 
 

@@ -100,9 +100,7 @@ class ContextSessions:
     def write(self, kept: Kept) -> None:
         """See `Sessions`."""
         data = b"" if kept.session is None else kept.session.to_bytes()
-        self._state[_RECORD] = ConfigRecord(
-            {"run": kept.run, "round": kept.round, "session": data}
-        )
+        self._state[_RECORD] = ConfigRecord({"run": kept.run, "round": kept.round, "session": data})
 
 
 class MemorySessions:

@@ -6,9 +6,12 @@ The owner's word, in the node config:
     trusted-keys=PATH   the public keys of the devices it adds up with, in OpenSSH's format, a line
                         each, as in the KEY.pub files
 
-With both, advertisements are signed and those of strangers refused, so that the server cannot put
-clients of its own making in others' places. Without them the server is believed to pass on what the
-clients have sent.
+    least-clients=N     a sum is of at least so many updates (2 without it)
+
+With both files, advertisements are signed and those of strangers refused, so that the server cannot
+put clients of its own making in others' places. Such a device takes part in secure sums alone: an
+ordinary training message, by which the server would see its update, is refused. Without them the
+server is believed to pass on what the clients have sent, and to ask for secure sums.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from flwr.app import Message, RecordDict
 
-from fedlora.errors import ConfigError, FormatError
+from fedlora.errors import ConfigError, FederationError, FormatError
 from fedlora.federation.client import (
     NO_LIMITS,
     OpenTrainer,
@@ -39,7 +42,7 @@ from fedlora.federation.secure_client import (
     answer_unmask,
     require_masking,
 )
-from fedlora.federation.secure_records import training_records
+from fedlora.federation.secure_records import read_keys, training_records
 from fedlora.federation.tasks import TrainTask, read_query
 from fedlora.flat import pack
 from fedlora.privacy.secure import Identity
@@ -48,11 +51,16 @@ from fedlora.training import TrainResult
 __all__ = [
     "handle_keys",
     "handle_masked",
+    "handle_plain",
     "handle_shares",
     "handle_unmask",
     "owners_identity",
+    "owners_least",
     "owners_trusted",
+    "read_trusted_keys",
 ]
+
+NOTHING: Mapping[str, object] = {}  # said by an owner
 
 
 def handle_keys(
@@ -62,29 +70,39 @@ def handle_keys(
     device: DeviceState | None = None,
     *,
     min_examples: int = 0,
-    identity: Path | None = None,
+    node_config: Mapping[str, object] = NOTHING,
 ) -> Message:
     """Begin a round's secure sum; the reply holds this client's public keys of the round.
 
-    identity: the file of the key that signs them. min_examples: as in `handle_train`; a device that
-    declines does so here, where it costs the others nothing.
+    min_examples: as in `handle_train`; a device that declines does so here, where it costs the
+    others nothing.
     """
 
     def build() -> RecordDict:
         content = message.content
+        least, fewest = owners_least(node_config), read_keys(content).terms.threshold
+        if fewest < least:
+            raise FederationError(
+                f"this device's owner wants sums of {least} or more updates, found a threshold of "
+                f"{fewest}: node config least-clients"
+            )
         if min_examples and open_trainer(read_query(content)).num_examples < min_examples:
             return declined("examples")
+        identity = owners_identity(node_config)
         own = None if identity is None else Identity.from_pem_file(identity)
         return answer_keys(content, ContextSessions(state), own)
 
     return reply_with(message, build)
 
 
-def handle_shares(message: Message, state: RecordDict, trusted: Path | None = None) -> Message:
-    """Deal this client's shares; trusted: the file of the public keys that it trusts."""
+def handle_shares(
+    message: Message, state: RecordDict, node_config: Mapping[str, object] = NOTHING
+) -> Message:
+    """Deal this client's shares to those whom it trusts."""
 
     def build() -> RecordDict:
-        known = None if trusted is None else _trusted_keys(trusted)
+        trusted = owners_trusted(node_config)
+        known = None if trusted is None else read_trusted_keys(trusted)
         return answer_shares(message.content, ContextSessions(state), known)
 
     return reply_with(message, build)
@@ -108,9 +126,7 @@ def handle_masked(
     def build() -> RecordDict:
         require_masking(message.content, sessions)
         content = training_records(message.content)
-        return trained(
-            content, open_trainer, state, device, min_examples, NO_LIMITS, answer
-        )
+        return trained(content, open_trainer, state, device, min_examples, NO_LIMITS, answer)
 
     return reply_with(message, build)
 
@@ -118,6 +134,28 @@ def handle_masked(
 def handle_unmask(message: Message, state: RecordDict) -> Message:
     """Help to take the masks off the sum; a device does so whatever its limits say by now."""
     return reply_with(message, lambda: answer_unmask(message.content, ContextSessions(state)))
+
+
+def handle_plain(message: Message) -> Message:
+    """Refuse an ordinary training message: such a device takes part in secure sums alone."""
+
+    def build() -> RecordDict:
+        raise FederationError(
+            "this device's owner has named trusted-keys: expected a secure sum, found a round in "
+            "which the server would see this device's update"
+        )
+
+    return reply_with(message, build)
+
+
+def owners_least(node_config: Mapping[str, object]) -> int:
+    """Return the fewest updates in a sum that the owner allows. Raises `ConfigError`."""
+    text = str(node_config.get("least-clients", 2))
+    if not (text.isascii() and text.isdigit() and 2 <= int(text) < 10**6):
+        raise ConfigError(
+            f"node config least-clients: expected a whole number >= 2, found {text!r}"
+        )
+    return int(text)
 
 
 def owners_identity(node_config: Mapping[str, object]) -> Path | None:
@@ -140,7 +178,7 @@ def owners_trusted(node_config: Mapping[str, object]) -> Path | None:
     return Path(str(path)) if path else None
 
 
-def _trusted_keys(path: Path) -> dict[bytes, bytes]:
+def read_trusted_keys(path: Path) -> dict[bytes, bytes]:
     """Return the public keys in a file, as DER, by their SHA-256. Raises `FormatError`."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -20,14 +20,19 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 
 from fedlora.adapter import Adapter
-from fedlora.aggregation import Broadcast, method
+from fedlora.aggregation import Broadcast, ServerState, method
 from fedlora.errors import ConfigError
 from fedlora.federation import RoundRecord, has_checkpoint, read_checkpoint, read_rounds
 from fedlora.federation._flower_private import set_message_id
 from fedlora.federation.faults import draw_fault, with_faults
+from fedlora.federation.private_sum import LEDGER, NOISE_KEY, CohortSum, PrivateRounds
 from fedlora.federation.quorum import QuorumGrid
 from fedlora.federation.secure_records import KEYS, MASKED, PHASES, SHARES, UNMASK
+from fedlora.federation.summed import aggregate_mean
+from fedlora.files import write_atomic
 from fedlora.flat import pack, segments_of
+from fedlora.privacy.central import CentralMechanism
+from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.secure.quantize import Quantizer
 from fedlora.simulation.grid import InProcessGrid
 from fedlora.training import Factor
@@ -155,9 +160,7 @@ def test_each_number_is_clipped_to_the_range(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["silent", "fails"])
 @pytest.mark.parametrize("kind", PHASES)
-def test_a_dropout_costs_one_client_whatever_the_phase(
-    kind: str, how: str, tmp_path: Path
-) -> None:
+def test_a_dropout_costs_one_client_whatever_the_phase(kind: str, how: str, tmp_path: Path) -> None:
     config = secure()
     grid = FaultyGrid(of("c3", kind, lambda reply: [error(reply)] if how == "fails" else []))
     state, (record,) = run(config, tmp_path, grid=grid)
@@ -463,9 +466,7 @@ def test_a_round_that_runs_again_after_a_crash_comes_to_the_same_bits(tmp_path: 
     root = Path(__file__).resolve().parents[2]
     process = subprocess.Popen([sys.executable, "-c", script], cwd=root, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 60
-    while time.monotonic() < end and (
-        not has_checkpoint(killed) or len(read_rounds(killed)) < 2
-    ):
+    while time.monotonic() < end and (not has_checkpoint(killed) or len(read_rounds(killed)) < 2):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -563,3 +564,74 @@ def test_empty_and_tiny_cohorts_of_poisson_sampling_are_given_up(tmp_path: Path)
         else:
             assert record.status == "empty"
     assert {min(len(record.cohort), 2) for record in records} == {0, 1, 2}
+
+
+def private(**overrides: Any) -> Any:
+    """Secure rounds with noise on their sum; the range of a number is the clipping norm."""
+    table = {
+        "privacy__clipping_norm": 5.0, "privacy__noise_multiplier": 1.0,
+        "secure_aggregation__clipping_range": None,
+    }  # fmt: skip
+    return secure(**(table | overrides))
+
+
+def test_with_privacy_the_noise_is_put_on_the_secure_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums: list[CohortSum] = []
+    release = PrivateRounds.release_sum
+
+    def noted(self: PrivateRounds, *arguments: Any) -> Any:
+        sums.append(arguments[-1])
+        return release(self, *arguments)
+
+    monkeypatch.setattr(PrivateRounds, "release_sum", noted)
+    config = private(federation__cohort=6)
+    plain_config = experiment(
+        federation__cohort=6, federation__rounds=1, federation__weights="equal",
+        privacy__clipping_norm=5.0, privacy__noise_multiplier=1.0,
+    )  # fmt: skip
+    _, (plain_record,) = run(plain_config, tmp_path / "plain")
+    key = (tmp_path / "plain" / NOISE_KEY).read_bytes()
+    (tmp_path / "secure" / NOISE_KEY).parent.mkdir(parents=True)
+    write_atomic(tmp_path / "secure" / NOISE_KEY, key, mode=0o600)
+    state, (record,) = run(config, tmp_path / "secure")
+    assert record.cohort == plain_record.cohort  # of the same secret
+    plain_sum, secure_sum = sums
+    assert secure_sum.replies == plain_sum.replies == 6
+    # Each of six clients clips so much more that its rounding cannot lengthen it, and rounds.
+    step = Quantizer(32, 5.0, 6).step
+    bound = 6 * (step * np.sqrt(len(plain_sum.total)) + step)
+    assert np.abs(secure_sum.total - plain_sum.total).max() <= bound
+    assert np.linalg.norm(secure_sum.total) <= 6 * 5.0
+    # The same secret gives the same release of the same sum.
+    mechanism = CentralMechanism(key, 1.0, 5.0, 6)
+    mean = mechanism.release(secure_sum.total, 1)
+    start = ServerState.start(start_adapter(config))
+    expected = aggregate_mean(method(config.federation.method), start, mean)
+    assert state.adapter == expected.adapter
+    assert record.epsilon == plain_record.epsilon
+    assert record.status == "updated"
+
+
+def test_a_private_round_without_a_sum_releases_noise_and_is_charged(tmp_path: Path) -> None:
+    lost = ("c0", "c2", "c4", "c6")
+
+    def fault(reply: Message, client: str) -> list[Message]:
+        hit = client in lost and reply.metadata.message_type == MASKED
+        return [] if hit and reply.metadata.group_id == "1" else [reply]
+
+    config = private(federation__rounds=2, federation__cohort=8)
+    state, records = run(config, tmp_path, grid=FaultyGrid(fault))
+    assert [r.status for r in records] == ["failed", "updated"]
+    assert len(Ledger(tmp_path / LEDGER).lines) == 2
+    key = (tmp_path / NOISE_KEY).read_bytes()
+    size = len(row(state.adapter))
+    mean = CentralMechanism(key, 1.0, 5.0, 8).release(np.zeros(size), 1)
+    start = row(start_adapter(config))
+    whole, _ = run(private(federation__rounds=1), tmp_path / "one", grid=FaultyGrid(fault))
+    assert np.abs(row(whole.adapter) - start).max() > 0.5
+    assert not np.array_equal(row(whole.adapter), (start + mean).astype(np.float32))  # own secret
+    own = CentralMechanism((tmp_path / "one" / NOISE_KEY).read_bytes(), 1.0, 5.0, 8)
+    noise = own.release(np.zeros(size), 1)
+    np.testing.assert_array_equal(row(whole.adapter), (start + noise).astype(np.float32))
