@@ -123,7 +123,7 @@ def test_devices_with_trusted_keys_add_up_with_these_alone(
 def test_a_device_with_trusted_keys_trains_in_no_other_way(
     node: dict[str, Any], trusting: dict[int, dict[str, Any]], tmp_path: Path
 ) -> None:
-    _, record, trained = run(config({}), node, tmp_path, {0: trusting[0], 2: trusting[2]})
+    _, record, _ = run(config({}), node, tmp_path, {0: trusting[0], 2: trusting[2]})
     asked = sorted(client for client in ("c00", "c02") if client in record.cohort)
     assert asked
     assert sorted(dropped.client for dropped in record.dropped) == asked
@@ -149,3 +149,18 @@ def test_the_owner_says_of_how_many_a_sum_is_at_least(node: dict[str, Any], tmp_
         "threshold of 8: node config least-clients"
     )
     assert [(d.client, d.reason) for d in record.dropped] == [("c02", reason), ("c05", reason)]
+
+
+def test_a_device_that_declines_does_so_before_it_costs_the_others_anything(
+    node: dict[str, Any], tmp_path: Path
+) -> None:
+    experiment = config({"federation.cohort": PEOPLE, **SECURE})
+    limits = {3: {"min-examples": 1000}, 4: {"metered-file": "/none", "unmetered": "true"}}
+    _, record, trained = run(experiment, node, tmp_path, limits)
+    assert sorted(record.declined) == ["c03", "c04"]
+    assert sorted((d.client, d.reason) for d in record.dropped) == [
+        ("c03", "declined: examples"),
+        ("c04", "declined: metered"),
+    ]
+    assert [phase["clients"] for phase in record.secure.values()] == [10] * 4
+    assert sum(trained[f"{kind} train.shares"] for kind in ("torch", "onnx")) == 10

@@ -45,7 +45,7 @@ from tests.federation.fakes import (
     run,
     start_adapter,
 )
-from tests.federation.scripted import FIRST, Link
+from tests.federation.scripted import Link
 
 RANGE = 20.0  # no fake moves a number so far
 FACTORS: tuple[Factor, Factor] = ("A", "B")

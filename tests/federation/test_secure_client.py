@@ -462,7 +462,7 @@ def test_the_guard_lets_nothing_else_go() -> None:
         lambda: check_parts(RecordDict({"revealed": parts_record({1: b"x"})}), "shares", (0, 1)),
     ]
     for check in bad:
-        with pytest.raises(FederationError, match="^refused to send"):
+        with pytest.raises(FederationError, match=r"^refused to send"):
             check()
 
 

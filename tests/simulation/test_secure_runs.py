@@ -67,8 +67,8 @@ def test_the_summary_says_what_the_server_saw(tmp_path: Path) -> None:
     assert privacy["mechanism"] is None
     assert privacy["secure_aggregation"] is True
     assert privacy["notes"] == [
-        "the server saw sums of at least 60% of a cohort's updates, and no single one, if it passed "
-        "on the devices' own keys: devices with trusted-keys check that",
+        "the server saw sums of at least 60% of a cohort's updates, and no single one, if it "
+        "passed on the devices' own keys: devices with trusted-keys check that",
         "sums without noise are no differential privacy",
     ]
     line = "privacy: the server saw sums of updates, by secure aggregation; no epsilon is promised"
