@@ -27,6 +27,7 @@ from fedlora.privacy.secure.keys import (
     commitment_of,
     mask_seed,
     new_secret,
+    opened_key,
     public_of,
     require_signed,
     self_mask_seed,
@@ -120,12 +121,12 @@ class ClientSession:
         places = [holder + 1 for holder in holders]
         seeds = split(state["seed"], terms.share_threshold, places)
         keys = split(state["mask_secret"], terms.share_threshold, places)
-        own = directory[self.index]
+        own, private = directory[self.index], opened_key(state["share_secret"])
         messages: dict[int, bytes] = {}
         receiving: dict[int, bytes] = {}
         for holder in holders:
             theirs = directory[holder]
-            shared = shared_secret(state["share_secret"], theirs.share_key, holder)
+            shared = shared_secret(private, theirs.share_key, holder)
             pair = PairOfShares(seeds[holder + 1], keys[holder + 1])
             key = channel_key(terms, shared, own, theirs)
             messages[holder] = seal_shares(terms, key, self.index, holder, pair)
@@ -201,12 +202,13 @@ class ClientSession:
             other: open_shares(terms, state["receiving"][other], other, self.index, shares[other])
             for other in self._senders(shares, others)
         }
+        private = opened_key(state["mask_secret"])
         own_key = self.index, public_of(state["mask_secret"])
         subtract: list[bytes] = []
         add = [self_mask_seed(terms, self.index, state["seed"])]
         for other in others:
             theirs = other, state["mask_keys"][other]
-            shared = shared_secret(state["mask_secret"], theirs[1], other)
+            shared = shared_secret(private, theirs[1], other)
             seed = mask_seed(terms, shared, own_key, theirs)
             (add if self.index < other else subtract).append(seed)
         masked = np.empty(terms.size + 1, terms.quantizer.dtype)

@@ -35,6 +35,7 @@ __all__ = [
     "commitment_of",
     "mask_seed",
     "new_secret",
+    "opened_key",
     "public_of",
     "require_signed",
     "self_mask_seed",
@@ -199,19 +200,22 @@ def new_secret() -> bytes:
 
 def public_of(secret: bytes) -> bytes:
     """Return the public half (32 bytes) of an X25519 private key."""
-    return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
+    return opened_key(secret).public_key().public_bytes_raw()
 
 
-def shared_secret(secret: bytes, public: bytes, whose: int) -> bytes:
+def opened_key(secret: bytes) -> X25519PrivateKey:
+    """Return a private key to call `shared_secret` with; making it takes as long as using it."""
+    return X25519PrivateKey.from_private_bytes(secret)
+
+
+def shared_secret(key: X25519PrivateKey, public: bytes, whose: int) -> bytes:
     """Return what X25519 makes of one's private and another's public key (32 bytes).
 
     whose: the other client, for the message. Raises `ForgedKeyError` for a point of small order,
     with which the result would be known to everyone.
     """
     try:
-        return X25519PrivateKey.from_private_bytes(secret).exchange(
-            X25519PublicKey.from_public_bytes(public)
-        )
+        return key.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
         raise ForgedKeyError(
             f"keys of client {whose}: expected an X25519 key, found a point of small order"
@@ -234,7 +238,8 @@ def mask_seed(
 ) -> bytes:
     """Return the generator's key for the mask of two clients, the same whoever asks.
 
-    shared: `shared_secret` of their mask keys. one, other: index and public mask key. The lower index adds the mask, the other subtracts.
+    shared: `shared_secret` of their mask keys. one, other: index and public mask key. The lower
+    index adds the mask, the other subtracts it.
     """
     (low, low_key), (high, high_key) = sorted((one, other))
     context = struct.pack("<I32sI32s", low, low_key, high, high_key)

@@ -12,6 +12,7 @@ numbers, and above it float64's own rounding of the input and the result (2**-52
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -61,6 +62,13 @@ class Quantizer:
     def error_bound(self, count: int) -> float:
         """Return the most that a number of a sum of `count` vectors can be off."""
         return count * self.step
+
+    def norm_bound(self, size: int) -> float:
+        """Return the most that rounding adds to the L2 norm of a vector of `size` numbers.
+
+        Who bounds a client's part of the sum by its norm must clip to that much less, or count it.
+        """
+        return math.sqrt(size) * self.step
 
     def quantize(self, vector: npt.NDArray[np.float64], draws: np.random.Generator) -> Ring:
         """Return a float64 vector (n,) as ring numbers (n,), negative ones as two's complement.

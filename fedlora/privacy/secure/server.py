@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from fedlora.privacy.secure.keys import (
     Advertisement,
     commitment_of,
     mask_seed,
+    opened_key,
     public_of,
     require_signed,
     self_mask_seed,
@@ -59,7 +60,10 @@ class ServerSession:
     A phase ends when something of the next is asked for or added: `directory`, `shares_for`, the
     first masked vector, the first revealed shares. What is late is refused with `PhaseOrderError`,
     as is a second message of a client in a phase. A refused message costs that client only: go on
-    with the others. known: identities' public keys by client, as clients check them; None: none.
+    with the others. Read `survivors` and `dropouts` once, when no more vectors are awaited: one
+    that is added later fits no revealed share.
+
+    known: identities' public keys by client, as clients check them; None: none.
     """
 
     def __init__(self, terms: Terms, known: Mapping[int, bytes] | None = None) -> None:
@@ -128,8 +132,9 @@ class ServerSession:
         if it were lost later. Raises `ThresholdError` for too few.
         """
         if self._phase == "shares":
+            self._require_enough(self._shares, "clients that shared their secrets")
             self._sharing = self._with_enough_holders()
-            self._require_enough(self._sharing, "clients that shared their secrets")
+            self._require_enough(self._sharing, "clients with enough holders of their shares")
             self._begin("masked")
         return tuple(sorted(self._sharing))
 
@@ -296,12 +301,12 @@ class ServerSession:
         self, dropout: int, secret: bytes, add: list[bytes], subtract: list[bytes]
     ) -> None:
         """Add the seeds of the masks that survivors put against a dropout, by how to undo them."""
-        own = dropout, self._directory[dropout].mask_key
+        own, private = (dropout, self._directory[dropout].mask_key), opened_key(secret)
         for neighbor in self._holders(dropout):
             if neighbor not in self._masked:
                 continue
             theirs = neighbor, self._directory[neighbor].mask_key
-            shared = shared_secret(secret, theirs[1], neighbor)
+            shared = shared_secret(private, theirs[1], neighbor)
             seed = mask_seed(self.terms, shared, own, theirs)
             # The lower of the two adds the mask, so the survivor's part is undone the other way.
             (subtract if neighbor < dropout else add).append(seed)
@@ -327,8 +332,7 @@ class ServerSession:
             f"secure sum: expected a message of the phase {self._phase!r}, found one of {phase!r}"
         )
 
-    def _require_enough(self, clients: Mapping[int, object] | set[int] | frozenset[int],
-                        what: str) -> None:  # fmt: skip
+    def _require_enough(self, clients: Collection[int], what: str) -> None:
         if len(clients) < self.terms.threshold:
             raise ThresholdError(
                 f"{what}: expected {self.terms.threshold} or more of {self.terms.clients}, found "

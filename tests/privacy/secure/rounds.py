@@ -20,7 +20,7 @@ def terms_of(clients: int = 5, threshold: int | None = None, **changes: object) 
         "round": 3,
         "size": 16,
         "clients": clients,
-        "threshold": threshold or clients // 2 + 1,
+        "threshold": clients // 2 + 1 if threshold is None else threshold,
         "neighbors": None,
         "bits": 32,
         "clipping_range": 1.0,
@@ -81,7 +81,9 @@ class Round:
             self.step("keys", index, lambda i=index: work(i))
         return self
 
-    def shares(self, changed=lambda index, messages: messages, seen=lambda index, ads: ads) -> Round:
+    def shares(
+        self, changed=lambda index, messages: messages, seen=lambda index, ads: ads
+    ) -> Round:
         """Run the second. seen: of the directory on its way to a client."""
 
         def work(index):

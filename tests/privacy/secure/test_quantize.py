@@ -76,6 +76,16 @@ def test_zero_and_both_ends_are_exact(bits):
         assert np.allclose(found, [0, 0, 2, -2, 2, -2], rtol=2**-51, atol=0)
 
 
+def test_rounding_adds_no_more_to_a_norm_than_stated():
+    quantizer = Quantizer(32, 1.0, 2**24)  # 127 steps on each side
+    draws = np.random.default_rng(0)
+    for _ in range(50):
+        vector = draws.normal(size=200) * 0.01
+        found = quantizer.dequantize(quantizer.quantize(vector, draws), 1)
+        assert np.linalg.norm(found) <= np.linalg.norm(vector) + quantizer.norm_bound(200)
+        assert np.linalg.norm(found - vector) < quantizer.norm_bound(200)
+
+
 def test_rounding_keeps_the_mean():
     quantizer = Quantizer(32, 1.0, 2**20)  # 2047 steps on each side
     value = 0.3 * quantizer.step
