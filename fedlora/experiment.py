@@ -208,6 +208,8 @@ class PersonalizationConfig:
     learning_rate: float | None = None  # None: the federation's
     batch_size: int | None = None  # None: the federation's
     save: bool = True  # keep everyone's personal adapter in the run's folder
+    # Whether copies of a person ("u7#2"), who all have the same data, are all evaluated, or one.
+    every_copy: bool = True
     cross: int = 0  # clients whose own adapters are also evaluated on one another's data
     # What a person is served: the personal adapter, or its mixture with the global one (FedDPA).
     kind: Literal["personal", "mixed"] = "personal"
@@ -314,9 +316,9 @@ class ExperimentConfig:
         quorum = self.quorum
         if secure is not None and quorum is not None and quorum.share < secure.threshold:
             raise ConfigError(
-                f"quorum.share: expected at least secure_aggregation.threshold = "
-                f"{secure.threshold:g}, found {quorum.share:g}: with fewer clients a round is given "
-                "up"
+                "quorum.share: expected at least secure_aggregation.threshold = "
+                f"{secure.threshold:g}, found {quorum.share:g}: with fewer clients a round is "
+                "given up"
             )
         if secure is not None and self.privacy is not None and self.privacy.mechanism == "local":
             raise ConfigError(

@@ -12,7 +12,8 @@ has not told its id is known by its node id, which is the same in every in-proce
 other.
 
 **What is hit.** Training messages and their replies, in a secure sum those of each phase, drawn
-anew. The query is not: a client that it does not reach would be missing from all of the run.
+anew; there ``corrupt`` has nothing to damage, and does nothing. The query is not hit: a client that
+it does not reach would be missing from all of the run.
 
 **Time.** In one process nothing sleeps: a delayed or slow client's message is handed to the grid
 after all others, so that its reply comes last and replies need not be kept; one that would come

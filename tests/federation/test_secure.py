@@ -25,7 +25,7 @@ from fedlora.errors import ConfigError
 from fedlora.federation import RoundRecord, has_checkpoint, read_checkpoint, read_rounds
 from fedlora.federation._flower_private import set_message_id
 from fedlora.federation.faults import draw_fault, with_faults
-from fedlora.federation.private_sum import LEDGER, NOISE_KEY, CohortSum, PrivateRounds
+from fedlora.federation.private_sum import NOISE_KEY, CohortSum, PrivateRounds
 from fedlora.federation.quorum import QuorumGrid
 from fedlora.federation.secure_records import KEYS, MASKED, PHASES, SHARES, UNMASK
 from fedlora.federation.summed import aggregate_mean
@@ -624,7 +624,7 @@ def test_a_private_round_without_a_sum_releases_noise_and_is_charged(tmp_path: P
     config = private(federation__rounds=2, federation__cohort=8)
     state, records = run(config, tmp_path, grid=FaultyGrid(fault))
     assert [r.status for r in records] == ["failed", "updated"]
-    assert len(Ledger(tmp_path / LEDGER).lines) == 2
+    assert len(Ledger.read(tmp_path).lines) == 2
     key = (tmp_path / NOISE_KEY).read_bytes()
     size = len(row(state.adapter))
     mean = CentralMechanism(key, 1.0, 5.0, 8).release(np.zeros(size), 1)
