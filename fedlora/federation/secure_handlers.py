@@ -26,7 +26,6 @@ from flwr.app import Message, RecordDict
 
 from fedlora.errors import ConfigError, FederationError, FormatError
 from fedlora.federation.client import (
-    NO_LIMITS,
     OpenTrainer,
     Trainer,
     declined,
@@ -45,6 +44,7 @@ from fedlora.federation.secure_client import (
 from fedlora.federation.secure_records import read_keys, training_records
 from fedlora.federation.tasks import TrainTask, read_query
 from fedlora.flat import pack
+from fedlora.privacy.local import NoiseLimits
 from fedlora.privacy.secure import Identity
 from fedlora.training import TrainResult
 
@@ -126,7 +126,7 @@ def handle_masked(
     def build() -> RecordDict:
         require_masking(message.content, sessions)
         content = training_records(message.content)
-        return trained(content, open_trainer, state, device, min_examples, NO_LIMITS, answer)
+        return trained(content, open_trainer, state, device, min_examples, NoiseLimits(), answer)
 
     return reply_with(message, build)
 

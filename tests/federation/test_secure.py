@@ -25,6 +25,7 @@ from fedlora.errors import ConfigError
 from fedlora.federation import RoundRecord, has_checkpoint, read_checkpoint, read_rounds
 from fedlora.federation._flower_private import set_message_id
 from fedlora.federation.faults import draw_fault, with_faults
+from fedlora.federation.limits import declined_content
 from fedlora.federation.private_sum import NOISE_KEY, CohortSum, PrivateRounds
 from fedlora.federation.quorum import QuorumGrid
 from fedlora.federation.secure_records import KEYS, MASKED, PHASES, SHARES, UNMASK
@@ -476,6 +477,29 @@ def test_a_round_that_runs_again_after_a_crash_comes_to_the_same_bits(tmp_path: 
     assert [r.secure.keys() for r in read_rounds(killed)] == [
         {"keys", "shares", "masked", "unmask"}
     ] * 4
+
+
+def test_a_round_that_everyone_declines_comes_again_as_another_one(tmp_path: Path) -> None:
+    asked: list[Message] = []
+    pauses: list[float] = []
+
+    def fault(reply: Message, client: str) -> list[Message]:
+        if reply.metadata.message_type == KEYS:
+            asked.append(reply)
+            if len(asked) <= 6 and client != "c0":  # who has begun the round, and begins it again
+                reply.content = declined_content("battery")
+        return [reply]
+
+    config = secure(federation__cohort=6)
+    state, records = run(
+        config, tmp_path, grid=FaultyGrid(fault, 6), clients=6, pause=pauses.append
+    )
+    assert [(r.round, r.status) for r in records] == [(1, "declined"), (1, "updated")]
+    assert sorted(records[0].declined) == ["c1", "c2", "c3", "c4", "c5"]
+    assert records[1].dropped == ()
+    assert pauses == [60.0]
+    expected = mean(config, range(6))
+    assert (np.abs(row(state.adapter) - expected) <= bound(config, expected, 6)).all()
 
 
 def test_injected_faults_hit_every_phase_on_its_own(tmp_path: Path) -> None:
