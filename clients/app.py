@@ -39,7 +39,7 @@ def query(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train for one round, if this device's owner allows it now (`fedlora.federation.limits`)."""
-    return _if_allowed(message, context, handle_train)
+    return _if_allowed(message, context, handle_train, train=True)
 
 
 @app.evaluate()
@@ -48,7 +48,9 @@ def evaluate(message: Message, context: Context) -> Message:
     return _if_allowed(message, context, handle_evaluate)
 
 
-def _if_allowed(message: Message, context: Context, handle: Callable[..., Message]) -> Message:
+def _if_allowed(
+    message: Message, context: Context, handle: Callable[..., Message], *, train: bool = False
+) -> Message:
     try:
         limits = owners_limits(context.node_config)
         reason = reason_to_decline(limits)
@@ -62,6 +64,7 @@ def _if_allowed(message: Message, context: Context, handle: Callable[..., Messag
         context.state,
         owners_state(context.node_config),
         min_examples=limits.min_examples,
+        **({"noise": limits.noise} if train else {}),
     )
 
 

@@ -323,10 +323,13 @@ class ExperimentConfig:
                 f"control variates, found {method.name}; use one of {', '.join(linear)}"
             )
         over = self.quorum.over_selection if self.quorum is not None else 0.0
+        share = self.quorum.share if self.quorum is not None and table == "privacy" else 1.0
         for key, found, wanted in (
             ("federation.weights", federation.weights, "equal"),
             ("federation.client_ranks", federation.client_ranks, ()),
             ("quorum.over_selection", over, 0.0),
+            # One client's reply would shut another's out: the sum moves by two, not by one.
+            ("quorum.share", share, 1.0),
         ):
             if found != wanted:
                 raise ConfigError(f"{key}: expected {wanted!r} with [{table}], found {found!r}")
@@ -344,6 +347,11 @@ class ExperimentConfig:
                 "privacy.target_quantile: expected none with [secure_aggregation], in which the "
                 f"server sees no update's norm, found {self.privacy.target_quantile!r}"
             )
+
+    @property
+    def sums_only(self) -> bool:
+        """Whether clients tell nothing but what goes into a sum: no metrics, no scores."""
+        return self.privacy is not None or self.secure_aggregation is not None
 
     @property
     def personal_training(self) -> TrainConfig:

@@ -65,6 +65,8 @@ class Candidate:
 def read_candidate(folder: Path, *, unevaluated: bool = False) -> Candidate:
     """Read a run's folder: a finished run, or with `unevaluated` its last checkpoint.
 
+    With `unevaluated` also a finished one whose clients tell no scores.
+
     Raises `PublishError`, and whatever reading the files does.
     """
     path = folder / "summary.json"
@@ -72,12 +74,19 @@ def read_candidate(folder: Path, *, unevaluated: bool = False) -> Candidate:
         info = read_info(folder / "adapter.safetensors")
         try:
             summary = json.loads(path.read_bytes())
-            facts = _facts(summary)
+            untold = summary["global"] is None
+            facts = {"evaluated": None, **_promise(summary)} if untold else _facts(summary)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PublishError(
                 f"{path}: expected what fedlora simulate writes, found {error!r:.80}"
             ) from None
-        return Candidate(folder, info.adapter, {**info.provenance, **facts}, summary)
+        if untold and not unevaluated:
+            raise PublishError(
+                f"{folder}: on devices a run with privacy tells no scores, so nobody has evaluated "
+                "its adapter; release it --unevaluated to a few devices that judge it"
+            )
+        told = None if untold else summary
+        return Candidate(folder, info.adapter, {**info.provenance, **facts}, told)
     if not (folder / "checkpoint" / "state.json").is_file():
         raise PublishError(
             f"{folder}: expected a run with summary.json or a checkpoint, found neither; name the "
@@ -174,10 +183,13 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, Any]:
         "base": round(means["base"]["mean"], 6),
         "global": round(means["global"]["mean"], 6),
     }
+    return facts | _promise(summary)
+
+
+def _promise(summary: Mapping[str, Any]) -> dict[str, Any]:
     privacy = summary.get("privacy")
-    if isinstance(privacy, Mapping):
-        facts |= {key: privacy[key] for key in ("epsilon", "delta") if key in privacy}
-    return facts
+    known = privacy if isinstance(privacy, Mapping) else {}
+    return {key: known[key] for key in ("epsilon", "delta") if key in known}
 
 
 def _rms(adapter: Adapter, path: str) -> float:

@@ -33,6 +33,7 @@ from fedlora.errors import DigestMismatchError, FedloraError, RunError
 from fedlora.experiment import ExperimentConfig, from_plain
 from fedlora.files import write_atomic
 from fedlora.formats import load_adapter, save_adapter
+from fedlora.privacy.central import PrivacyState
 
 __all__ = [
     "Checkpoint",
@@ -83,7 +84,8 @@ class RoundRecord:
     """One line of rounds.jsonl."""
 
     round: int
-    # empty: Poisson sampling drew nobody; declined: the devices did, and the round comes again
+    # empty: Poisson sampling drew nobody; declined: the devices did, and the round comes again.
+    # With privacy each of these has released noise, and none comes again.
     status: Literal["updated", "failed", "empty", "declined"]
     cohort: tuple[str, ...]
     loss: float | None  # mean over the clients by their weight; None: nobody took a step
@@ -101,6 +103,7 @@ class RoundRecord:
     declined: tuple[str, ...] = ()  # client ids: their owners do not allow it now; also in dropped
     # What bytes_up and bytes_down would be in fp32, as "up" and "down", where a codec is in use.
     fp32_bytes: Mapping[str, int] = field(default_factory=dict)
+    epsilon: float | None = None  # of all rounds until this one, with privacy
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,7 @@ class Checkpoint:
     left_out: tuple[Dropped, ...] = field(default=())  # at the start of the run
     # Drawn once for a run: clients keep their own rows under it. Not part of what is computed.
     run: str = field(default="", compare=False)
+    privacy: PrivacyState | None = None  # None: the run has no guarantee
 
     @property
     def client_ids(self) -> tuple[str, ...]:
@@ -161,6 +165,8 @@ def write_checkpoint(out: Path, checkpoint: Checkpoint, config: ExperimentConfig
         "failed_in_a_row": checkpoint.failed_in_a_row,
         "left_out": [_table(dropped) for dropped in checkpoint.left_out],
     }
+    if checkpoint.privacy is not None:
+        document["privacy"] = dataclasses.asdict(checkpoint.privacy)
     write_atomic(folder / "state.json", _with_clients(document, checkpoint.clients))
     _delete_others(folder, {entry["file"] for entry in files.values()})
 
@@ -192,6 +198,7 @@ def _checkpoint(out: Path, document: dict[str, Any]) -> Checkpoint:
             document["failed_in_a_row"],
             tuple(from_plain(Dropped, dropped) for dropped in document["left_out"]),
             str(document.get("run", "")),
+            from_plain(PrivacyState, document["privacy"]) if "privacy" in document else None,
         )
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise RunError(

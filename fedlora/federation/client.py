@@ -11,6 +11,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,7 @@ from fedlora.federation.private import (
 from fedlora.federation.records import ClientSetup
 from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
 from fedlora.flat import pack
+from fedlora.privacy.local import NoiseLimits
 from fedlora.training import LocalRule, TrainConfig, TrainResult
 
 __all__ = [
@@ -59,6 +61,8 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+
+NO_LIMITS = NoiseLimits()
 
 # Their texts are of configuration, shapes and layers, never of examples.
 _PUBLIC_ERRORS = (AdapterError, FederationError, UsageError)
@@ -126,17 +130,18 @@ def handle_train(
     device: DeviceState | None = None,
     *,
     min_examples: int = 0,
+    noise: NoiseLimits = NO_LIMITS,
 ) -> Message:
     """Train for one round; the reply holds the uploaded factors and the declared metrics.
 
     state, device: this client's own (`Context.state`, and the folder that its owner has named,
     which goes first), for factors that it trains and does not share and for its control variate;
     without any of them a round that has either is refused. min_examples: with fewer the device
-    declines, as its owner wants.
+    declines, as its owner wants. noise: what its owner demands of local noise.
     """
 
     def build() -> RecordDict:
-        return _train(message.content, open_trainer, state, device, min_examples)
+        return _train(message.content, open_trainer, state, device, min_examples, noise)
 
     return _answer(message, build)
 
@@ -215,9 +220,10 @@ def _train(
     state: RecordDict | None,
     device: DeviceState | None,
     min_examples: int,
+    noise: NoiseLimits,
 ) -> RecordDict:
     started = time.monotonic()
-    task = read_task(content)
+    task = _limited(read_task(content), noise)
     order, broadcast = task.order, task.broadcast
     trainer = open_trainer(task.setup)
     if min_examples and trainer.num_examples < min_examples:
@@ -242,6 +248,8 @@ def _train(
     _require_kept(broadcast.trainable, result.adapter, order.rule)
     if rows is not None:
         write_own_factors(task, rows, pack(result.adapter, kept_segments(task)))
+    if order.noise is not None and device is not None:
+        device.note_release(trainer.initial.base, order.round, order.noise)
     return _answered(task, trainer, result, started)
 
 
@@ -260,10 +268,19 @@ def _evaluate(
     if device is not None:
         device.open(trainer.initial.base)  # what is wrong with it is said before the training
     person = compare_adapters(task, trainer, rows)
-    reply = answer_scores(person.scores, person.kept_global)
+    told = task.order.tell
+    reply = answer_scores(*((person.scores, person.kept_global) if told else (None, None)))
     if device is not None:
         device.keep(person, trainer.initial.base, provenance_of(task))
     return reply
+
+
+def _limited(task: TrainTask, limits: NoiseLimits) -> TrainTask:
+    """Return the task with the noise that the device's owner agrees to; raises where none is."""
+    noise = limits.agreed(task.order.noise)
+    if noise == task.order.noise:
+        return task
+    return replace(task, order=replace(task.order, noise=noise))
 
 
 def _rows(

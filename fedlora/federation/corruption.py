@@ -32,7 +32,7 @@ class _Corruption:
 
 def corruptions_of(content: RecordDict) -> tuple[str, ...]:
     """Return the names of the corruptions that this reply can have; none: it is no usual reply."""
-    if not {"factors", "layout", "metrics"} <= set(content):
+    if not {"factors", "layout"} <= set(content):
         return ()
     return tuple(name for name, kind in CORRUPTIONS.items() if _fits(kind, content))
 
@@ -137,6 +137,7 @@ def _replace(content: Any, record: str, like: Any, data: bytes) -> None:
     content[record]["factors"] = FlowerArray(like.dtype, tuple(like.shape), like.stype, data)
 
 
+_STEPS = ("metrics", "steps")  # with privacy a reply has no metrics
 _EXAMPLES = ("metrics", "num-examples")
 _CONTROL = ("control", "factors")
 
@@ -155,10 +156,10 @@ CORRUPTIONS: Mapping[str, _Corruption] = {
     "earlier round": _Corruption(_earlier_round),
     "no factors": _Corruption(partial(_without, record="factors")),
     "no layout": _Corruption(partial(_without, record="layout")),
-    "no metrics": _Corruption(partial(_without, record="metrics")),
-    "no steps": _Corruption(partial(_without_key, record="metrics", key="steps")),
-    "negative steps": _Corruption(partial(_set, record="metrics", key="steps", value=-1)),
-    "infinite loss": _Corruption(partial(_set, record="metrics", key="loss", value=math.inf)),
+    "no metrics": _Corruption(partial(_without, record="metrics"), needs=_STEPS),
+    "no steps": _Corruption(partial(_without_key, record="metrics", key="steps"), needs=_STEPS),
+    "negative steps": _Corruption(partial(_set, record="metrics", key="steps", value=-1), needs=_STEPS),
+    "infinite loss": _Corruption(partial(_set, record="metrics", key="loss", value=math.inf), needs=_STEPS),
     "negative seconds": _Corruption(
         partial(_set, record="metrics", key="seconds", value=-1.0), needs=("metrics", "seconds")
     ),

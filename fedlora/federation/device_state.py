@@ -17,6 +17,8 @@ from fedlora.adapter import Array
 from fedlora.errors import FederationError, StoreError
 from fedlora.federation.person import Person
 from fedlora.flat import Segment
+from fedlora.privacy.ledger import Ledger, LedgerLine
+from fedlora.privacy.local import LocalNoise, local_event
 from fedlora.store import RunRows, Store
 
 __all__ = ["DeviceState", "WaitingRows", "owners_state", "waiting_lock"]
@@ -60,6 +62,16 @@ class DeviceState:
                 "keeps of it, found none"
             )
         return WaitingRows(self.open(base), run)
+
+    def note_release(self, base: str | None, round: int, noise: LocalNoise) -> None:
+        """Write down that a noised update of this device leaves it now, for its owner to add up.
+
+        A line of ``privacy.jsonl``, the same as those of a server; over all runs of this device.
+        Raises as `open` does.
+        """
+        self.open(base)
+        event = local_event(noise.noise_multiplier)
+        Ledger(self.folder / "privacy.jsonl").append(LedgerLine(round, event, noise.clipping_norm))
 
     def keep(self, person: Person, base: str | None, provenance: Mapping[str, object]) -> None:
         """Keep the global adapter and the personal one in one commit.

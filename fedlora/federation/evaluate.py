@@ -7,7 +7,8 @@
               up    "scores"                          "global.loss", "personal.accuracy", …
 
 The answer holds means over the client's held-out examples and nothing else, neither counts nor an
-adapter. It is empty from a client without held-out examples.
+adapter. It is empty from a client without held-out examples, and in a run with privacy from every
+client.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class EvaluateOrder:
     keep_better: bool = False  # who does worse with it on the validation part keeps the global one
     kind: Literal["personal", "mixed"] = "personal"
     kept: frozenset[Factor] = frozenset()  # factors of its own that the client goes on from
+    tell: bool = True  # False with privacy: the client keeps its adapters and tells no score
 
     def __post_init__(self) -> None:
         for key, value in (("round", self.round), ("own_steps", self.own_steps)):

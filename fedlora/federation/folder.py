@@ -2,6 +2,7 @@
 
 experiment.toml   the resolved experiment; its presence makes a folder a run
 rounds.jsonl      a line a round
+privacy.jsonl     a line a release, in a run with privacy
 checkpoint/       the server's state after the last round
 clients.jsonl     a line a client, in the order in which they were evaluated
 adapter/          the global adapter as a PEFT folder
@@ -22,6 +23,7 @@ from typing import Any
 from fedlora.aggregation import ServerState
 from fedlora.errors import RunError
 from fedlora.experiment import ExperimentConfig
+from fedlora.federation.guarantee import guarantee
 from fedlora.files import lock_file, write_atomic
 from fedlora.formats import save_adapter
 
@@ -148,7 +150,11 @@ def rows_of_global(path: Path, digest: str, *, failed: bool = True) -> dict[str,
 
 def save_global(folder: Path, config: ExperimentConfig, state: ServerState) -> None:
     """Write the global adapter as a PEFT folder and as a packed file."""
-    about = {"run": config.name, "round": state.round, "method": config.federation.method}
+    about: dict[str, Any] = {
+        "run": config.name, "round": state.round, "method": config.federation.method
+    }  # fmt: skip
+    if (promised := guarantee(folder, config)) is not None:
+        about["privacy"] = promised
     whole = state.adapter
     for target in ("adapter", "adapter.safetensors"):
         save_adapter(whole, folder / target, provenance=about)

@@ -69,17 +69,20 @@ def check_reply(
     *,
     share_num_examples: bool,
     control: BufferForm | None = None,
+    share_metrics: bool = True,
 ) -> None:
     """Raise `FederationError` unless `content` is a round's reply and nothing more.
 
     form: of the factors that the method shares in this round, as they travel. control: of the
-    change of a control variate, where that is asked for beside them.
+    change of a control variate, where that is asked for beside them. share_metrics: whether metrics
+    may leave; with privacy not one does.
     """
     records = _REPLY_RECORDS if control is None else _REPLY_RECORDS_CONTROLLED
+    if not share_metrics:
+        records -= {"metrics"}
     _refuse_others("the reply", content.keys(), records)
     factors = _record(content, "factors", ArrayRecord)
     layout = _record(content, "layout", ConfigRecord)
-    metrics = _record(content, "metrics", MetricRecord)
     _refuse_others("record factors", factors.keys(), _ARRAYS)
     _refuse_others("record layout", layout.keys(), form.keys)
     texts = cast(list[str], layout["segments"])
@@ -91,6 +94,9 @@ def check_reply(
         _refuse_others("record control", change.keys(), _ARRAYS)
         _require_size(CONTROL, change, control)
         _refuse_others(f"record {DIGEST}", _record(content, DIGEST, ConfigRecord).keys(), _DIGEST)
+    if not share_metrics:
+        return
+    metrics = _record(content, "metrics", MetricRecord)
     allowed = METRICS if share_num_examples else _METRICS_UNCOUNTED
     _refuse_others("the metrics", metrics.keys(), allowed)
     for name, value in metrics.items():

@@ -8,6 +8,8 @@ The owner's node config says it, and no message can change it:
     metered-file="PATH"    a file that says whether it is (yes or no), instead of NetworkManager
     hours="22-7"           only in these hours of local time; "22:30-6:15"; may pass midnight
     min-examples=20        only with so many training examples
+    min-noise-multiplier=1 only with local noise, and never with less
+    max-clipping-norm=0.5  only with local noise, clipped to no more
 
 A device that may not train declines: it answers with one of five fixed words and nothing else, and
 the server counts that neither as a failure nor against the device. It is decided before a base or
@@ -17,7 +19,7 @@ data is opened, except for the number of examples.
 cable or a network that is limited and cannot be asked means that the device declines; its log says
 why. A machine with no battery, in a system that says which batteries there are, is on power.
 
-This module needs Flower's records and nothing else, so that declining is cheap.
+This module needs Flower's records and NumPy and nothing else, so that declining is cheap.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, RecordDict
 
 from fedlora.errors import ConfigError
+from fedlora.privacy.local import NoiseLimits
 
 __all__ = [
     "DECLINED",
@@ -66,6 +69,7 @@ class Limits:
     metered_file: Path | None = None
     hours: tuple[time, time] | None = None  # local time, from and until
     min_examples: int = 0
+    noise: NoiseLimits = NoiseLimits()  # not declined: a run without it is refused, with the reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ def owners_limits(node_config: Mapping[str, object]) -> Limits:
         metered_file=Path(str(path)) if path else None,
         hours=_hours(node_config.get("hours")),
         min_examples=int(_number(node_config, "min-examples", 2**53)),
+        noise=_noise(node_config),
     )
 
 
@@ -219,6 +224,13 @@ def _number(node_config: Mapping[str, object], key: str, most: int) -> float:
     if isinstance(found, bool) or not 0 <= number <= most:
         raise ConfigError(f"node config {key}: expected a number from 0 to {most}, found {found!r}")
     return number
+
+
+def _noise(node_config: Mapping[str, object]) -> NoiseLimits:
+    most = _number(node_config, "max-clipping-norm", 10**6)
+    if "max-clipping-norm" in node_config and not most:
+        raise ConfigError("node config max-clipping-norm: expected a number over 0, found 0")
+    return NoiseLimits(_number(node_config, "min-noise-multiplier", 10**6), most or None)
 
 
 def _flag(node_config: Mapping[str, object], key: str) -> bool:

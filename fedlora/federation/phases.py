@@ -70,9 +70,11 @@ def slowest_and_median(seconds: list[float]) -> dict[str, float]:
 def round_words(record: RoundRecord) -> str:
     """Return a round in one line: ``loss 0.4100 3.2 s (wait 2.6, clients 0.9)``.
 
+    With privacy no client tells its loss or its time, and the line opens with the epsilon so far.
     wait: seconds for the replies. clients: the median of the clients' own seconds, where they tell.
     """
-    words = [] if record.loss is None else [f"loss {record.loss:.4f}"]
+    words = [] if record.epsilon is None else [f"epsilon {record.epsilon:.2f}"]
+    words += [] if record.loss is None else [f"loss {record.loss:.4f}"]
     inside = [f"wait {record.phases['wait']:.1f}"] if "wait" in record.phases else []
     if "median" in record.clients:
         inside.append(f"clients {record.clients['median']:.1f}")

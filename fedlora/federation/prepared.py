@@ -49,9 +49,16 @@ class PrepareOnce:
     """Prepare what clients share once a round: a method's broadcast for a rank, and its records."""
 
     def __init__(
-        self, method: Method, setup: ConfigRecord, order: TrainOrder, *, dealt: bool
+        self,
+        method: Method,
+        setup: ConfigRecord,
+        order: TrainOrder,
+        *,
+        dealt: bool,
+        measured: bool = True,
     ) -> None:
         self._method, self._setup, self._order = method, setup, order
+        self._measured = measured  # whether replies hold metrics
         self._dealt = dealt  # whether the experiment gives clients their ranks
         self._uploaded, self._round = order.uploaded, order.round
         self._orders: dict[Codec, ConfigRecord] = {}  # by upload codec
@@ -109,6 +116,7 @@ class PrepareOnce:
             controlled=broadcast.control is not None,
             codec=codecs.upload,
             own=broadcast.trainable,
+            measured=self._measured,
         )
         control = RecordDict()
         if broadcast.control is not None:

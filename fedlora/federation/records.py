@@ -6,7 +6,8 @@
                   "factors" + "layout"                       the trainable adapter
                   "frozen" + "frozen-layout"                 the part that stays (if there is one)
                   "control" + "control-digest"               c (only with control variates)
-            up    "factors" + "layout", "metrics"            the uploaded factors only
+            up    "factors" + "layout", "metrics"            the uploaded factors only; no metrics
+                                                             with privacy
                   "control" + "control-digest"               the change of c_k (as above)
 
 Factors travel as one flat buffer with its layout (`fedlora.federation.buffers`), float32 or in a
@@ -41,6 +42,7 @@ from fedlora.federation.buffers import (
 from fedlora.federation.codecs import CODECS, FP32, Codec
 from fedlora.federation.layout import parse_segments, unpack
 from fedlora.flat import RowForm, Segment, pack, segments_of
+from fedlora.privacy.local import LocalNoise
 from fedlora.training import Factor, LocalRule, TrainConfig
 
 __all__ = [
@@ -89,6 +91,7 @@ class ClientSetup:
     share_num_examples: bool = True  # False with equal weights: the count stays on the device
     # Which run this is, where clients keep something of their own from round to round.
     run: str | None = None
+    share_metrics: bool = True  # False with privacy: replies hold factors and nothing else
 
     @classmethod
     def of(cls, config: ExperimentConfig, run: str | None = None) -> ClientSetup:
@@ -102,6 +105,7 @@ class ClientSetup:
             config.seed,
             config.federation.weights == "examples",
             run,
+            not config.sums_only,
         )
 
 
@@ -115,6 +119,7 @@ class TrainOrder:
     uploaded: frozenset[Factor]  # what the client sends back
     rule: LocalRule = field(default_factory=LocalRule)
     upload_codec: Codec | None = None  # None: fp32
+    noise: LocalNoise | None = None  # that the client puts on its reply; None: none
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ compares with it in one step, and looks closer only where something differs, to 
 
     "factors"  one array "factors"
     "layout"   segments, kinds, scalings, base, round, digest; codec, where it is not fp32
-    "metrics"  loss, steps, num-examples, seconds (may be left out)
+    "metrics"  loss, steps, num-examples, seconds (may be left out); no such record with privacy
 
 With control variates, "control" and "control-digest" beside these (`fedlora.federation.control`).
 
@@ -73,6 +73,7 @@ class ReplyForm:
     _types: list[type]  # of the scalings: 1 == 1.0 == True
     _bytes: int  # of the layout, without its digest's text
     controlled: bool = False  # whether a control variate's change comes beside the factors
+    measured: bool = True  # whether metrics come beside them
     # Rows of the uploaded factors: those sent, and the server's. Not needed where all is fp32.
     _sent_row: Array | None = None
     _own_row: Array | None = None
@@ -87,10 +88,11 @@ class ReplyForm:
         controlled: bool = False,
         codec: Codec = FP32,
         own: Adapter | None = None,
+        measured: bool = True,
     ) -> ReplyForm:
         """Prepare the replies with factors `uploaded` to the trainable adapter `sent`.
 
-        codec: of the replies. own: the server's adapter, of which a download codec has made `sent`;
+        measured: whether they hold metrics. codec: of the replies. own: the server's adapter, of which a download codec has made `sent`;
         None: it is the same.
         """
         own = sent if own is None else own
@@ -107,7 +109,7 @@ class ReplyForm:
         if codec != FP32 or own is not sent:
             sent_row, own_row = pack(sent, rows.segments), pack(own, rows.segments)
         return cls(
-            sent, rows, buffer, wire, round, layout, told, types, size, controlled,
+            sent, rows, buffer, wire, round, layout, told, types, size, controlled, measured,
             sent_row, own_row,
         )  # fmt: skip
 
@@ -156,8 +158,8 @@ class Reply:
 
     adapter: Adapter  # the uploaded factors; the others are those of the server's own adapter
     num_examples: int | None
-    loss: float  # NaN when there was no step
-    steps: int
+    loss: float  # NaN when there was no step, or it is not told
+    steps: int  # 0 where they are not told
     control: Array | None = None  # the change of its control variate, as a row of the factors
     seconds: float | None = None  # how long the client took, as it says itself
 
@@ -171,8 +173,8 @@ def encode_reply_row(
 ) -> RecordDict:
     """Return the reply with the uploaded factors in `row`, ``(size,)`` float32, which is copied.
 
-    control: a row of the same layout, the change of the client's control variate. draws: for the
-    rounding of the reply's codec.
+    metrics: left out where the form has none. control: a row of the same layout, the change of the
+    client's control variate. draws: for the rounding of the reply's codec.
 
     Raises `ShapeMismatchError` for another row. fp32 does not look at the numbers: the server does.
     The other codecs raise `NonFiniteError` for what they cannot hold.
@@ -182,9 +184,9 @@ def encode_reply_row(
     factors["factors"] = array
     layout = form.layout.copy()
     layout["digest"] = form.wire.digest(array.data)
-    content = RecordDict(
-        {"factors": factors, "layout": layout, "metrics": MetricRecord(dict(metrics))}
-    )
+    content = RecordDict({"factors": factors, "layout": layout})
+    if form.measured:
+        content["metrics"] = MetricRecord(dict(metrics))
     if control is not None:
         put_control(content, form.buffer, control)
     return content
@@ -223,6 +225,10 @@ def decode_reply(content: RecordDict, form: ReplyForm, who: str) -> Reply:
         control = read_control(content, form.rows, form.buffer, who)
     else:
         require_no_control(content, who)
+    if not form.measured:
+        if "metrics" in content:
+            raise FederationError(f"{who}: expected no metrics in a run with privacy, found some")
+        return Reply(adapter, None, math.nan, 0, control)
     count, loss, steps, seconds = _metrics(content, who)
     return Reply(adapter, count, loss, steps, control, seconds)
 

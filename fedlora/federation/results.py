@@ -16,6 +16,7 @@ from fedlora.errors import RunError
 from fedlora.experiment import ExperimentConfig, FederationConfig
 from fedlora.federation.checkpoint import Checkpoint, RoundRecord
 from fedlora.federation.folder import SUMMARY
+from fedlora.federation.guarantee import privacy_line
 from fedlora.federation.guard import ADAPTERS
 from fedlora.federation.limits import DECLINED
 from fedlora.metrics import gain, share_better, summarize
@@ -35,7 +36,15 @@ Row = Mapping[str, Any]
 
 
 def results(rows: Sequence[Row], *, metric: str, higher_is_better: bool) -> dict[str, Any]:
-    """Return the part of summary.json that the clients' rows decide."""
+    """Return the part of summary.json that the clients' rows decide.
+
+    Without any row, as when clients may tell nothing, all of it is None or zero.
+    """
+    if not rows:
+        return {
+            "metric": metric, "higher_is_better": higher_is_better, "clients": 0,
+            **dict.fromkeys(ADAPTERS), "held_out": None, "share_improved": None, "extra": {},
+        }  # fmt: skip
     taking_part = [row for row in rows if not row["held_out"]]
     held_out = [row for row in rows if row["held_out"]]
     pick = {name: _column(taking_part, name, metric) for name in ADAPTERS}
@@ -83,8 +92,12 @@ def run_summary(
     *,
     metric: str,
     higher_is_better: bool,
+    privacy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return summary.json, all but its notes and seconds; rows of clients that failed count not."""
+    """Return summary.json, all but its notes and seconds; rows of clients that failed count not.
+
+    privacy: of `fedlora.federation.guarantee.privacy_summary`.
+    """
     scored = [row for row in rows if "scores" in row]
     found = {
         "name": config.name,
@@ -94,7 +107,7 @@ def run_summary(
         "bytes_down": checkpoint.bytes_down,
         "seed": config.seed,
         "fedlora_version": __version__,
-        "privacy": None,
+        "privacy": None if privacy is None else dict(privacy),
     }
     found["extra"] |= codec_bytes(config.federation, rounds)
     return found
@@ -151,6 +164,9 @@ def run_table(out: Path) -> str:
 def table(summary: Mapping[str, Any]) -> str:
     """Return the run's result as text, one line an adapter."""
     measure = _LABELS.get(summary["metric"], summary["metric"])
+    if summary["global"] is None:
+        lines = [f"{summary['clients']} clients, {summary['rounds']} rounds: no client tells scores"]
+        return "\n".join(lines + _last_lines(summary))
     lines = [_head(f"{summary['clients']} clients", measure, summary["extra"]["measures"])]
     lines += _lines(summary, summary["metric"], summary["extra"]["measures"])
     if summary["held_out"]:
@@ -178,8 +194,14 @@ def table(summary: Mapping[str, Any]) -> str:
             f"own adapter better than the mean of the others' on its person's data: "
             f"{cross['own_beats_others']} of {len(cross['clients'])} clients"
         )
-    lines += [f"note: {note}" for note in summary["extra"].get("notes", ())]
-    return "\n".join(lines)
+    return "\n".join(lines + _last_lines(summary))
+
+
+def _last_lines(summary: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if (privacy := summary.get("privacy")) is not None:
+        lines.append(privacy_line(privacy))
+    return lines + [f"note: {note}" for note in summary["extra"].get("notes", ())]
 
 
 _LABELS = {

@@ -33,6 +33,7 @@ from fedlora.federation.checkpoint import (
 from fedlora.federation.client import one_line
 from fedlora.federation.folder import EXPERIMENT
 from fedlora.federation.population import named_run, with_answers
+from fedlora.federation.private_sum import BudgetSpent, PrivateRounds
 from fedlora.federation.quorum import QuorumGrid, Wait
 from fedlora.federation.records import (
     ClientAnswer,
@@ -87,6 +88,9 @@ def run_federation(
     returns is, and a new one joins the population at a round's start. Through any other grid the
     population stays as it was, and who is not there at the start or on resume never comes.
 
+    With ``[privacy]`` the run ends early, and well, before the round that would pass its
+    `max_epsilon`; `out` also gets the ledger (`fedlora.federation.private_sum`).
+
     Raises `RunError` for another experiment's checkpoint, `FederationError` when no client answers
     or several rounds in a row bring no update, `ConfigError` for a cohort larger than the
     population.
@@ -108,6 +112,10 @@ def run_federation(
     checkpoint = resumed or _start(config, initial, answers, tuple(left_out.values()))
     said = {client_id: answer for client_id, (_, answer) in answers.items()}
     checkpoint = replace(with_answers(checkpoint, said), run=run)
+    private = None
+    if config.privacy is not None:
+        private = PrivateRounds.open(config, out, checkpoint)
+        checkpoint = replace(checkpoint, privacy=private.state)
     if evaluate:
         write_atomic(out / EXPERIMENT, config.to_toml().encode())
     if resumed is None:
@@ -132,10 +140,15 @@ def run_federation(
             min_clients=min_clients,
             timeout=timeout,
         )
-    strategy = FederatedLora(config, method, checkpoint, nodes, save, roster, codecs, pause=pause)
-    # More than once when devices declined a round: it was tried again, and one is left over.
-    while (rounds := config.federation.rounds - strategy.checkpoint.state.round) > 0:
-        strategy.start(grid, ArrayRecord(), num_rounds=rounds, timeout=timeout)
+    strategy = FederatedLora(
+        config, method, checkpoint, nodes, save, roster, codecs, pause=pause, private=private
+    )
+    try:
+        # More than once when devices declined a round: it was tried again, and one is left over.
+        while (rounds := config.federation.rounds - strategy.checkpoint.state.round) > 0:
+            strategy.start(grid, ArrayRecord(), num_rounds=rounds, timeout=timeout)
+    except BudgetSpent as spent:
+        _log.info("the run ends here: %s", spent)
     if evaluate:
         evaluate_devices(
             grid, config, method, strategy.checkpoint, strategy.connected(), out,

@@ -5,6 +5,9 @@ personal adapter on its own data and tells how base, own, global and personal do
 part. The files are those of a simulation (`fedlora.federation.folder`), and a row is on the disk as
 soon as it is known: a run that is killed and started again asks those who have none. A client that
 fails is noted in its row, and is asked again too.
+
+With privacy clients do the same and keep their adapters, and tell nothing: a row says that one has
+answered, and summary.json has no scores.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from fedlora.federation.client import one_line
 from fedlora.federation.evaluate import EvaluateOrder, decode_scores, evaluate_content
 from fedlora.federation.faults import describe_faults
 from fedlora.federation.folder import CLIENTS, SUMMARY, append_row, rows_of_global, save_global
+from fedlora.federation.guarantee import privacy_summary
 from fedlora.federation.limits import DECLINED, read_declined
 from fedlora.federation.population import named_run
 from fedlora.federation.records import (
@@ -156,6 +160,7 @@ class _Contents:
             proximal_weight=config.personalization.proximal_weight,
             keep_better=config.personalization.keep_better,
             kept=kept,
+            tell=not config.sums_only,
         )
         self._starts: dict[int, EncodedAdapter] = {}
 
@@ -191,13 +196,17 @@ def _row(client: ClientRecord, reply: Message, config: ExperimentConfig) -> dict
         scores, kept = decode_scores(
             reply.content,
             f"client {client.client_id!r}",
-            keep_better=config.personalization.keep_better,
+            keep_better=config.personalization.keep_better and not config.sums_only,
         )
+        if config.sums_only and scores is not None:
+            raise FederationError(f"client {client.client_id!r}: expected no scores, found some")
     except FedloraError as error:
         return _failed(client, str(error))
     except Exception as error:
         return _failed(client, f"a reply that cannot be read ({type(error).__name__})")
     row = _about(client)
+    if config.sums_only:
+        return row | {"untold": True}
     if kept is not None:
         row["kept_global"] = kept
     return row | ({"untested": True} if scores is None else {"scores": scores})
@@ -216,6 +225,8 @@ def _about(client: ClientRecord) -> dict[str, Any]:
 def _summary(
     config: ExperimentConfig, checkpoint: Checkpoint, rows: list[dict[str, Any]], out: Path
 ) -> dict[str, Any]:
+    if config.sums_only:
+        return _untold(config, checkpoint, rows, out)
     if not any("scores" in row and not row["held_out"] for row in rows):
         reasons = [row["failed"] for row in rows if "failed" in row]
         raise FederationError(
@@ -232,6 +243,35 @@ def _summary(
     summary["extra"]["notes"] = [
         *filter(None, [describe_faults(config.faults)]),
         *run_notes(checkpoint, rounds, rows, untested),
+    ]
+    return summary
+
+
+def _untold(
+    config: ExperimentConfig, checkpoint: Checkpoint, rows: list[dict[str, Any]], out: Path
+) -> dict[str, Any]:
+    """Return the summary of a run whose clients tell nothing of their adapters.
+
+    Raises `FederationError` when none of them has personalized.
+    """
+    done = [row for row in rows if "untold" in row]
+    if not done:
+        reasons = [row["failed"] for row in rows if "failed" in row]
+        raise FederationError(
+            f"none of {len(rows)} clients has personalized: {reasons[0]}; the global adapter is in "
+            f"{out}, and starting the run again asks them again"
+        )
+    metric, higher_is_better = _metric(config, [])
+    summary = run_summary(
+        config, checkpoint, [], read_rounds(out), metric=metric,
+        higher_is_better=higher_is_better, privacy=privacy_summary(out, config, checkpoint),
+    )  # fmt: skip
+    summary["clients"] = len(done)
+    summary["extra"]["notes"] = [
+        f"{len(done)} clients have personalized, and tell nothing of it: their scores are not part "
+        "of what this run may release",
+        *filter(None, [describe_faults(config.faults)]),
+        *run_notes(checkpoint, read_rounds(out), rows, 0),
     ]
     return summary
 

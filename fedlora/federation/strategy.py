@@ -38,6 +38,7 @@ from fedlora.federation.limits import DECLINED, read_declined
 from fedlora.federation.phases import PhaseClock, slowest_and_median
 from fedlora.federation.population import counted, deal_ranks, named_run, total_weight, with_answers
 from fedlora.federation.prepared import PrepareOnce
+from fedlora.federation.private_sum import PrivateRounds
 from fedlora.federation.quorum import Replies
 from fedlora.federation.records import (
     ClientSetup,
@@ -92,6 +93,11 @@ class _Round:
     surplus_up: int = 0  # what would come on top of these in fp32
     surplus_down: int = 0
 
+    @property
+    def is_declined(self) -> bool:
+        """Whether nobody trained, and no fewer declined than failed."""
+        return not self.valid and len(self.declined) >= max(1, self.failures)
+
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
@@ -110,9 +116,11 @@ class FederatedLora(Strategy):
     `roster`: who is connected now, asked before each round; None: the same nodes all along.
     A round without an update in which as many clients declined as failed (or more; silence is
     neither) is no failed one: it is tried again, with another cohort, after `pause` seconds.
+    private: what makes the rounds private; then each of them releases noise, also one without an
+    update, and none is tried again.
 
     Raises `FederationError` after `most_failed_rounds` rounds in a row without an update, and after
-    a week of nothing but declining.
+    a week of nothing but declining; `BudgetSpent` before a round that would pass `max_epsilon`.
     """
 
     def __init__(
@@ -126,9 +134,11 @@ class FederatedLora(Strategy):
         codecs: Mapping[str, Sequence[str]] | None = None,
         *,
         pause: Callable[[float], None] = time.sleep,
+        private: PrivateRounds | None = None,
     ) -> None:
         self.config = config
         self.method = method
+        self._private = private
         self._nodes = dict(nodes)
         self._save = save
         self._roster = roster
@@ -152,7 +162,7 @@ class FederatedLora(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the cohort and yield one message per client, each with its own records."""
-        federation, number = self.config.federation, self.checkpoint.state.round + 1
+        number = self.checkpoint.state.round + 1
         clock = PhaseClock(self._save_seconds)
         if self._roster is not None:
             self._nodes, answers = self._roster.update()
@@ -160,15 +170,7 @@ class FederatedLora(Strategy):
             told = with_answers(self.checkpoint, answers, joining=number)
             if told is not self.checkpoint:
                 self._have_clients(told)
-        more = self.config.quorum.over_selection if self.config.quorum else 0.0
-        cohort = draw_cohort(
-            self.checkpoint.client_ids,
-            math.ceil(federation.cohort * (1 + more) - 1e-9),  # 10 * 1.1 is a little over 11
-            number,
-            self.config.seed,
-            federation.sampling,
-            self._again,
-        )
+        cohort = self._cohort(number)
         self._round = current = _Round(number, cohort, clock=clock)
         messages = clock.within("prepare", self._messages(current, grid))
         clock.enter("send")
@@ -183,10 +185,16 @@ class FederatedLora(Strategy):
             raise FederationError("aggregate_train was called before configure_train")
         current.clock.enter("aggregate")
         if isinstance(replies, Replies):
-            replies.count_by(lambda: len(current.valid))
-        received = current.clock.within("wait", replies)
-        after = self._aggregated(current, self._updates(current, received))
-        declined = after is None and len(current.declined) >= max(1, current.failures)
+            # A private round waits for everyone: a reply must not shut another out.
+            private = self._private is not None
+            replies.count_by(lambda: 0 if private else len(current.valid))
+        updates = self._updates(current, current.clock.within("wait", replies))
+        if self._private is None:
+            after = self._aggregated(current, updates)
+        else:
+            after = self._released(self._private, current, updates)
+        # A private round has released its noise: it does not come again.
+        declined = self._private is None and after is None and current.is_declined
         # A round that fails changes nothing but the number; one that is tried again, not even that.
         number = current.number - declined
         state = after or replace(self.checkpoint.state, round=number)
@@ -198,8 +206,12 @@ class FederatedLora(Strategy):
                 silent = "not waited for: the round had its quorum"
         for sent in current.awaited.values():
             self._drop(current, sent.client_id, silent)
-        self._finish(current, replace(self.checkpoint, state=state), updated=after is not None)
-        self._wait_for_the_willing(current, declined=declined)
+        before = replace(self.checkpoint, state=state)
+        if self._private is not None:
+            before = replace(before, privacy=self._private.state)
+        counts = after is not None and (self._private is None or bool(current.valid))
+        self._finish(current, before, updated=counts)
+        self._wait_for_the_willing(current, declined=not counts and current.is_declined)
         loss = _mean_loss(current)
         return None, None if loss is None else MetricRecord({"loss": loss})
 
@@ -234,6 +246,21 @@ class FederatedLora(Strategy):
         self._clients = {client.client_id: client for client in checkpoint.clients}
         self._ranks = deal_ranks(checkpoint.clients, self.config)
 
+    def _cohort(self, number: int) -> tuple[str, ...]:
+        """Draw a round's cohort: from the run's secret where it has one, else from the seed."""
+        if self._private is not None:
+            return self._private.begin(number, self.checkpoint.client_ids)
+        federation, quorum = self.config.federation, self.config.quorum
+        more = quorum.over_selection if quorum else 0.0
+        return draw_cohort(
+            self.checkpoint.client_ids,
+            math.ceil(federation.cohort * (1 + more) - 1e-9),  # 10 * 1.1 is a little over 11
+            number,
+            self.config.seed,
+            federation.sampling,
+            self._again,
+        )
+
     def _messages(self, current: _Round, grid: Grid) -> Iterator[Message]:
         setup = to_record(ClientSetup.of(self.config, self._run))
         order = TrainOrder(
@@ -242,9 +269,16 @@ class FederatedLora(Strategy):
             self.config.federation.train_in(current.number),
             self.method.uploaded(current.number),
             self.method.rule(current.number),
+            noise=None if self._private is None else self._private.local_noise,
         )
-        dealt = bool(self.config.federation.client_ranks)
-        prepare = PrepareOnce(self.method, setup, order, dealt=dealt)
+        config = self.config
+        prepare = PrepareOnce(
+            self.method,
+            setup,
+            order,
+            dealt=bool(config.federation.client_ranks),
+            measured=not config.sums_only,
+        )
         for client_id in current.cohort:
             node = self._nodes.get(client_id)
             if node is None:
@@ -345,6 +379,22 @@ class FederatedLora(Strategy):
             return None
         return state
 
+    def _released(
+        self, private: PrivateRounds, current: _Round, updates: Iterator[Update]
+    ) -> ServerState | None:
+        """Return the state after a private round; None for noise that no adapter can hold.
+
+        It is released and charged with whoever has replied, also with nobody.
+        """
+        try:
+            return private.release(self.method, self.checkpoint.state, updates)
+        except NonFiniteError as error:
+            _log.warning("round %d: given up, and charged: %s", current.number, error)
+            for client in current.valid:
+                self._drop(current, client, f"all updates together: {error}")
+            current.valid.clear()
+            return None
+
     def _check(self, current: _Round, sent: _Sent, message: Message) -> tuple[Reply, float]:
         who = f"client {sent.client_id!r}"
         reply = decode_reply(message.content, sent.form, who)
@@ -398,9 +448,10 @@ class FederatedLora(Strategy):
 
     def _finish(self, current: _Round, checkpoint: Checkpoint, *, updated: bool) -> None:
         declined = checkpoint.state.round < current.number  # the round is tried again
-        failed = not updated and not declined and bool(current.cohort)
+        willing = not (declined or (not updated and current.is_declined))
+        failed = not updated and willing and bool(current.cohort)
         without: Literal["declined", "failed", "empty"] = (
-            "declined" if declined else "failed" if failed else "empty"
+            "declined" if not willing else "failed" if failed else "empty"
         )
         phases = current.clock.seconds()
         seconds = sum(phases.values()) - phases["save"]  # that is of the round before
@@ -419,6 +470,7 @@ class FederatedLora(Strategy):
             late=current.late,
             declined=tuple(current.declined),
             fp32_bytes=self._fp32_bytes(current),
+            epsilon=None if self._private is None else round(self._private.epsilon, 6),
         )
         self.checkpoint = replace(
             checkpoint,
@@ -427,7 +479,7 @@ class FederatedLora(Strategy):
             bytes_down=checkpoint.bytes_down + current.bytes_down,
             seconds=checkpoint.seconds + seconds,
             # Those who declined say nothing of whether the others would have failed.
-            failed_in_a_row=checkpoint.failed_in_a_row + failed if failed or declined else 0,
+            failed_in_a_row=checkpoint.failed_in_a_row + failed if failed or not willing else 0,
         )
         self._round = None
         saving = time.monotonic()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
@@ -32,6 +33,8 @@ from fedlora.federation.records import (
     from_record,
 )
 from fedlora.federation.replies import ReplyForm, encode_reply_row
+from fedlora.flat import pack
+from fedlora.privacy.noise import fresh_key
 
 __all__ = ["TrainTask", "answer_query", "answer_task", "read_query", "read_task"]
 
@@ -100,7 +103,9 @@ def answer_task(
     row: ``(task.reply.rows.size,)`` float32, the trained factors in the order of
     ``task.reply.segments``; it is copied. client_id: keys the rounding of a codec. control: the
     change of the client's control variate, a row of the same layout, where the task asks for it.
-    metrics: what the trainer tells beside these, which the guard refuses unless it is declared.
+    metrics: what the trainer tells beside these, which the guard refuses unless it is declared; of
+    all of them nothing is told in a run with privacy. Where the order asks for local noise, the row
+    is clipped and noised here, before anything else is made of it.
 
     Raises `ShapeMismatchError`, `NonFiniteError` for what a codec cannot hold, and
     `FederationError` for what must not leave.
@@ -109,12 +114,34 @@ def answer_task(
     if task.setup.share_num_examples:
         told["num-examples"] = int(num_examples)
     form, order = task.reply, task.order
+    if order.noise is not None:
+        row = _noised(task, row)
     draws = rounding(form.wire.codec, order.seed, client_id, order.round)
     content = encode_reply_row(form, row, told, control, draws)
-    shared = task.setup.share_num_examples
-    change = form.buffer if form.controlled else None
-    check_reply(content, form.wire, share_num_examples=shared, control=change)
+    check_reply(
+        content,
+        form.wire,
+        share_num_examples=task.setup.share_num_examples,
+        control=form.buffer if form.controlled else None,
+        share_metrics=task.setup.share_metrics,
+    )
     return content
+
+
+def _noised(task: TrainTask, row: Array) -> Array:
+    """Return what a client with local privacy tells in place of its row.
+
+    The randomness is the operating system's, a new key for every reply: nothing that another can
+    know or repeat.
+    """
+    noise = task.order.noise
+    if noise is None:
+        return row
+    sent = pack(task.broadcast.trainable, task.reply.segments)
+    if row.shape != sent.shape:
+        raise FederationError(f"expected a row of {sent.shape}, found {row.shape}")
+    difference = row.astype(np.float64) - sent
+    return (sent + noise.applied(difference, fresh_key())).astype(np.float32)
 
 
 def _read_task(content: RecordDict) -> TrainTask:
@@ -133,6 +160,7 @@ def _read_task(content: RecordDict) -> TrainTask:
         order.round,
         controlled=controlled,
         codec=order.upload_codec or FP32,
+        measured=setup.share_metrics,
     )
     if not controlled:
         require_no_control(content, who)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from fedlora.adapter import Adapter
+from fedlora.data import FederatedData
 from fedlora.errors import ConfigError, RunError
 from fedlora.experiment import ExperimentConfig, find_experiment
 from fedlora.federation.checkpoint import (
+    ClientRecord,
     RoundRecord,
     has_checkpoint,
     read_checkpoint,
@@ -31,6 +33,7 @@ from fedlora.federation.folder import (
     require_free,
     save_global,
 )
+from fedlora.federation.guarantee import privacy_summary
 from fedlora.federation.phases import round_words
 from fedlora.federation.results import run_notes, run_summary, table
 from fedlora.files import write_atomic
@@ -42,6 +45,11 @@ from fedlora.simulation.slab import starts_of
 from fedlora.world import shared_world
 
 __all__ = ["Progress", "Run", "simulate"]
+
+OUTSIDE = (
+    "the figures of single clients are this simulation's own, and outside the guarantee: devices "
+    "tell none of them"
+)
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, of how many, a few words
 
@@ -128,6 +136,8 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     show = _show_rounds(config, folder, report)
     checkpoint = run_rounds(config, folder, len(world.data), on_round=show)
     state, took_part = checkpoint.state, checkpoint.clients
+    if config.sums_only:
+        took_part = tuple(_with_steps(client, config, world.data) for client in took_part)
     whole = state.adapter  # one object for everyone: it is evaluated once a window
     save_global(folder, config, state)
     # A skewed partition may leave a client without held-out examples: it only takes part.
@@ -155,13 +165,15 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     )
     task, rounds = world.task, read_rounds(folder)
     summary = run_summary(
-        config, checkpoint, rows, rounds, metric=task.metric, higher_is_better=task.higher_is_better
-    )
+        config, checkpoint, rows, rounds, metric=task.metric,
+        higher_is_better=task.higher_is_better, privacy=privacy_summary(folder, config, checkpoint),
+    )  # fmt: skip
     untested = len(took_part) - len(tested)
     summary["extra"]["notes"] = [
         *world.data.notes,
         *filter(None, [describe_faults(config.faults)]),
         *run_notes(checkpoint, rounds, rows, untested),
+        *([OUTSIDE] if config.sums_only else []),
     ]
     if kept and config.engine.kind != "cohort":
         summary["extra"]["notes"].append(
@@ -176,6 +188,14 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     summary["seconds"] = round(seconds(), 3)
     write_atomic(folder / SUMMARY, json.dumps(summary, indent=2).encode())
     return Run(folder, whole, summary, rows)
+
+
+def _with_steps(
+    client: ClientRecord, config: ExperimentConfig, data: FederatedData
+) -> ClientRecord:
+    """Return a client with the steps that it has taken, which it does not tell with privacy."""
+    count = len(data.client(client.client_id).train)
+    return replace(client, steps=client.rounds * config.federation.train.steps_for(count))
 
 
 def _files(folder: Path, clients: Sequence[str]) -> dict[str, Path]:

@@ -1,0 +1,102 @@
+"""What a run promises to its people, read from its ledger: for summary.json, the table, the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora.experiment import ExperimentConfig
+from fedlora.federation.checkpoint import Checkpoint
+from fedlora.federation.private_sum import LEDGER, merged
+from fedlora.privacy import PrivacyConfig
+from fedlora.privacy.accounting import epsilon_of
+from fedlora.privacy.ledger import Ledger, LedgerLine
+
+__all__ = ["guarantee", "privacy_line", "privacy_summary"]
+
+UNIT = "user"  # all that one client does in the run, not one of its examples
+
+
+def guarantee(out: Path, config: ExperimentConfig) -> dict[str, Any] | None:
+    """Return epsilon and what it means, as a released adapter says it; None without privacy."""
+    if config.privacy is None:
+        return None
+    return _guarantee(Ledger(out / LEDGER).lines, config.privacy)
+
+
+def privacy_summary(
+    out: Path, config: ExperimentConfig, checkpoint: Checkpoint
+) -> dict[str, Any] | None:
+    """Return ``summary.json["privacy"]`` of a run; None without privacy.
+
+    clipping_norm: of the last round. sampling_probability: the largest of a round.
+    """
+    privacy, state = config.privacy, checkpoint.privacy
+    if privacy is None or state is None:
+        return None
+    lines = Ledger(out / LEDGER).lines
+    local = privacy.mechanism == "local"
+    stopped = checkpoint.state.round < config.federation.rounds
+    drawn = {line.event.sampling for line in lines}
+    return {
+        "mechanism": privacy.mechanism,
+        **_guarantee(lines, privacy),
+        "accountant": privacy.accountant,
+        "clipping_norm": lines[-1].clipping_norm if lines else state.clipping_norm,
+        "noise_multiplier": state.noise_multiplier,
+        "sampling": "none" if local else "/".join(sorted(drawn)) or config.federation.sampling,
+        "sampling_probability": max((line.event.sampling_probability for line in lines), default=0),
+        "rounds": checkpoint.state.round,
+        "stopped": "max_epsilon" if stopped else None,
+        "secure_aggregation": config.secure_aggregation is not None,
+        "notes": _notes(config, checkpoint),
+    }
+
+
+def privacy_line(privacy: Mapping[str, Any]) -> str:
+    """Return a summary's privacy as one line of the printed table."""
+    by = {"central": "by the server", "local": "by each device"}[privacy["mechanism"]]
+    drawn = {
+        "poisson": f"Poisson {privacy['sampling_probability']:.3g}",
+        "fixed": f"fixed cohorts {privacy['sampling_probability']:.3g}",
+        "all": "everyone in every round",
+        "none": "no amplification",
+    }.get(privacy["sampling"], privacy["sampling"])
+    ended = "; ended early by max_epsilon" if privacy["stopped"] else ""
+    return (
+        f"privacy: (epsilon {privacy['epsilon']:.2f}, delta {privacy['delta']:g}) for each person "
+        f"({privacy['unit']}), {privacy['neighboring_relation']}, by {privacy['accountant']}; "
+        f"noise {by}, multiplier {privacy['noise_multiplier']:.3g}, clipping norm "
+        f"{privacy['clipping_norm']:.3g}, {drawn}; {privacy['rounds']} rounds{ended}"
+    )
+
+
+def _guarantee(lines: tuple[LedgerLine, ...], privacy: PrivacyConfig) -> dict[str, Any]:
+    events = merged(line.event for line in lines)
+    epsilon = epsilon_of(events, privacy.delta, privacy.accountant) if events else 0.0
+    local = privacy.mechanism == "local"
+    relation = "replace-one" if local else "add-or-remove-one"
+    return {
+        "epsilon": epsilon,
+        "delta": privacy.delta,
+        "unit": UNIT,
+        "neighboring_relation": lines[0].event.neighboring_relation if lines else relation,
+    }
+
+
+def _notes(config: ExperimentConfig, checkpoint: Checkpoint) -> list[str]:
+    notes = []
+    ids = [client.client_id for client in checkpoint.clients]
+    people = {client_id.partition("#")[0] for client_id in ids}
+    if len(people) < len(ids):
+        notes.append(
+            f"{len(ids)} virtual users are copies of {len(people)} people: the guarantee is for a "
+            "virtual user, and a person with many copies has none of this size"
+        )
+    if config.privacy is not None and config.privacy.delta * len(ids) > 1:
+        notes.append(
+            f"delta {config.privacy.delta:g} is over one in {len(ids)}, the number of users: it "
+            "allows to publish one of them whole"
+        )
+    return notes

@@ -1,0 +1,270 @@
+"""Private rounds: draw a cohort in secret, add up what it sends, release noise, keep the ledger.
+
+Central: each update is clipped, the sum is noised and divided by the expected cohort
+(`fedlora.privacy.central`). Updates are read as a stream into one float64 row, so memory does not
+grow with the cohort. Every round releases and is charged, be it one of an empty cohort.
+
+Local: the devices clip and noise before they send (`fedlora.privacy.local`), and the server's part
+is a plain sum over the expected cohort.
+
+    OUT/privacy.jsonl          the ledger, a line a release
+    OUT/checkpoint/noise.key   the secret of a run of central privacy (0600)
+
+The ledger's line is on the disk before the checkpoint that releases what it stands for. What is
+newer than the checkpoint was never released, and is dropped on resume: with the same replies, the
+round that is done again releases the same numbers. A local line is written before devices are
+asked, and stays: what they have sent in a round that was cut off has left them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fedlora.aggregation import Method, ServerState, Update
+from fedlora.errors import RunError
+from fedlora.experiment import ExperimentConfig
+from fedlora.federation.checkpoint import Checkpoint, read_rounds
+from fedlora.federation.replies import require_answerable
+from fedlora.federation.sampling import draw_cohort
+from fedlora.federation.summed import aggregate_mean, sent_row
+from fedlora.flat import RowReader
+from fedlora.low_rank import Matrix
+from fedlora.privacy import PrivacyConfig, PrivacyEvent
+from fedlora.privacy.accounting import calibrate, epsilon_of
+from fedlora.privacy.central import CentralMechanism, PrivacyState, draw_members, event_of
+from fedlora.privacy.ledger import Ledger, LedgerLine
+from fedlora.privacy.local import LocalNoise, local_event
+from fedlora.privacy.noise import make_key, read_key
+
+__all__ = ["LEDGER", "NOISE_KEY", "BudgetSpent", "CohortSum", "PrivateRounds", "merged"]
+
+LEDGER = "privacy.jsonl"
+NOISE_KEY = "checkpoint/noise.key"
+
+_log = logging.getLogger(__name__)
+
+
+class BudgetSpent(Exception):  # noqa: N818 - not an error: it ends a run as it was asked to
+    """The next round would pass `max_epsilon`; the run ends before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CohortSum:
+    """What a server keeps of a cohort."""
+
+    total: Matrix  # (n,) float64, the sum of the clipped differences from what was sent
+    replies: int
+    below: int | None = None  # how many of them were within the clipping norm; None: nobody asked
+
+
+class PrivateRounds:
+    """The privacy of one run, between its rounds and in them."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        privacy: PrivacyConfig,
+        state: PrivacyState,
+        ledger: Ledger,
+        secret: bytes,
+        asked: Counter[str] | None = None,
+        cut_off: int = 0,
+    ) -> None:
+        self.state = state
+        self._config, self._privacy = config, privacy
+        self._ledger, self._secret = ledger, secret
+        self._events = [line.event for line in ledger.lines]
+        self._event: PrivacyEvent | None = None  # of the round that has begun
+        # Local: how often each client was asked, and rounds that were cut off after they had been.
+        self._asked, self._cut_off = asked or Counter(), cut_off
+        self.epsilon = self._epsilon(self._events)
+
+    @classmethod
+    def open(cls, config: ExperimentConfig, out: Path, checkpoint: Checkpoint) -> PrivateRounds:
+        """Begin the privacy of a run, or go on with that of a checkpoint that has one.
+
+        Calibrates where the experiment names an epsilon: once, for the rounds that it has then.
+        Raises `RunError` for a missing key, or a ledger that does not fit the checkpoint, and
+        `ConfigError` for what no noise can give.
+        """
+        privacy = config.privacy
+        if privacy is None:
+            raise RunError(f"{out}: expected an experiment with [privacy], found none")
+        local = privacy.mechanism == "local"
+        state, ledger, path = checkpoint.privacy, Ledger(out / LEDGER), out / NOISE_KEY
+        round = checkpoint.state.round
+        asked: Counter[str] = Counter()
+        cut_off = 0
+        if state is None:
+            state = PrivacyState(
+                _multiplier(config, privacy, len(checkpoint.client_ids)), privacy.clipping_norm
+            )
+            # Before the first checkpoint a run starts anew, with the key that it may have made.
+            fresh = local or not path.exists()
+            secret = b"" if local else make_key(path) if fresh else read_key(path)
+            if not local:
+                ledger.drop_after(0)
+        elif local:
+            secret = b""
+            for record in read_rounds(out):
+                asked.update(record.cohort)
+            cut_off = sum(line.round > round for line in ledger.lines)
+        else:
+            secret = read_key(path)
+            ledger.drop_after(round)
+        found = [line.round for line in ledger.lines if line.round <= round]
+        if sorted(set(found)) != list(range(1, round + 1)) or (not local and len(found) != round):
+            raise RunError(
+                f"{out / LEDGER}: expected a line for each of {round} rounds, found "
+                f"{len(found)}; what they have cost is not known, and the run cannot go on"
+            )
+        return cls(config, privacy, state, ledger, secret, asked, cut_off)
+
+    @property
+    def local_noise(self) -> LocalNoise | None:
+        """What devices are told to do; None: the server does it."""
+        if self._privacy.mechanism == "central":
+            return None
+        return LocalNoise(self.state.clipping_norm, self.state.noise_multiplier)
+
+    @property
+    def mechanism(self) -> CentralMechanism:
+        """The mechanism of the round that is next."""
+        cohort = self._config.federation.cohort
+        return CentralMechanism.of(self._secret, self._privacy, self.state, cohort)
+
+    def begin(self, round: int, client_ids: Sequence[str]) -> tuple[str, ...]:
+        """Return the cohort of a round; raise `BudgetSpent` where there is no budget for it."""
+        federation, local = self._config.federation, self._privacy.mechanism == "local"
+        ids = sorted(client_ids)
+        if local:
+            cohort = draw_cohort(
+                ids, federation.cohort, round, self._config.seed, federation.sampling
+            )
+            event = self._local_event(cohort)
+        else:
+            event = event_of(
+                self.state.noise_multiplier,
+                len(ids),
+                federation.cohort,
+                federation.sampling,
+                self._events[0].neighboring_relation if self._events else None,
+            )
+        most = self._privacy.max_epsilon or self._privacy.epsilon
+        after = self._epsilon([*self._events, event])
+        if most is not None and after > most:
+            raise BudgetSpent(
+                f"round {round} would make epsilon {after:.4f}, over max_epsilon = {most:g}"
+            )
+        self._event = event
+        if local:
+            self._asked.update(cohort)
+            self._charge(round, event)
+            return cohort
+        places = draw_members(
+            self._secret, round, len(ids), federation.cohort, federation.sampling
+        )
+        return tuple(ids[place] for place in places)
+
+    def release(self, method: Method, state: ServerState, updates: Iterable[Update]) -> ServerState:
+        """Add up a cohort's updates as they come, and return the state after the round.
+
+        Raises as `release_sum` does.
+        """
+        return self.release_sum(method, state, self.add_up(method, state, updates))
+
+    def add_up(self, method: Method, state: ServerState, updates: Iterable[Update]) -> CohortSum:
+        """Return the sum of what clients have changed, each clipped where the server is to."""
+        sent = sent_row(method, state).astype(np.float64)
+        row_of = RowReader(state.trainable, method.uploaded(state.round + 1))
+        mechanism = None if self._privacy.mechanism == "local" else self.mechanism
+        total, replies, below = np.zeros(len(sent)), 0, 0
+        for update in updates:
+            difference = row_of(update.adapter) - sent
+            if mechanism is not None:
+                below += mechanism.is_below(difference)
+                difference = mechanism.clip(difference)
+            total += difference
+            replies += 1
+        adaptive = self._privacy.target_quantile is not None
+        return CohortSum(total, replies, below if adaptive else None)
+
+    def release_sum(self, method: Method, state: ServerState, found: CohortSum) -> ServerState:
+        """Charge the round that has begun, noise its sum, and return the state after it.
+
+        With local privacy the sum has its noise, and the round was charged when it began.
+
+        Raises `NonFiniteError` for noise that no adapter can hold; the round is charged.
+        """
+        round = state.round + 1
+        if self._privacy.mechanism == "local":
+            mean = found.total / self._config.federation.cohort
+        else:
+            if self._event is None:
+                raise RunError(f"round {round}: expected it to have begun before its release")
+            mechanism = self.mechanism
+            mean = mechanism.release(found.total, round, found.below)
+            self._charge(round, self._event)
+            if found.below is not None:
+                norm = mechanism.next_norm(found.total, round, found.below, found.replies)
+                self.state = replace(self.state, clipping_norm=norm)
+        self._event = None
+        after = aggregate_mean(method, state, mean)
+        require_answerable(after.trainable)
+        return after
+
+    def _charge(self, round: int, event: PrivacyEvent) -> None:
+        self._ledger.append(LedgerLine(round, event, self.state.clipping_norm))
+        self._events.append(event)
+        self.epsilon = self._epsilon(self._events)
+
+    def _local_event(self, cohort: Sequence[str]) -> PrivacyEvent:
+        """Return what is new of the most that any one client has sent, if all of these answer."""
+        after = self._asked.copy()
+        after.update(cohort)
+        most = max(after.values(), default=0) + self._cut_off
+        paid = sum(event.count for event in self._events)
+        return local_event(self.state.noise_multiplier, max(0, most - paid))
+
+    def _epsilon(self, events: Sequence[PrivacyEvent]) -> float:
+        return _epsilon_of(merged(events), self._privacy.delta, self._privacy.accountant)
+
+
+def merged(events: Iterable[PrivacyEvent]) -> tuple[PrivacyEvent, ...]:
+    """Return the events with equal ones together, in the order of the first of each."""
+    counts: Counter[PrivacyEvent] = Counter()
+    for event in events:
+        counts[replace(event, count=1)] += event.count
+    return tuple(replace(event, count=count) for event, count in counts.items() if count)
+
+
+@functools.lru_cache(maxsize=64)
+def _epsilon_of(events: tuple[PrivacyEvent, ...], delta: float, accountant: str) -> float:
+    return epsilon_of(events, delta, accountant) if events else 0.0
+
+
+def _multiplier(config: ExperimentConfig, privacy: PrivacyConfig, population: int) -> float:
+    """Return the run's noise multiplier: the given one, or that which its epsilon allows."""
+    if privacy.noise_multiplier is not None or privacy.epsilon is None:
+        return privacy.noise_multiplier or 0.0
+    federation = config.federation
+    of: Callable[[float], PrivacyEvent]
+    if privacy.mechanism == "local":
+        of = local_event  # in the worst case everyone is drawn in every round
+    else:
+
+        def of(multiplier: float) -> PrivacyEvent:
+            return event_of(multiplier, population, federation.cohort, federation.sampling)
+
+    found = calibrate(
+        privacy.epsilon, privacy.delta, max(1, federation.rounds), of, privacy.accountant
+    )
+    _log.info("noise multiplier %.4f for epsilon %g", found, privacy.epsilon)
+    return found
