@@ -21,6 +21,7 @@ from fedlora.cli import (
     federation,
     models,
     ota,
+    privacy,
     simulate,
 )
 from fedlora.cli import agent as _agent  # noqa: F401 - adds commands to device
@@ -48,6 +49,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(device.app, name="device")
 app.add_typer(ota.app, name="ota")
 app.add_typer(federation.app, name="federation")
+app.add_typer(privacy.app, name="privacy")
 
 # Which extra brings a package that fedlora imports only where it is needed.
 _EXTRAS = {

@@ -45,7 +45,7 @@ from fedlora.federation.private import (
 from fedlora.federation.records import ClientSetup
 from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
 from fedlora.flat import pack
-from fedlora.privacy.local import NoiseLimits
+from fedlora.privacy.local import NO_LIMITS, NoiseLimits
 from fedlora.training import LocalRule, TrainConfig, TrainResult
 
 __all__ = [
@@ -61,8 +61,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-NO_LIMITS = NoiseLimits()
 
 # Their texts are of configuration, shapes and layers, never of examples.
 _PUBLIC_ERRORS = (AdapterError, FederationError, UsageError)

@@ -158,8 +158,12 @@ CORRUPTIONS: Mapping[str, _Corruption] = {
     "no layout": _Corruption(partial(_without, record="layout")),
     "no metrics": _Corruption(partial(_without, record="metrics"), needs=_STEPS),
     "no steps": _Corruption(partial(_without_key, record="metrics", key="steps"), needs=_STEPS),
-    "negative steps": _Corruption(partial(_set, record="metrics", key="steps", value=-1), needs=_STEPS),
-    "infinite loss": _Corruption(partial(_set, record="metrics", key="loss", value=math.inf), needs=_STEPS),
+    "negative steps": _Corruption(
+        partial(_set, record="metrics", key="steps", value=-1), needs=_STEPS
+    ),
+    "infinite loss": _Corruption(
+        partial(_set, record="metrics", key="loss", value=math.inf), needs=_STEPS
+    ),
     "negative seconds": _Corruption(
         partial(_set, record="metrics", key="seconds", value=-1.0), needs=("metrics", "seconds")
     ),

@@ -70,8 +70,12 @@ class DeviceState:
         Raises as `open` does.
         """
         self.open(base)
-        event = local_event(noise.noise_multiplier)
-        Ledger(self.folder / "privacy.jsonl").append(LedgerLine(round, event, noise.clipping_norm))
+        event, norm = local_event(noise.noise_multiplier), noise.clipping_norm
+        # The rounds of several runs are in it, so lines are numbered one after another.
+        ledger = Ledger.read(self.folder)
+        number = ledger.lines[-1].round + 1 if ledger.lines else 1
+        std = noise.noise_multiplier * norm
+        ledger.append(LedgerLine(number, event, norm, std, "local", (f"round {round}",)))
 
     def keep(self, person: Person, base: str | None, provenance: Mapping[str, object]) -> None:
         """Keep the global adapter and the personal one in one commit.

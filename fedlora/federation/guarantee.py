@@ -1,4 +1,4 @@
-"""What a run promises to its people, read from its ledger: for summary.json, the table, the adapter."""
+"""What a run promises to its people by its ledger, for summary.json, the table and the adapter."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint
-from fedlora.federation.private_sum import LEDGER, merged
 from fedlora.privacy import PrivacyConfig
-from fedlora.privacy.accounting import epsilon_of
-from fedlora.privacy.ledger import Ledger, LedgerLine
+from fedlora.privacy.accounting import accountant_used, neighboring_relation
+from fedlora.privacy.ledger import Ledger
 
 __all__ = ["guarantee", "privacy_line", "privacy_summary"]
 
@@ -22,7 +21,7 @@ def guarantee(out: Path, config: ExperimentConfig) -> dict[str, Any] | None:
     """Return epsilon and what it means, as a released adapter says it; None without privacy."""
     if config.privacy is None:
         return None
-    return _guarantee(Ledger(out / LEDGER).lines, config.privacy)
+    return _guarantee(Ledger.read(out), config.privacy)
 
 
 def privacy_summary(
@@ -35,18 +34,20 @@ def privacy_summary(
     privacy, state = config.privacy, checkpoint.privacy
     if privacy is None or state is None:
         return None
-    lines = Ledger(out / LEDGER).lines
+    ledger = Ledger.read(out)
+    lines, events = ledger.lines, ledger.events()
+    sums = [line.clipping_norm for line in lines if line.mechanism != "count"]
     local = privacy.mechanism == "local"
     stopped = checkpoint.state.round < config.federation.rounds
     drawn = {line.event.sampling for line in lines}
     return {
         "mechanism": privacy.mechanism,
-        **_guarantee(lines, privacy),
-        "accountant": privacy.accountant,
-        "clipping_norm": lines[-1].clipping_norm if lines else state.clipping_norm,
+        **_guarantee(ledger, privacy),
+        "accountant": accountant_used(events, privacy.accountant),
+        "clipping_norm": sums[-1] if sums else state.clipping_norm,
         "noise_multiplier": state.noise_multiplier,
         "sampling": "none" if local else "/".join(sorted(drawn)) or config.federation.sampling,
-        "sampling_probability": max((line.event.sampling_probability for line in lines), default=0),
+        "sampling_probability": max((event.sampling_probability for event in events), default=0.0),
         "rounds": checkpoint.state.round,
         "stopped": "max_epsilon" if stopped else None,
         "secure_aggregation": config.secure_aggregation is not None,
@@ -72,16 +73,12 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
     )
 
 
-def _guarantee(lines: tuple[LedgerLine, ...], privacy: PrivacyConfig) -> dict[str, Any]:
-    events = merged(line.event for line in lines)
-    epsilon = epsilon_of(events, privacy.delta, privacy.accountant) if events else 0.0
-    local = privacy.mechanism == "local"
-    relation = "replace-one" if local else "add-or-remove-one"
+def _guarantee(ledger: Ledger, privacy: PrivacyConfig) -> dict[str, Any]:
     return {
-        "epsilon": epsilon,
+        "epsilon": ledger.spent(privacy.delta, privacy.accountant),
         "delta": privacy.delta,
         "unit": UNIT,
-        "neighboring_relation": lines[0].event.neighboring_relation if lines else relation,
+        "neighboring_relation": neighboring_relation(ledger.events()),
     }
 
 

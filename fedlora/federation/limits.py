@@ -36,7 +36,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, RecordDict
 
 from fedlora.errors import ConfigError
-from fedlora.privacy.local import NoiseLimits
+from fedlora.privacy.local import NO_LIMITS, NoiseLimits
 
 __all__ = [
     "DECLINED",
@@ -69,7 +69,7 @@ class Limits:
     metered_file: Path | None = None
     hours: tuple[time, time] | None = None  # local time, from and until
     min_examples: int = 0
-    noise: NoiseLimits = NoiseLimits()  # not declined: a run without it is refused, with the reason
+    noise: NoiseLimits = NO_LIMITS  # without it a round is refused with the reason, not declined
 
 
 @dataclass(frozen=True, slots=True)

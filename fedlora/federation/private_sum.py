@@ -7,13 +7,14 @@ grow with the cohort. Every round releases and is charged, be it one of an empty
 Local: the devices clip and noise before they send (`fedlora.privacy.local`), and the server's part
 is a plain sum over the expected cohort.
 
-    OUT/privacy.jsonl          the ledger, a line a release
+    OUT/privacy.jsonl          the ledger (`fedlora.privacy.ledger`)
     OUT/checkpoint/noise.key   the secret of a run of central privacy (0600)
 
 The ledger's line is on the disk before the checkpoint that releases what it stands for. What is
 newer than the checkpoint was never released, and is dropped on resume: with the same replies, the
 round that is done again releases the same numbers. A local line is written before devices are
-asked, and stays: what they have sent in a round that was cut off has left them.
+asked, and stays: what they have sent in a round that was cut off has left them. The ledger counts
+the most that any one device may have sent, so some local rounds add no line.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -37,21 +39,21 @@ from fedlora.federation.summed import aggregate_mean, sent_row
 from fedlora.flat import RowReader
 from fedlora.low_rank import Matrix
 from fedlora.privacy import PrivacyConfig, PrivacyEvent
-from fedlora.privacy.accounting import calibrate, epsilon_of
+from fedlora.privacy.accounting import calibrate, epsilon_of, grouped
 from fedlora.privacy.central import CentralMechanism, PrivacyState, draw_members, event_of
+from fedlora.privacy.clipping import count_noise
 from fedlora.privacy.ledger import Ledger, LedgerLine
 from fedlora.privacy.local import LocalNoise, local_event
 from fedlora.privacy.noise import make_key, read_key
 
-__all__ = ["LEDGER", "NOISE_KEY", "BudgetSpent", "CohortSum", "PrivateRounds", "merged"]
+__all__ = ["NOISE_KEY", "BudgetSpent", "CohortSum", "PrivateRounds"]
 
-LEDGER = "privacy.jsonl"
 NOISE_KEY = "checkpoint/noise.key"
 
 _log = logging.getLogger(__name__)
 
 
-class BudgetSpent(Exception):  # noqa: N818 - not an error: it ends a run as it was asked to
+class BudgetSpent(Exception):
     """The next round would pass `max_epsilon`; the run ends before it."""
 
 
@@ -80,11 +82,10 @@ class PrivateRounds:
         self.state = state
         self._config, self._privacy = config, privacy
         self._ledger, self._secret = ledger, secret
-        self._events = [line.event for line in ledger.lines]
         self._event: PrivacyEvent | None = None  # of the round that has begun
         # Local: how often each client was asked, and rounds that were cut off after they had been.
         self._asked, self._cut_off = asked or Counter(), cut_off
-        self.epsilon = self._epsilon(self._events)
+        self.epsilon = self._epsilon(ledger.events())
 
     @classmethod
     def open(cls, config: ExperimentConfig, out: Path, checkpoint: Checkpoint) -> PrivateRounds:
@@ -98,10 +99,9 @@ class PrivateRounds:
         if privacy is None:
             raise RunError(f"{out}: expected an experiment with [privacy], found none")
         local = privacy.mechanism == "local"
-        state, ledger, path = checkpoint.privacy, Ledger(out / LEDGER), out / NOISE_KEY
-        round = checkpoint.state.round
+        state, ledger, path = checkpoint.privacy, Ledger.read(out), out / NOISE_KEY
+        round, cut_off = checkpoint.state.round, 0
         asked: Counter[str] = Counter()
-        cut_off = 0
         if state is None:
             state = PrivacyState(
                 _multiplier(config, privacy, len(checkpoint.client_ids)), privacy.clipping_norm
@@ -109,21 +109,27 @@ class PrivateRounds:
             # Before the first checkpoint a run starts anew, with the key that it may have made.
             fresh = local or not path.exists()
             secret = b"" if local else make_key(path) if fresh else read_key(path)
-            if not local:
-                ledger.drop_after(0)
         elif local:
             secret = b""
             for record in read_rounds(out):
                 asked.update(record.cohort)
-            cut_off = sum(line.round > round for line in ledger.lines)
+            # Whether a round was under way when the run ended is not known: it counts as if.
+            cut_off = _paid(ledger) - max(asked.values(), default=0) + 1
         else:
             secret = read_key(path)
-            ledger.drop_after(round)
-        found = [line.round for line in ledger.lines if line.round <= round]
-        if sorted(set(found)) != list(range(1, round + 1)) or (not local and len(found) != round):
+        if not local:
+            ledger = ledger.drop_after(round)
+            found = {line.round for line in ledger.lines}
+            if found != set(range(1, round + 1)):
+                raise RunError(
+                    f"{ledger.path}: expected lines of all {round} rounds, found {len(found)} of "
+                    "them; what the others cost is not known, and the run cannot go on"
+                )
+        elif asked and cut_off < 1:
             raise RunError(
-                f"{out / LEDGER}: expected a line for each of {round} rounds, found "
-                f"{len(found)}; what they have cost is not known, and the run cannot go on"
+                f"{ledger.path}: expected lines for {max(asked.values())} releases of one device, "
+                f"found {_paid(ledger)}; what the others cost is not known, and the run cannot go "
+                "on"
             )
         return cls(config, privacy, state, ledger, secret, asked, cut_off)
 
@@ -155,10 +161,10 @@ class PrivateRounds:
                 len(ids),
                 federation.cohort,
                 federation.sampling,
-                self._events[0].neighboring_relation if self._events else None,
+                self._relation,
             )
         most = self._privacy.max_epsilon or self._privacy.epsilon
-        after = self._epsilon([*self._events, event])
+        after = self._epsilon([*self._ledger.events(), event])
         if most is not None and after > most:
             raise BudgetSpent(
                 f"round {round} would make epsilon {after:.4f}, over max_epsilon = {most:g}"
@@ -166,11 +172,9 @@ class PrivateRounds:
         self._event = event
         if local:
             self._asked.update(cohort)
-            self._charge(round, event)
+            self._charge_local(round, event)
             return cohort
-        places = draw_members(
-            self._secret, round, len(ids), federation.cohort, federation.sampling
-        )
+        places = draw_members(self._secret, round, len(ids), federation.cohort, federation.sampling)
         return tuple(ids[place] for place in places)
 
     def release(self, method: Method, state: ServerState, updates: Iterable[Update]) -> ServerState:
@@ -211,7 +215,7 @@ class PrivateRounds:
                 raise RunError(f"round {round}: expected it to have begun before its release")
             mechanism = self.mechanism
             mean = mechanism.release(found.total, round, found.below)
-            self._charge(round, self._event)
+            self._charge(round, self._event, mechanism)
             if found.below is not None:
                 norm = mechanism.next_norm(found.total, round, found.below, found.replies)
                 self.state = replace(self.state, clipping_norm=norm)
@@ -220,34 +224,54 @@ class PrivateRounds:
         require_answerable(after.trainable)
         return after
 
-    def _charge(self, round: int, event: PrivacyEvent) -> None:
-        self._ledger.append(LedgerLine(round, event, self.state.clipping_norm))
-        self._events.append(event)
-        self.epsilon = self._epsilon(self._events)
+    @property
+    def _relation(self) -> Literal["add-or-remove-one", "replace-one"] | None:
+        lines = self._ledger.lines
+        return lines[0].event.neighboring_relation if lines else None
+
+    def _charge(self, round: int, event: PrivacyEvent, mechanism: CentralMechanism) -> None:
+        """Write down what a round releases: its sum, and the count of an adaptive norm."""
+        # In norms: 2 where one person more takes another's place.
+        moves = mechanism.noise_multiplier / event.noise_multiplier
+        notes = () if moves == 1 else ("one person more takes another's place in the cohort",)
+
+        def write(multiplier: float, norm: float, kind: Literal["central", "count"]) -> None:
+            # Multipliers are the same to the last bit in all rounds: equal events are grouped.
+            each = replace(event, noise_multiplier=multiplier / moves)
+            line = LedgerLine(round, each, moves * norm, multiplier * norm, kind, notes)
+            self._ledger = self._ledger.append(line)
+
+        write(mechanism.sum_multiplier, mechanism.clipping_norm, "central")
+        if mechanism.target_quantile is not None:
+            # Of a count that one client moves by a half at most: see `share_below`.
+            write(2 * count_noise(mechanism.denominator), 0.5, "count")
+        self.epsilon = self._epsilon(self._ledger.events())
+
+    def _charge_local(self, round: int, event: PrivacyEvent) -> None:
+        if event.count:
+            norm, z = self.state.clipping_norm, self.state.noise_multiplier
+            self._ledger = self._ledger.charge(LedgerLine(round, event, norm, z * norm, "local"))
+        self.epsilon = self._epsilon(self._ledger.events())
 
     def _local_event(self, cohort: Sequence[str]) -> PrivacyEvent:
         """Return what is new of the most that any one client has sent, if all of these answer."""
         after = self._asked.copy()
         after.update(cohort)
         most = max(after.values(), default=0) + self._cut_off
-        paid = sum(event.count for event in self._events)
-        return local_event(self.state.noise_multiplier, max(0, most - paid))
+        return local_event(self.state.noise_multiplier, max(0, most - _paid(self._ledger)))
 
     def _epsilon(self, events: Sequence[PrivacyEvent]) -> float:
-        return _epsilon_of(merged(events), self._privacy.delta, self._privacy.accountant)
+        return _epsilon_of(grouped(events), self._privacy.delta, self._privacy.accountant)
 
 
-def merged(events: Iterable[PrivacyEvent]) -> tuple[PrivacyEvent, ...]:
-    """Return the events with equal ones together, in the order of the first of each."""
-    counts: Counter[PrivacyEvent] = Counter()
-    for event in events:
-        counts[replace(event, count=1)] += event.count
-    return tuple(replace(event, count=count) for event, count in counts.items() if count)
+def _paid(ledger: Ledger) -> int:
+    """Return for how many releases of one device a local ledger pays."""
+    return sum(line.event.count for line in ledger.lines)
 
 
 @functools.lru_cache(maxsize=64)
 def _epsilon_of(events: tuple[PrivacyEvent, ...], delta: float, accountant: str) -> float:
-    return epsilon_of(events, delta, accountant) if events else 0.0
+    return epsilon_of(events, delta, accountant)
 
 
 def _multiplier(config: ExperimentConfig, privacy: PrivacyConfig, population: int) -> float:

@@ -92,8 +92,8 @@ class ReplyForm:
     ) -> ReplyForm:
         """Prepare the replies with factors `uploaded` to the trainable adapter `sent`.
 
-        measured: whether they hold metrics. codec: of the replies. own: the server's adapter, of which a download codec has made `sent`;
-        None: it is the same.
+        codec: of the replies. own: the server's adapter, of which a download codec has made `sent`;
+        None: it is the same. measured: whether they hold metrics.
         """
         own = sent if own is None else own
         rows = RowForm.of(own, uploaded)

@@ -165,7 +165,9 @@ def table(summary: Mapping[str, Any]) -> str:
     """Return the run's result as text, one line an adapter."""
     measure = _LABELS.get(summary["metric"], summary["metric"])
     if summary["global"] is None:
-        lines = [f"{summary['clients']} clients, {summary['rounds']} rounds: no client tells scores"]
+        lines = [
+            f"{summary['clients']} clients, {summary['rounds']} rounds: no client tells scores"
+        ]
         return "\n".join(lines + _last_lines(summary))
     lines = [_head(f"{summary['clients']} clients", measure, summary["extra"]["measures"])]
     lines += _lines(summary, summary["metric"], summary["extra"]["measures"])

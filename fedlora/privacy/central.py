@@ -68,16 +68,23 @@ class CentralMechanism:
             config.target_quantile,
             config.clipping_rate,
         )
-        _ = found.noise_std  # refuses now what it could not release
+        _ = found.sum_multiplier  # refuses now what it could not release
         return found
+
+    @property
+    def sum_multiplier(self) -> float:
+        """The noise multiplier of the sum alone: more than z beside the count of an adaptive norm.
+
+        Raises `ConfigError` as `multiplier_of_sum` does.
+        """
+        if self.target_quantile is None:
+            return self.noise_multiplier
+        return multiplier_of_sum(self.noise_multiplier, self.denominator)
 
     @property
     def noise_std(self) -> float:
         """The standard deviation of the noise on every number of the sum."""
-        multiplier = self.noise_multiplier
-        if self.target_quantile is not None:
-            multiplier = multiplier_of_sum(multiplier, self.denominator)
-        return multiplier * self.clipping_norm
+        return self.sum_multiplier * self.clipping_norm
 
     def clip(self, row: Array | Matrix) -> Matrix:
         """Return a client's update ``(n,)`` as float64, its norm at most C."""

@@ -73,7 +73,7 @@ def multiplier_of_sum(noise_multiplier: float, cohort: int) -> float:
     >>> round(multiplier_of_sum(1.0, 100), 6)
     1.005038
     """
-    rest = noise_multiplier**-2 - (2 * count_noise(cohort)) ** -2
+    rest: float = noise_multiplier**-2 - (2 * count_noise(cohort)) ** -2
     if rest <= 0:
         raise ConfigError(
             f"privacy.target_quantile: expected a noise multiplier under {2 * count_noise(cohort)} "
@@ -81,7 +81,7 @@ def multiplier_of_sum(noise_multiplier: float, cohort: int) -> float:
             "below the clipping norm would cost more than both releases may; use a larger cohort, "
             "or a fixed norm"
         )
-    found = rest**-0.5
+    found: float = rest**-0.5
     # Only rounding can make it smaller, where the count's share is next to nothing.
     return max(found, noise_multiplier)
 

@@ -24,7 +24,7 @@ from fedlora.privacy.clipping import clip
 from fedlora.privacy.events import PrivacyEvent
 from fedlora.privacy.noise import normals
 
-__all__ = ["LocalNoise", "NoiseLimits", "local_event"]
+__all__ = ["NO_LIMITS", "LocalNoise", "NoiseLimits", "local_event"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,9 @@ class NoiseLimits:
             min(ordered.clipping_norm, most),
             max(ordered.noise_multiplier, self.min_noise_multiplier),
         )
+
+
+NO_LIMITS = NoiseLimits()
 
 
 def local_event(noise_multiplier: float, count: int = 1) -> PrivacyEvent:

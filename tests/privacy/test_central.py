@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fedlora.errors import ConfigError
 from fedlora.privacy import PrivacyConfig
 from fedlora.privacy.central import CentralMechanism, PrivacyState, draw_members, event_of
 from fedlora.privacy.local import LocalNoise, NoiseLimits, local_event
-from fedlora.errors import ConfigError
 from tests.matching import raises
 
 SECRET = bytes(range(32))

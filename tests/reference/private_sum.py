@@ -1,4 +1,4 @@
-"""The slow twin of a private sum: one client after another, one factor after another, in plain loops."""
+"""The slow twin of a private sum: client by client, in plain loops."""
 
 from __future__ import annotations
 
