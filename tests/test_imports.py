@@ -200,6 +200,16 @@ def test_over_the_air_needs_neither_torch_nor_flower_nor_onnx_runtime() -> None:
     assert run_python(code) == "False"
 
 
+def test_only_an_epsilon_that_is_asked_for_imports_the_accountants() -> None:
+    heavy = ("dp_accounting", "scipy", "absl", "cryptography")
+    found = f"print([n for n in {heavy!r} if n in sys.modules])"
+    modules = "fedlora.privacy, fedlora.privacy.accounting, fedlora.privacy.ledger"
+    assert run_python(f"import sys\nimport {modules}\n{found}") == "[]"
+    help_text = "import sys; sys.argv = ['fedlora', 'privacy', '--help']\n"
+    run = "from fedlora.cli.main import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
+    assert run_python(help_text + run + found).endswith("[]")
+
+
 def test_importing_fedlora_takes_less_than_half_a_second() -> None:
     code = (
         "import time\nstart = time.process_time()\nimport fedlora\n"

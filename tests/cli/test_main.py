@@ -148,7 +148,7 @@ def test_help_has_examples(path, run):
 
 
 @pytest.mark.parametrize(
-    "path", [(), ("models",), ("data",), ("device",), ("federation",)], ids=" ".join
+    "path", [(), ("models",), ("data",), ("device",), ("federation",), ("privacy",)], ids=" ".join
 )
 def test_help_of_a_group_lists_its_commands(path, run):
     code, out, err = run(*path, "--help")

@@ -54,7 +54,7 @@ def vectors() -> list[dict[str, Any]]:
 
 POISSON = [case for case in vectors() if "pld" in case]
 FIXED = [case for case in vectors() if case.get("kind", "").startswith("fixed-size")]
-QUICK = {(0.001, 1.0), (0.1, 2.0), (0.5, 4.0), (1.0, 10.0)}  # (q, z): under a second each
+QUICK = {(0.001, 1.0), (1.0, 10.0)}  # (q, z): under half a second each
 
 
 def case_id(case: dict[str, Any]) -> str:
@@ -72,7 +72,7 @@ def test_pld_gives_the_published_values(case: dict[str, Any]) -> None:
     assert epsilon_of(events, case["delta"]) == pytest.approx(case["pld"], abs=1e-4)
 
 
-@pytest.mark.parametrize("case", POISSON, ids=case_id)
+@pytest.mark.parametrize("case", [marked(case) for case in POISSON])
 def test_rdp_gives_the_published_values(case: dict[str, Any]) -> None:
     events = [poisson(case["q"], case["z"], case["T"])]
     assert epsilon_of(events, case["delta"], "rdp") == pytest.approx(case["rdp"], abs=1e-4)
@@ -91,7 +91,11 @@ def test_everyone_at_ten_times_the_noise_a_hundred_times(accountant: str) -> Non
 
 # Replacing a person moves the sum by two clipping norms, so with the noise multiplier relative to
 # the clipping norm a published multiplier (relative to the sensitivity) is half of ours.
-@pytest.mark.parametrize("case", FIXED, ids=lambda case: f"{case['n']}-{case['k']}")
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(FIXED[0], marks=pytest.mark.slow), FIXED[1]],
+    ids=lambda case: f"{case['n']}-{case['k']}",
+)
 def test_a_fixed_cohort_costs_the_published_value_at_twice_its_multiplier(
     case: dict[str, Any],
 ) -> None:
@@ -148,10 +152,10 @@ def test_rounds_cost_what_they_cost_composed_one_by_one() -> None:
     assert found == pytest.approx(slow.epsilon_by_rounds(events, 1e-5), abs=1e-6)
 
 
-PROBABILITY = st.floats(0.001, 1.0)
-NOISE = st.floats(1.5, 20.0)  # less noise takes longer, and is in the vectors
+PROBABILITY = st.floats(0.001, 0.5)
+NOISE = st.floats(3.0, 20.0)  # less noise takes longer, and is in the vectors
 COUNT = st.integers(1, 500)
-LAWS = settings(max_examples=8, deadline=None)
+LAWS = settings(max_examples=4, deadline=None)
 
 
 @LAWS
