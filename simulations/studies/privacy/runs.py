@@ -68,9 +68,7 @@ def config_of(task: Task, trial: Trial, multipliers: Multipliers) -> ExperimentC
     if trial.epsilon == NONE:
         return config
     federation = config.federation
-    multiplier = multipliers.of(
-        trial.epsilon, federation.cohort / trial.users, federation.rounds
-    )
+    multiplier = multipliers.of(trial.epsilon, federation.cohort / trial.users, federation.rounds)
     return ExperimentConfig.from_table(
         task.table,
         settings
@@ -136,9 +134,7 @@ def _noise(config: ExperimentConfig, state: ServerState, folder: Path) -> dict[s
     """
     method = config.federation.build_method()
     rounds = range(1, config.federation.rounds + 1)
-    sizes = [
-        len(sent_row(method, ServerState(round - 1, state.trainable))) for round in rounds
-    ]
+    sizes = [len(sent_row(method, ServerState(round - 1, state.trainable))) for round in rounds]
     row: dict[str, Any] = {"uploaded": max(sizes)}
     if config.privacy is None:
         return row

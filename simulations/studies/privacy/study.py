@@ -46,9 +46,7 @@ class Study:
         for users, epsilon in task.tuned:
             for method in task.methods:
                 for settings in self._norms(method):
-                    yield Trial(
-                        "norms", task.name, users, method, epsilon, settings, TUNING_SEED
-                    )
+                    yield Trial("norms", task.name, users, method, epsilon, settings, TUNING_SEED)
         for users, method, epsilon, seed in task.finals():
             settings = self.settings(users, method, epsilon)
             yield Trial("final", task.name, users, method, epsilon, settings, seed)
@@ -63,9 +61,7 @@ class Study:
     def _norms(self, method: str) -> list[Settings]:
         rate = best(self._found("rates", max(self.task.users), method, NONE)).learning_rate
         return [
-            Settings(rate * factor, norm)
-            for factor in self.task.slower
-            for norm in self.task.norms
+            Settings(rate * factor, norm) for factor in self.task.slower for norm in self.task.norms
         ]
 
     def _found(self, stage: str, users: int, method: str, epsilon: float) -> list[Row]:

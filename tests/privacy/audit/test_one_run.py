@@ -1,4 +1,4 @@
-"""The one-run bound: the published vectors, the slow twin, and what it says of an honest guesser."""
+"""The one-run bound: the published vectors, the slow twin, and what it says of honest guesses."""
 
 from __future__ import annotations
 
