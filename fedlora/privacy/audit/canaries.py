@@ -156,5 +156,5 @@ def estimate_epsilon(canaries: Canaries, trace: Trace, delta: float) -> Estimate
 
 
 def _dot(one: Matrix, other: Matrix) -> float:
-    """The inner product, in this thread: for these lengths BLAS wakes others, which takes longer."""
+    """The inner product, in this thread: BLAS wakes others for these lengths, and waits."""
     return float(np.einsum("i,i->", one, other))
