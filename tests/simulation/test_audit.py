@@ -126,7 +126,7 @@ def test_the_command_writes_what_it_has_found(tmp_path: Path) -> None:
     assert json.loads(result.stdout) == found
     assert found["canaries"]["k"] == K
     assert found["inversion"]["method"] == "fedit"
-    assert [threat["who"] for threat in found["threats"]][0] == "server"
+    assert next(threat["who"] for threat in found["threats"]) == "server"
     shown = CliRunner().invoke(app, ["privacy", "audit", str(folder), "--no-inversion"])
     assert "no bound" in shown.stdout
     assert "has to be trusted" in shown.stdout
@@ -142,9 +142,11 @@ def test_single_inputs_are_rebuilt_from_plain_steps_and_not_under_noise(tmp_path
     assert rows["next round", "A+B", 2, "gradient", False]["span"] > 0.99
     assert one["chance"] < 0.9  # of 16 inputs and 3 layers, chance is high
 
-    frozen = experiment(federation__rounds=3, federation__method="ffa-lora",
-                        federation__weights="equal", privacy=dict(
-                            clipping_norm=0.5, noise_multiplier=5.0, accountant="rdp"))  # fmt: skip
+    table = {"clipping_norm": 0.5, "noise_multiplier": 5.0, "accountant": "rdp"}
+    frozen = experiment(
+        federation__rounds=3, federation__method="ffa-lora", federation__weights="equal",
+        privacy=table,
+    )  # fmt: skip
     rows = _inverted(tmp_path / "ffa", frozen)
     clear = rows["next round", "B", 1, "gradient", False]
     noised = rows["next round", "B", 1, "gradient", True]

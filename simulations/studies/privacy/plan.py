@@ -91,19 +91,28 @@ class Task:
             cpu_seconds=self.cpu_seconds / 10,
         )  # fmt: skip
 
-    def finals(self) -> Iterator[tuple[int, str, float, int]]:
-        """Yield (users, method, epsilon, seed) of what is reported, whole seeds first.
+    def finals(self, users: int, epsilon: float) -> Iterator[tuple[int, str, float, int]]:
+        """Yield (users, method, epsilon, seed) of what is reported and was tuned at these.
 
         Without privacy, 1,000 virtual users and 10,000 are copies of the same people in other
         numbers: it is run with the most alone, as the reference of all.
         """
+        budgets = [e for e in self.epsilons if (e == NONE) == (epsilon == NONE)]
+        if epsilon != NONE:
+            budgets = [e for e in budgets if self.tuning_of(users, e) == (users, epsilon)]
+        others = {at for at, _ in self.tuned}
+        # Users for whom no norm was searched take that of the nearest.
+        sizes = [n for n in self.users if n == users or (n not in others and epsilon != NONE)]
         for seed in range(self.seeds):
-            for users in sorted(self.users, reverse=True):
-                for epsilon in self.epsilons:
-                    if epsilon == NONE and users != max(self.users):
-                        continue
+            for size in sizes:
+                for budget in budgets:
                     for method in self.methods:
-                        yield users, method, epsilon, seed
+                        yield size, method, budget, seed
+
+    def blocks(self) -> Iterator[tuple[int, float]]:
+        """Yield (users, epsilon) in the order of the study: a budget, no privacy, the others."""
+        first, *others = self.tuned
+        yield from (first, (max(self.users), NONE), *others)
 
     def tuning_of(self, users: int, epsilon: float) -> tuple[int, float]:
         """Return at which (users, epsilon) the norm for these was searched: the nearest."""
@@ -115,7 +124,8 @@ class Task:
     def counts(self) -> tuple[int, int]:
         """Return how many runs the searches and the reported part have."""
         searched = len(self.rates) + len(self.tuned) * len(self.slower) * len(self.norms)
-        return searched * len(self.methods), sum(1 for _ in self.finals())
+        reported = sum(1 for block in self.blocks() for _ in self.finals(*block))
+        return searched * len(self.methods), reported
 
 
 _PRIVATE = {
@@ -134,8 +144,8 @@ TASKS: Mapping[str, Task] = {
             },
             rates=(5e-3, 2e-2, 5e-2),
             slower=(1.0,),
-            norms=(0.1, 0.3, 1.0),
-            tuned=tuple((users, eps) for users in (1_000, 10_000) for eps in (8.0, 3.0, 1.0)),
+            norms=(0.3, 1.0, 3.0),
+            tuned=tuple((users, eps) for users in (1_000, 10_000) for eps in (3.0, 1.0, 8.0)),
             cpu_seconds=8.0,
         ),
         Task(

@@ -32,7 +32,7 @@ class Study:
         self.rows: dict[str, Row] = {row["key"]: row for row in read_rows(self.file)}
 
     def run(self) -> None:
-        """Search, then run what is reported; whole seeds first. Raises `OutOfTime`."""
+        """Search and run, budget by budget. Raises `OutOfTime`."""
         for trial in self._trials():
             if trial.key not in self.rows:
                 self._run(trial)
@@ -43,13 +43,13 @@ class Study:
         for method in task.methods:
             for rate in task.rates:
                 yield Trial("rates", task.name, most, method, NONE, Settings(rate), TUNING_SEED)
-        for users, epsilon in task.tuned:
-            for method in task.methods:
+        for users, epsilon in task.blocks():
+            for method in task.methods if epsilon != NONE else ():
                 for settings in self._norms(method):
                     yield Trial("norms", task.name, users, method, epsilon, settings, TUNING_SEED)
-        for users, method, epsilon, seed in task.finals():
-            settings = self.settings(users, method, epsilon)
-            yield Trial("final", task.name, users, method, epsilon, settings, seed)
+            for size, method, budget, seed in task.finals(users, epsilon):
+                found = self.settings(size, method, budget)
+                yield Trial("final", task.name, size, method, budget, found, seed)
 
     def settings(self, users: int, method: str, epsilon: float) -> Settings:
         """Return the learning rate and clipping norm that the searches have found."""
