@@ -208,6 +208,8 @@ class PersonalizationConfig:
     learning_rate: float | None = None  # None: the federation's
     batch_size: int | None = None  # None: the federation's
     save: bool = True  # keep everyone's personal adapter in the run's folder
+    # Whether copies of a person ("u7#2"), who all have the same data, are all evaluated, or one.
+    every_copy: bool = True
     cross: int = 0  # clients whose own adapters are also evaluated on one another's data
     # What a person is served: the personal adapter, or its mixture with the global one (FedDPA).
     kind: Literal["personal", "mixed"] = "personal"

@@ -142,6 +142,10 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
     save_global(folder, config, state)
     # A skewed partition may leave a client without held-out examples: it only takes part.
     tested = [c for c in took_part if len(world.data.client(c.client_id).test)]
+    copies = len(tested)
+    if not config.personalization.every_copy:
+        tested = _one_of_each(tested)
+    copies -= len(tested)
     crossed = [c.client_id for c in tested if not c.held_out][: config.personalization.cross]
     own = _files(folder / "own", crossed)
     kept = config.federation.build_method().kept(max(1, state.round))
@@ -168,11 +172,12 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
         config, checkpoint, rows, rounds, metric=task.metric,
         higher_is_better=task.higher_is_better, privacy=privacy_summary(folder, config, checkpoint),
     )  # fmt: skip
-    untested = len(took_part) - len(tested)
+    untested = len(took_part) - len(tested) - copies
     summary["extra"]["notes"] = [
         *world.data.notes,
         *filter(None, [describe_faults(config.faults)]),
         *run_notes(checkpoint, rounds, rows, untested),
+        *([f"{copies} copies of people are not evaluated: one of each is"] if copies else []),
         *([OUTSIDE] if config.sums_only else []),
     ]
     if kept and config.engine.kind != "cohort":
@@ -196,6 +201,16 @@ def _with_steps(
     """Return a client with the steps that it has taken, which it does not tell with privacy."""
     count = len(data.client(client.client_id).train)
     return replace(client, steps=client.rounds * config.federation.train.steps_for(count))
+
+
+def _one_of_each(clients: Sequence[ClientRecord]) -> list[ClientRecord]:
+    """Return one copy of each person: the one that took part most often, of these the first."""
+    found: dict[str, ClientRecord] = {}
+    for client in clients:
+        person = client.client_id.partition("#")[0]
+        if person not in found or client.rounds > found[person].rounds:
+            found[person] = client
+    return list(found.values())
 
 
 def _files(folder: Path, clients: Sequence[str]) -> dict[str, Path]:
