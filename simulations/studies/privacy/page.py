@@ -109,7 +109,7 @@ def _head(tasks: Mapping[str, Results], *, quick: bool) -> list[str]:
     return [
         "# What privacy costs", "",
         f"Written by `python -m simulations.studies.privacy --out DIR{' --quick' * quick}` from",
-        "`results/*.jsonl`; only the sections marked \"by hand\" are kept when it is written again.",
+        "`results/*.jsonl`; only sections marked \"by hand\" are kept when it is written again.",
         *(["", "**A quick study: few rounds, budgets and methods. It shows that the study runs, no "
            "more.**"] * quick),
         *(["", f"**Not finished: {'; '.join(missing)}.**"] * bool(missing and not quick)),
