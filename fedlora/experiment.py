@@ -325,6 +325,12 @@ class ExperimentConfig:
                 "privacy.mechanism: expected 'central' with [secure_aggregation], found 'local', "
                 "whose noise would not fit into the range of a secure sum; choose one of the two"
             )
+        if secure is not None and self.privacy is not None and self.privacy.canaries:
+            raise ConfigError(
+                "privacy.canaries: expected 0 with [secure_aggregation], found "
+                f"{self.privacy.canaries}; canaries are added to what the server itself sums, so "
+                "audit a run without secure aggregation, whose noise is the same"
+            )
 
     def _require_sums(self, table: str) -> None:
         """Raise unless equal clients' sum is all that the server uses of a cohort."""

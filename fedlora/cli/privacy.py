@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedlora.cli import privacy_audit
 from fedlora.errors import ConfigError, RunError
 from fedlora.experiment import ExperimentConfig
 from fedlora.privacy import PrivacyConfig, PrivacyEvent
@@ -23,6 +24,7 @@ from fedlora.privacy.ledger import LEDGER, Ledger
 __all__ = ["app"]
 
 app = typer.Typer(help="Count what differential privacy costs: epsilon, noise, a run's ledger.")
+app.command()(privacy_audit.audit)
 
 UNIT = "user"  # all of a person's data counts as one
 _NEIGHBORS = {

@@ -98,6 +98,11 @@ def _notes(config: ExperimentConfig, checkpoint: Checkpoint) -> list[str]:
             f"{len(ids)} virtual users are copies of {len(people)} people: the guarantee is for a "
             "virtual user, and a person with many copies has none of this size"
         )
+    if config.privacy is not None and config.privacy.canaries:
+        notes.append(
+            f"{config.privacy.canaries} invented clients took part as canaries, for an audit: they "
+            "are noise to everyone else, and a run that is to be used should have none"
+        )
     if config.privacy is not None and config.privacy.delta * len(ids) > 1:
         notes.append(
             f"delta {config.privacy.delta:g} is over one in {len(ids)}, the number of users: it "

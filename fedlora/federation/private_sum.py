@@ -20,18 +20,19 @@ the most that any one device may have sent, so some local rounds add no line.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from fedlora.aggregation import Method, ServerState, Update
 from fedlora.errors import RunError
-from fedlora.experiment import ExperimentConfig
+from fedlora.experiment import ExperimentConfig, FederationConfig
 from fedlora.federation.checkpoint import Checkpoint, read_rounds
 from fedlora.federation.replies import require_answerable
 from fedlora.federation.sampling import draw_cohort
@@ -40,11 +41,12 @@ from fedlora.flat import RowReader
 from fedlora.low_rank import Matrix
 from fedlora.privacy import PrivacyConfig, PrivacyEvent
 from fedlora.privacy.accounting import calibrate, epsilon_of, grouped
+from fedlora.privacy.audit.canaries import Canaries, Trace
 from fedlora.privacy.central import CentralMechanism, PrivacyState, draw_members, event_of
 from fedlora.privacy.clipping import count_noise
 from fedlora.privacy.ledger import Ledger, LedgerLine
 from fedlora.privacy.local import LocalNoise, local_event
-from fedlora.privacy.noise import make_key, read_key
+from fedlora.privacy.noise import derive, make_key, read_key
 
 __all__ = ["NOISE_KEY", "BudgetSpent", "CohortSum", "PrivateRounds"]
 
@@ -85,6 +87,8 @@ class PrivateRounds:
         self._event: PrivacyEvent | None = None  # of the round that has begun
         # Local: how often each client was asked, and rounds that were cut off after they had been.
         self._asked, self._cut_off = asked or Counter(), cut_off
+        self.canaries = canaries_of(privacy, secret)
+        self._drawn: tuple[str, ...] = ()  # the canaries of the round that has begun
         self.epsilon = self._epsilon(ledger.events())
 
     @classmethod
@@ -103,9 +107,8 @@ class PrivateRounds:
         round, cut_off = checkpoint.state.round, 0
         asked: Counter[str] = Counter()
         if state is None:
-            state = PrivacyState(
-                _multiplier(config, privacy, len(checkpoint.client_ids)), privacy.clipping_norm
-            )
+            people = len(checkpoint.client_ids)
+            state = PrivacyState(_multiplier(config, privacy, people), privacy.clipping_norm)
             # Before the first checkpoint a run starts anew, with the key that it may have made.
             fresh = local or not path.exists()
             secret = b"" if local else make_key(path) if fresh else read_key(path)
@@ -150,6 +153,7 @@ class PrivateRounds:
         """Return the cohort of a round; raise `BudgetSpent` where there is no budget for it."""
         federation, local = self._config.federation, self._privacy.mechanism == "local"
         ids = sorted(client_ids)
+        population, size = _drawn_of(self._privacy, federation, len(ids))
         if local:
             cohort = draw_cohort(
                 ids, federation.cohort, round, self._config.seed, federation.sampling
@@ -158,8 +162,8 @@ class PrivateRounds:
         else:
             event = event_of(
                 self.state.noise_multiplier,
-                len(ids),
-                federation.cohort,
+                population,
+                size,
                 federation.sampling,
                 self._relation,
             )
@@ -174,8 +178,11 @@ class PrivateRounds:
             self._asked.update(cohort)
             self._charge_local(round, event)
             return cohort
-        places = draw_members(self._secret, round, len(ids), federation.cohort, federation.sampling)
-        return tuple(ids[place] for place in places)
+        places = draw_members(self._secret, round, population, size, federation.sampling)
+        self._drawn = tuple(
+            self.canaries.ids[place - len(ids)] for place in places if place >= len(ids)
+        )
+        return tuple(ids[place] for place in places if place < len(ids))
 
     def release(self, method: Method, state: ServerState, updates: Iterable[Update]) -> ServerState:
         """Add up a cohort's updates as they come, and return the state after the round.
@@ -185,13 +192,19 @@ class PrivateRounds:
         return self.release_sum(method, state, self.add_up(method, state, updates))
 
     def add_up(self, method: Method, state: ServerState, updates: Iterable[Update]) -> CohortSum:
-        """Return the sum of what clients have changed, each clipped where the server is to."""
+        """Return the sum of what clients have changed, each clipped where the server is to.
+
+        The canaries that were drawn are among them, as if they had replied.
+        """
         sent = sent_row(method, state).astype(np.float64)
         row_of = RowReader(state.trainable, method.uploaded(state.round + 1))
         mechanism = None if self._privacy.mechanism == "local" else self.mechanism
         total, replies, below = np.zeros(len(sent)), 0, 0
-        for update in updates:
-            difference = row_of(update.adapter) - sent
+        canaries = self.canaries.updates(
+            self._drawn, _kind(method, state), len(sent), self.state.clipping_norm
+        )
+        clients = (row_of(update.adapter) - sent for update in updates)
+        for difference in itertools.chain(clients, canaries):
             if mechanism is not None:
                 below += mechanism.is_below(difference)
                 difference = mechanism.clip(difference)
@@ -207,7 +220,7 @@ class PrivateRounds:
 
         Raises `NonFiniteError` for noise that no adapter can hold; the round is charged.
         """
-        round = state.round + 1
+        round, trace = state.round + 1, None
         if self._privacy.mechanism == "local":
             mean = found.total / self._config.federation.cohort
         else:
@@ -216,13 +229,20 @@ class PrivateRounds:
             mechanism = self.mechanism
             mean = mechanism.release(found.total, round, found.below)
             self._charge(round, self._event, mechanism)
+            if self.canaries.count:
+                released = mean * mechanism.denominator
+                before = Trace.of_state(state.method_state)
+                trace = before.after(_kind(method, state), released, mechanism.clipping_norm)
             if found.below is not None:
                 norm = mechanism.next_norm(found.total, round, found.below, found.replies)
                 self.state = replace(self.state, clipping_norm=norm)
         self._event = None
         after = aggregate_mean(method, state, mean)
         require_answerable(after.trainable)
-        return after
+        if trace is None:
+            return after
+        kept: dict[str, Any] = {**after.method_state, **trace.to_state()}  # of float64: a long sum
+        return replace(after, method_state=kept)
 
     @property
     def _relation(self) -> Literal["add-or-remove-one", "replace-one"] | None:
@@ -264,6 +284,28 @@ class PrivateRounds:
         return _epsilon_of(grouped(events), self._privacy.delta, self._privacy.accountant)
 
 
+def canaries_of(privacy: PrivacyConfig, secret: bytes) -> Canaries:
+    """Return the canaries of a run with this secret; they are none without any."""
+    count = 0 if privacy.mechanism == "local" else privacy.canaries
+    return Canaries(count, derive(secret, "canaries") if count else b"")
+
+
+def _kind(method: Method, state: ServerState) -> str:
+    """Return which factors the rows of the next round hold."""
+    return "+".join(sorted(method.uploaded(state.round + 1)))
+
+
+def _drawn_of(
+    privacy: PrivacyConfig, federation: FederationConfig, clients: int
+) -> tuple[int, int]:
+    """Return of how many a cohort is drawn, and of what expected size: canaries are among them.
+
+    Where all clients take part in every round, so do all canaries.
+    """
+    population = clients + privacy.canaries
+    return population, federation.cohort if federation.cohort < clients else population
+
+
 def _paid(ledger: Ledger) -> int:
     """Return for how many releases of one device a local ledger pays."""
     return sum(line.event.count for line in ledger.lines)
@@ -283,9 +325,10 @@ def _multiplier(config: ExperimentConfig, privacy: PrivacyConfig, population: in
     if privacy.mechanism == "local":
         of = local_event  # in the worst case everyone is drawn in every round
     else:
+        drawn_of = _drawn_of(privacy, federation, population)
 
         def of(multiplier: float) -> PrivacyEvent:
-            return event_of(multiplier, population, federation.cohort, federation.sampling)
+            return event_of(multiplier, *drawn_of, federation.sampling)
 
     found = calibrate(
         privacy.epsilon, privacy.delta, max(1, federation.rounds), of, privacy.accountant

@@ -1,0 +1,169 @@
+"""What is run: tasks of virtual users, methods, budgets, and what is searched for each.
+
+Each task has a grid of learning rates, searched without privacy, and one of learning rates and
+clipping norms, searched for each budget. Both searches look at people's validation parts with a
+seed that is not reported. They are searches on private data whose cost is in no budget here: a real
+run would have to pay for them, or take its settings from public data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fedlora.experiment import find_experiment, read_table
+from simulations.studies.methods.parts import WATCH
+
+__all__ = [
+    "COHORT", "DELTA", "EPSILONS", "METHODS", "NONE", "TASKS", "TUNING_SEED", "Settings", "Task",
+    "Trial",
+]  # fmt: skip
+
+METHODS = ("fedit", "ffa-lora", "fedsvd", "rolora")
+NONE = math.inf  # no privacy: neither clipping nor noise
+EPSILONS = (NONE, 8.0, 6.0, 3.0, 1.0)
+DELTA = 1e-5
+COHORT = 100  # expected, by Poisson sampling; the denominator too
+TUNING_SEED = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is searched for."""
+
+    learning_rate: float
+    clipping_norm: float | None = None  # None: not clipped, without privacy
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run."""
+
+    stage: Literal["rates", "norms", "final"]
+    task: str
+    users: int
+    method: str
+    epsilon: float
+    settings: Settings
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Its name among the rows."""
+        s = self.settings
+        return (
+            f"{self.stage}/{self.task}/{self.users}/{self.method}/{self.epsilon:g}/"
+            f"{s.learning_rate:g}/{s.clipping_norm}/{self.seed}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A base, people, and what is searched for them."""
+
+    name: str
+    table: Mapping[str, Any]  # of the experiment
+    overrides: Mapping[str, Any]
+    rates: Sequence[float]  # of the clients, searched without privacy
+    slower: Sequence[float]  # factors of the rate found, searched with privacy
+    norms: Sequence[float]
+    tuned: Sequence[tuple[int, float]]  # (users, epsilon) where norms are searched
+    users: Sequence[int] = (1_000, 10_000)
+    epsilons: Sequence[float] = EPSILONS
+    methods: Sequence[str] = METHODS
+    seeds: int = 5
+    people: int | None = None  # who are evaluated; None: everyone once
+    cpu_seconds: float = 10.0  # of one run, about: for the expected time
+
+    def as_quick(self) -> Task:
+        """Return the task with two methods and budgets, few rounds and one seed."""
+        return replace(
+            self,
+            overrides={
+                **self.overrides, "federation.rounds": 4, "federation.cohort": 20,
+                "personalization.steps": 2,
+            },
+            rates=self.rates[:1], slower=(1.0,), norms=self.norms[:1],
+            tuned=((1_000, 3.0),), users=(1_000,), epsilons=(NONE, 3.0),
+            methods=("fedit", "ffa-lora"), seeds=1, people=4,
+            cpu_seconds=self.cpu_seconds / 10,
+        )  # fmt: skip
+
+    def finals(self, users: int, epsilon: float) -> Iterator[tuple[int, str, float, int]]:
+        """Yield (users, method, epsilon, seed) of what is reported and was tuned at these.
+
+        Without privacy, 1,000 virtual users and 10,000 are copies of the same people in other
+        numbers: it is run with the most alone, as the reference of all.
+        """
+        budgets = [e for e in self.epsilons if (e == NONE) == (epsilon == NONE)]
+        if epsilon != NONE:
+            budgets = [e for e in budgets if self.tuning_of(users, e) == (users, epsilon)]
+        others = {at for at, _ in self.tuned}
+        # Users for whom no norm was searched take that of the nearest.
+        sizes = [n for n in self.users if n == users or (n not in others and epsilon != NONE)]
+        for seed in range(self.seeds):
+            for size in sizes:
+                for budget in budgets:
+                    for method in self.methods:
+                        yield size, method, budget, seed
+
+    def blocks(self) -> Iterator[tuple[int, float]]:
+        """Yield (users, epsilon) in the order of the study: a budget, no privacy, the others."""
+        first, *others = self.tuned
+        yield from (first, (max(self.users), NONE), *others)
+
+    def tuning_of(self, users: int, epsilon: float) -> tuple[int, float]:
+        """Return at which (users, epsilon) the norm for these was searched: the nearest."""
+        return min(
+            self.tuned,
+            key=lambda at: (at[0] != users, abs(math.log(at[1] / epsilon))),
+        )
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many runs the searches and the reported part have."""
+        searched = len(self.rates) + len(self.tuned) * len(self.slower) * len(self.norms)
+        reported = sum(1 for block in self.blocks() for _ in self.finals(*block))
+        return searched * len(self.methods), reported
+
+
+_PRIVATE = {
+    "federation.sampling": "poisson", "federation.weights": "equal", "federation.cohort": COHORT,
+    "personalization.save": False, "personalization.cross": 0,
+}  # fmt: skip
+
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "watch", WATCH,
+            {
+                **_PRIVATE, "federation.rounds": 40, "federation.local_steps": 4,
+                "personalization.steps": 16,
+            },
+            rates=(5e-3, 2e-2, 5e-2),
+            slower=(1.0,),
+            norms=(0.3, 1.0, 3.0),
+            tuned=tuple((users, eps) for users in (1_000, 10_000) for eps in (3.0, 1.0, 8.0)),
+            cpu_seconds=8.0,
+        ),
+        Task(
+            "chitchat", read_table(find_experiment("keyboard")),
+            {
+                **_PRIVATE, "federation.rounds": 20, "federation.local_steps": 2,
+                "federation.batch_size": 4, "data.max_length": 12, "data.held_out_clients": 0.0,
+                "data.test_share": 0.03, "data.validation_share": 0.03,
+                "lora.rank": 4, "lora.lora_alpha": 8, "lora.layers": "last:1",
+                "personalization.steps": 16,
+            },
+            rates=(5e-3, 1e-2),
+            slower=(1.0,),
+            norms=(0.1, 0.3, 1.0),
+            tuned=((10_000, 3.0),),
+            seeds=3,
+            people=40,
+            cpu_seconds=70.0,
+        ),
+    )
+}  # fmt: skip
