@@ -1,0 +1,135 @@
+"""What a run promises about people's data, what audits found, and who could learn what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from fedlora.report.blocks import Block, Cell, Notes, Plot, Section, Table, Words
+from fedlora.report.drawing import SERIES
+from fedlora.report.folder import Row, RunFolder
+from fedlora.report.rounds import curve
+from fedlora.report.words import cell, one_line
+
+__all__ = ["ledger_plots", "privacy_section", "privacy_words"]
+
+
+def privacy_section(run: RunFolder) -> Section:
+    """Return the guarantee, its parts, the audit, and what three kinds of attacker could learn."""
+    privacy = (run.summary or {}).get("privacy")
+    blocks: list[Block] = [Words(privacy_words(run))]
+    if privacy:
+        rows: list[tuple[Cell, ...]] = [
+            (one_line(key).replace("_", " "), _value(value))
+            for key, value in privacy.items()
+            if key != "notes"
+        ]
+        blocks.append(Table(("part of the guarantee", "value"), tuple(rows)))
+        if notes := privacy.get("notes"):
+            blocks.append(Notes(tuple(map(one_line, notes))))
+    if run.audit is not None:
+        rows = [(one_line(k).replace("_", " "), _value(v)) for k, v in run.audit.items()]
+        words = "What an attack on this very run found (audit.json): an estimate, not a bound."
+        blocks.append(Table(("audit", "value"), tuple(rows), words))
+    else:
+        blocks.append(Words("No audit of this run is in its folder: leakage was not measured."))
+    blocks.append(Notes(tuple(_threats(run))))
+    return Section("privacy", "Privacy", tuple(blocks))
+
+
+def privacy_words(run: RunFolder) -> str:
+    """Return the guarantee in a sentence or two."""
+    table = run.experiment.get("privacy")
+    summed = "secure_aggregation" in run.experiment
+    sum_words = (
+        " Updates are added up under masks (secure aggregation): the server learns a cohort's sum "
+        "and no update."
+        if summed
+        else ""
+    )
+    privacy = (run.summary or {}).get("privacy")
+    if privacy and privacy.get("epsilon") is not None:
+        stopped = ""
+        if privacy.get("stopped"):
+            stopped = f" The run was ended early by {one_line(privacy['stopped'])}."
+        return (
+            f"The global adapter is ({cell(privacy['epsilon'])}, {privacy['delta']:g})-"
+            f"differentially private for each {one_line(privacy.get('unit', 'user'))} "
+            f"({one_line(privacy.get('neighboring_relation', ''))}; "
+            f"{one_line(privacy.get('mechanism', 'central'))} noise): with or without one of them, "
+            f"no outcome is more than e^{cell(privacy['epsilon'])} times as likely, but for a "
+            f"chance of {privacy['delta']:g}.{stopped}{sum_words}"
+        )
+    if table is not None and run.summary is None:
+        return f"The run is not done: its guarantee is known at the end.{sum_words}"
+    return (
+        "This run gives no guarantee of differential privacy: its experiment has no [privacy]."
+        f"{sum_words} Data stay on the devices, and what leaves them, low-rank factors, was "
+        "computed from the data and can tell of them."
+    )
+
+
+def ledger_plots(run: RunFolder) -> list[Plot]:
+    """Return what of the ledger changes from round to round: epsilon, the clipping norm."""
+    plots = []
+    for key, title, label, words in (
+        ("epsilon", "Epsilon", "epsilon", "Spent by the end of each round, at the run's delta."),
+        (
+            "clipping_norm",
+            "Clipping norm",
+            "L2 norm of an update",
+            "The most that one client's whole update may move.",
+        ),
+    ):
+        found: dict[int, float | None] = {
+            line["round"]: line[key] for line in run.ledger if line.get(key) is not None
+        }
+        if found and (key == "epsilon" or len(set(found.values())) > 1):
+            rows: Sequence[Row] = [{"round": number} for number in sorted(found)]
+            values = [found[row["round"]] for row in rows]
+            plots.append(
+                curve(title, words, [(key, values, SERIES[4])], rows, label, from_zero=True)
+            )
+    return plots
+
+
+def _threats(run: RunFolder) -> list[str]:
+    """Say what an honest but curious server, another client, and a thief of a device could learn."""
+    private = "privacy" in run.experiment
+    summed = "secure_aggregation" in run.experiment
+    local = private and run.experiment["privacy"].get("mechanism") == "local"
+    if summed:
+        server = (
+            "An honest but curious server sees a cohort's sum alone, as long as enough of the "
+            "cohort do not conspire with it."
+        )
+    elif local:
+        server = (
+            "An honest but curious server sees each client's update under that client's own noise."
+        )
+    else:
+        server = (
+            "An honest but curious server sees every client's own update of low-rank factors; from "
+            "small batches, inputs can be reconstructed from such an update in part or whole."
+        )
+    other = (
+        "Another client sees the global adapter of each round it takes part in; "
+        + (
+            "the guarantee above bounds what that tells of any one person."
+            if private
+            else "nothing bounds what that tells of one person, and less the larger the cohort."
+        )
+    )
+    thief = (
+        "A thief of an unlocked device has its owner's data and personal adapter, which no "
+        "guarantee of the federation covers; and the global adapter, as any client has it."
+    )
+    return [server, other, thief]
+
+
+def _value(value: object) -> Cell:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or isinstance(value, int | float):
+        return value
+    return one_line(value if isinstance(value, str) else json.dumps(value))[:400]
