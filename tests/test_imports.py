@@ -19,9 +19,19 @@ ROWS = [
     {"conditions", "errors", "files", "imports", "low_rank", "patterns", "randomness"},
     {"adapter", "flat", "targets", "training"},
     {"aggregation", "privacy", "formats", "store", "metrics"},
-    {"experiment", "personalization", "mixing", "evaluation", "nn", "bases", "data", "world"},
+    {
+        "experiment",
+        "personalization",
+        "mixing",
+        "evaluation",
+        "nn",
+        "bases",
+        "data",
+        "world",
+        "report",
+    },  # fmt: skip
     {"simulation", "federation", "export", "device", "ota"},
-    {"agent", "release", "report"},
+    {"agent", "release"},
     {"cli", "clients", "server", "simulations"},
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}

@@ -21,6 +21,7 @@ from fedlora.cli import (
     federation,
     models,
     ota,
+    report,
     simulate,
 )
 from fedlora.cli import agent as _agent  # noqa: F401 - adds commands to device
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.command()(simulate.simulate)
 app.command()(compare.compare)
+app.command()(report.report)
 app.command()(adapters.inspect)
 app.command()(adapters.convert)
 app.command()(adapters.combine)
@@ -60,6 +62,7 @@ _EXTRAS = {
     "onnxruntime": "device",
     "ray": "ray",
     "securesystemslib": "ota",
+    "tensorboardX": "tracking",
     "tokenizers": "text",
     "tomli_w": "sim",
     "torch": "train",

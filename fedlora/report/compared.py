@@ -98,17 +98,16 @@ def _results(numbers: Row, points: Sequence[str], label: str) -> tuple[Block, ..
     colors = _colors(numbers)
     head = ["point"] if len(points) > 1 else []
     head += ["method"]
-    for name in names:
-        head += [name, f"{name} low", f"{name} high"]
+    head += names
     rows: list[tuple[Cell, ...]] = []
     for cell in cells:
         row: list[Cell] = [points[cell["point"]]] if len(points) > 1 else []
         row.append(one_line(cell["method"]))
         for name in names:
-            metric = cell["adapters"].get(name, {}).get("metric", {})
-            row += [metric.get("mean"), metric.get("low"), metric.get("high")]
+            row.append(_mean(cell["adapters"].get(name)))
         rows.append((*row, f"{cell['done']} of {cell['runs']}"))
-    table = Table((*head, "runs done"), tuple(rows), "Means over clients, then over seeds.")
+    words = f"{label}: mean over clients, then over seeds, ± half of the 95 % interval over seeds."
+    table = Table((*head, "runs done"), tuple(rows), words)
     plots: list[Block] = [table]
     for name in (n for n in COMPARED if n in names):
         bars: list[Bar] = []
@@ -189,7 +188,14 @@ def _costs(numbers: Row, points: Sequence[str]) -> Table:
             (text, amount(cell["bytes_up"]), amount(cell["bytes_down"]), cell["seconds"],
              cell["dropped"], cell["left_out"])
         )  # fmt: skip
-    head = ("method", "from clients", "to clients", "seconds", "replies dropped", "clients diverged")
+    head = (
+        "method",
+        "from clients",
+        "to clients",
+        "seconds",
+        "dropped",
+        "clients diverged",
+    )
     return Table(head, tuple(rows), "Bytes and seconds of one run, mean over seeds.")
 
 
@@ -210,18 +216,14 @@ def _tuned(numbers: Row, points: Sequence[str]) -> Table:
 
 def _again(found: ComparisonFolder) -> Section:
     plan = shlex.quote(str(found.path / "plan.json"))
-    command = (
-        f"mkdir -p runs/again && cp {plan} runs/again/ && fedlora compare --resume runs/again"
-    )
+    command = f"mkdir -p runs/again && cp {plan} runs/again/ && fedlora compare --resume runs/again"
     numbers = found.numbers
     rows: list[tuple[Cell, ...]] = [
         ("folder", one_line(found.path)),
         ("fedlora", one_line(numbers["fedlora_version"])),
         ("seeds", ", ".join(map(str, numbers["plan"]["seeds"]))),
     ]
-    rows += [
-        (one_line(key), one_line(value)) for key, value in numbers["plan"]["settings"].items()
-    ]
+    rows += [(one_line(key), one_line(value)) for key, value in numbers["plan"]["settings"].items()]
     blocks: list[Block] = [
         Table(("of this comparison", ""), tuple(rows)),
         Code(command, "The same plan in a new folder:"),
@@ -247,7 +249,12 @@ def _where(point: str, method: str) -> str:
     return f"{one_line(method)} · {point}" if point else one_line(method)
 
 
+def _mean(found: Row | None) -> str:
+    if found is None:
+        return "no run"
+    mean, high = found["metric"]["mean"], found["metric"]["high"]
+    return f"{mean:.4f}" if high is None else f"{mean:.4f} ± {high - mean:.4f}"
+
+
 def _colors(numbers: Row) -> dict[str, str]:
-    return {
-        method: SERIES[i % len(SERIES)] for i, method in enumerate(numbers["plan"]["methods"])
-    }
+    return {method: SERIES[i % len(SERIES)] for i, method in enumerate(numbers["plan"]["methods"])}

@@ -70,19 +70,29 @@ def privacy_words(run: RunFolder) -> str:
 
 
 def ledger_plots(run: RunFolder) -> list[Plot]:
-    """Return what of the ledger changes from round to round: epsilon, the clipping norm."""
+    """Return what differential privacy changes from round to round: epsilon, the clipping norm.
+
+    epsilon is in the rounds' lines, as of when they were done; the norm is in the ledger's.
+    """
     plots = []
-    for key, title, label, words in (
-        ("epsilon", "Epsilon", "epsilon", "Spent by the end of each round, at the run's delta."),
+    for key, lines, title, label, words in (
+        (
+            "epsilon",
+            (*run.ledger, *run.rounds),
+            "Epsilon",
+            "epsilon, for each person",
+            "Spent from the start to the end of each round, at the run's delta.",
+        ),
         (
             "clipping_norm",
+            run.ledger,
             "Clipping norm",
             "L2 norm of an update",
             "The most that one client's whole update may move.",
         ),
     ):
         found: dict[int, float | None] = {
-            line["round"]: line[key] for line in run.ledger if line.get(key) is not None
+            line["round"]: line[key] for line in lines if line.get(key) is not None
         }
         if found and (key == "epsilon" or len(set(found.values())) > 1):
             rows: Sequence[Row] = [{"round": number} for number in sorted(found)]
@@ -94,7 +104,7 @@ def ledger_plots(run: RunFolder) -> list[Plot]:
 
 
 def _threats(run: RunFolder) -> list[str]:
-    """Say what an honest but curious server, another client, and a thief of a device could learn."""
+    """Say what an honest but curious server, another client, and a thief could learn."""
     private = "privacy" in run.experiment
     summed = "secure_aggregation" in run.experiment
     local = private and run.experiment["privacy"].get("mechanism") == "local"
@@ -112,13 +122,10 @@ def _threats(run: RunFolder) -> list[str]:
             "An honest but curious server sees every client's own update of low-rank factors; from "
             "small batches, inputs can be reconstructed from such an update in part or whole."
         )
-    other = (
-        "Another client sees the global adapter of each round it takes part in; "
-        + (
-            "the guarantee above bounds what that tells of any one person."
-            if private
-            else "nothing bounds what that tells of one person, and less the larger the cohort."
-        )
+    other = "Another client sees the global adapter of each round it takes part in; " + (
+        "the guarantee above bounds what that tells of any one person."
+        if private
+        else "no bound is known for what that tells of any one person."
     )
     thief = (
         "A thief of an unlocked device has its owner's data and personal adapter, which no "

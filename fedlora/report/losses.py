@@ -12,7 +12,6 @@ from fedlora.report.words import count, one_line
 
 __all__ = ["losses_section"]
 
-DECLINED = "declined: "  # how the reason of a device that declined begins
 MOST = 30  # rows of a table
 
 
@@ -27,12 +26,13 @@ def losses_section(run: RunFolder) -> Section:
         words = f"Each of {count(asked, 'message')} to clients brought an update that counted."
         return Section("losses", "Who did not count", (Words(words if asked else "Nobody yet."),))
     counted = asked - dropped - declined
-    text = (
-        f"Of {count(asked, 'message')} to clients, {counted} brought an update that counted; "
-        f"{count(dropped, 'reply', 'replies')} did not count or never came, "
-        f"{count(declined, 'time', 'times')} a device declined, and "
-        f"{count(late, 'reply', 'replies')} came too late and went unread."
-    )
+    text = f"Of {count(asked, 'message')} to clients, {counted} brought an update that counted."
+    if dropped:
+        text += f" {count(dropped, 'reply', 'replies').capitalize()} did not count or never came."
+    if declined:
+        text += f" {count(declined, 'time')} a device declined."
+    if late:
+        text += f" {count(late, 'reply', 'replies').capitalize()} came too late and went unread."
     lost = [item for record in run.rounds for item in record.get("dropped", ())]
     blocks: list[Block] = [
         Words(text),

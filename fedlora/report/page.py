@@ -13,11 +13,13 @@ from fedlora.report.words import cell as shown
 __all__ = ["html_page"]
 
 MOST_ROWS = 200  # that a page shows of a table; the data behind it have all
+SHORT = 24  # letters of a cell that stays on one line
 # Nothing may be loaded from anywhere, should a text of a client ever look like an element.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 STYLE = """
-:root { color-scheme: light dark; --sans: system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif;
+:root { color-scheme: light dark;
+  --sans: system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif;
   --page: #ffffff; --ink: #1b1f24; --muted: #59636e; --line: #d1d9e0; --soft: #f4f6f8;
   --bad: #c11f2e; --s0: #1d5fd0; --s1: #b35900; --s2: #0a7a55; --s3: #5f6b7a; --s4: #7a3fbf;
   --s5: #0b7a99; --s6: #a1358c; --s7: #6b6a00; }
@@ -40,7 +42,8 @@ h2 { font-size: 1.3rem; margin: 2.4rem 0 .6rem; padding-bottom: .25rem;
   border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 0 0 .3rem; }
 p, ul { max-width: 48rem; margin: .5rem 0; } li { margin: .2rem 0; }
-.sub { color: var(--muted); margin: 0; }
+.sub { color: var(--muted); margin: .8rem 0 0; font-size: .875rem; }
+header .sub { margin: 0; font-size: 1rem; }
 nav { margin: 1rem 0 0; } nav a { display: inline-block; margin: 0 1rem .3rem 0; }
 a { color: var(--s0); } a:focus-visible, summary:focus-visible { outline: 2px solid var(--s0); }
 .plots { display: grid; gap: 1.6rem 2rem; margin: 1rem 0;
@@ -54,11 +57,12 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .data .scroll { max-height: 22rem; overflow-y: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums;
   margin: .5rem 0; overflow-wrap: normal; }
-caption { text-align: left; color: var(--muted); padding-bottom: .25rem; }
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; } td.n, th.n { text-align: right; } td { max-width: 34rem; }
+  vertical-align: top; }
+td.n, th.n { text-align: right; } td { max-width: 34rem; } td.w { white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; }
-pre { background: var(--soft); border: 1px solid var(--line); border-radius: 4px; padding: .6rem .8rem;
+pre { background: var(--soft); border: 1px solid var(--line); border-radius: 4px;
+  padding: .6rem .8rem;
   overflow-x: auto; font: .8125rem/1.45 ui-monospace, Menlo, Consolas, monospace; margin: .4rem 0;
   white-space: pre-wrap; }
 """
@@ -119,21 +123,21 @@ def _block(block: Block) -> str:
         words = f"<p>{_text(block.caption)}</p>" if block.caption else ""
         return f"{words}<pre>{_text(block.text)}</pre>"
     assert isinstance(block, Table)
-    return f'<div class="scroll">{_table(block)}</div>'
+    return _table(block)
 
 
 def _figure(plot: Plot, name: str) -> str:
     file = "".join(c if c.isalnum() else "-" for c in plot.title.lower()).strip("-")
     link = (
         f'<a download="{file}.csv" href="data:text/csv;charset=utf-8,{quote(plot.table.csv())}">'
-        f'CSV<span hidden> of {_text(plot.title)}</span></a>'
+        f"CSV<span hidden> of {_text(plot.title)}</span></a>"
     )
     return (
         f'<figure id="{name}"><h3 id="{name}-title">{_text(plot.title)}</h3>'
         f"{svg_of(plot, name)}"
         f'<figcaption id="{name}-words">{_text(plot.caption)}</figcaption>'
         f'<div class="data">{link}<details><summary>The numbers as a table</summary>'
-        f'<div class="scroll" tabindex="0">{_table(plot.table)}</div></details></div></figure>'
+        f"{_table(plot.table)}</details></div></figure>"
     )
 
 
@@ -145,16 +149,25 @@ def _table(table: Table) -> str:
         for name, mark in zip(table.head, marks, strict=True)
     )
     body = "".join(
-        "<tr>"
-        + "".join(f"<td{m}>{_text(shown(c))}</td>" for c, m in zip(row, marks, strict=True))
-        + "</tr>"
-        for row in table.rows[:MOST_ROWS]
+        "<tr>" + "".join(map(_td, row, marks)) + "</tr>" for row in table.rows[:MOST_ROWS]
     )
     words = table.caption
     if len(table.rows) > MOST_ROWS:
         words = f"{words} The first {MOST_ROWS} of {len(table.rows)} rows.".strip()
-    caption = f"<caption>{_text(words)}</caption>" if words else ""
-    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    # Beside the table and not its caption, which would scroll away with it on a narrow screen.
+    caption = f'<p class="sub">{_text(words)}</p>' if words else ""
+    return (
+        f'{caption}<div class="scroll" role="region" tabindex="0" '
+        f'aria-label="{_text(words or ", ".join(table.head))}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _td(cell: Cell, mark: str) -> str:
+    text = shown(cell)
+    if not mark and len(text) <= SHORT:
+        mark = ' class="w"'
+    return f"<td{mark}>{_text(text)}</td>"
 
 
 def _is_numeric(rows: Sequence[Sequence[Cell]], column: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlora.metrics import gain
 from fedlora.report.blocks import Block, Cell, Notes, Plot, Section, Table, Words
-from fedlora.report.drawing import ADAPTER_COLORS, BAD, INK, MUTED, PAGE, SERIES
+from fedlora.report.drawing import ADAPTER_COLORS, BAD, INK, MUTED, PAGE, SERIES, boxes
 from fedlora.report.folder import Row, RunFolder
 from fedlora.report.words import count, interval, measure_label, one_line, short, signed
 
@@ -197,13 +197,10 @@ def _gains(
                 if not chosen:
                     continue
                 colors = [ADAPTER_COLORS[after] if found[i][0] >= 0 else BAD for i in chosen]
-                axes.bar(
-                    [i + 1 for i in chosen], [found[i][0] for i in chosen], width=0.8,
-                    color="none" if is_held else colors, edgecolor=colors, linewidth=0.8,
-                    label=words,
-                )  # fmt: skip
+                corners = [(i + 0.6, 0.0, i + 1.4, found[i][0]) for i in chosen]
+                boxes(axes, corners, colors, label=words, filled=not is_held)
         if between is not None and between["low"] is not None:
-            axes.axhspan(between["low"], between["high"], color=MUTED, alpha=0.25, lw=0)
+            axes.axhspan(between["low"], between["high"], color=MUTED, alpha=0.25, lw=0, zorder=0.6)
         if between is not None:
             axes.axhline(between["mean"], color=INK, lw=1, ls="--")
         axes.axhline(0, color=INK, lw=0.8)
@@ -213,9 +210,8 @@ def _gains(
     better = sum(value > 0 for value, _, held in found if not held)
     caption = f"{better} of {count(len(mine), 'client')} that took part are better off."
     if between is not None:
-        caption += (
-            f" Mean {signed(between['mean'])} ({interval(between)}, paired; dashed line and band)."
-        )
+        mean = signed(between["mean"] or 0.0)
+        caption += f" Mean {mean} ({interval(between)}, paired; dashed line and band)."
     return [Plot(title, caption, table, draw)]
 
 
@@ -243,21 +239,21 @@ def cross_section(run: RunFolder, metric: str, higher_is_better: bool) -> Sectio
     written = len(clients) <= NUMBERED
 
     def draw(axes: Any) -> None:
-        from matplotlib.patches import Rectangle
-
         n = len(clients)
+        places = [(i, j) for i in range(n) for j in range(n)]
+        corners = [(j, i, j + 1, i + 1) for i, j in places]
+        strengths = [0.05 + 0.5 * shades[i][j] for i, j in places]
+        boxes(axes, corners, [SERIES[0]] * len(places), alphas=strengths)
+        own = [(i, i, i + 1, i + 1) for i in range(n)]
+        boxes(axes, own, [INK] * n, filled=False)
         for i, row in enumerate(values):
             for j, value in enumerate(row):
-                axes.add_patch(
-                    Rectangle((j, i), 1, 1, fc=SERIES[0], alpha=0.05 + 0.5 * shades[i][j], lw=0)
-                )
                 if written:
-                    text = f"{value:.2f}"
-                    weight = "bold" if i == j else "normal"
-                    size = min(10, 90 / n)
-                    axes.text(j + 0.5, i + 0.5, text, ha="center", va="center",
-                              fontsize=size, fontweight=weight)  # fmt: skip
-            axes.add_patch(Rectangle((i, i), 1, 1, fill=False, ec=INK, lw=1))
+                    text = axes.text(
+                        j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center",
+                        fontsize=min(10, 90 / n), fontweight="bold" if i == j else "normal",
+                    )  # fmt: skip
+                    text.set_in_layout(False)
         axes.set_xlim(0, n)
         axes.set_ylim(n, 0)
         axes.grid(visible=False)
@@ -269,9 +265,9 @@ def cross_section(run: RunFolder, metric: str, higher_is_better: bool) -> Sectio
         axes.set_ylabel("whose own adapter")
 
     caption = (
-        f"{metric} of everyone's own adapter (row) on everyone's data (column); darker is better "
-        "within a column, the framed diagonal is a person's own. Where own adapters win, what was "
-        "learned is the person; where all of a column is alike, it is the domain."
+        f"{metric} of everyone's own adapter (row) on everyone's data (column). The stronger "
+        "the colour, the better within a column; the framed diagonal is a person's own. "
+        "Where own adapters win, what was learned is the person; where all of a column is alike, it is the domain."
     )
     words = (
         f"A person's own adapter is better than the mean of the others' on "
@@ -300,5 +296,3 @@ def _van_der_corput(number: int) -> float:
         value += weight * (number & 1)
         number, weight = number >> 1, weight / 2
     return value
-
-

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedlora.report.blocks import Block, Plot, Section, Table, Words
-from fedlora.report.drawing import BAD, SERIES
+from fedlora.report.drawing import BAD, SERIES, boxes
 from fedlora.report.folder import Row, RunFolder
 from fedlora.report.words import count, measure_label
 
@@ -101,13 +101,16 @@ def curve(
 
     def draw(axes: Any) -> None:
         marker = "o" if len(numbers) <= MARKED else ""
-        for name, values, color in series:
+        widths = [1.6] if len(series) == 1 else [3.4] + [1.4] * (len(series) - 1)
+        for (name, values, color), width in zip(series, widths, strict=True):
             shown = [float("nan") if value is None else value for value in values]
-            axes.plot(numbers, shown, marker=marker, color=color, label=name)
+            # The first is the widest: where all are equal, it is still seen.
+            axes.plot(numbers, shown, marker=marker, color=color, label=name, lw=width)
         by_round(axes, numbers)
         axes.set_ylabel(label)
         if from_zero:
-            axes.set_ylim(bottom=0)
+            top = max((v for _, values, _ in series for v in values if v is not None), default=0)
+            axes.set_ylim(0, 1.08 * top or 1)
 
     return Plot(title, caption, table, draw)
 
@@ -129,7 +132,7 @@ def bytes_plot(rows: Sequence[Row]) -> Plot:
         ("to clients", [row["bytes_down"] / 1e6 for row in rows], SERIES[1]),
     ]
     caption = "All messages of the round's training, both ways, layouts and settings included."
-    return curve("Bytes", caption, series, rows, "MB", from_zero=True)
+    return curve("Bytes", caption, series, rows, "MB (10⁶ bytes)", from_zero=True)
 
 
 def phases_plot(rows: Sequence[Row]) -> Plot | None:
@@ -148,10 +151,16 @@ def phases_plot(rows: Sequence[Row]) -> Plot | None:
         else:
             below = [0.0] * len(numbers)
             for name, mine, color in zip(names, values, colors, strict=True):
-                axes.bar(numbers, mine, bottom=below, color=color, label=name, width=0.8)
-                below = [a + b for a, b in zip(below, mine, strict=True)]
+                tops = [a + b for a, b in zip(below, mine, strict=True)]
+                corners = [
+                    (number - 0.4, low, number + 0.4, high)
+                    for number, low, high in zip(numbers, below, tops, strict=True)
+                ]
+                boxes(axes, corners, [color] * len(numbers), label=name)
+                below = tops
+            axes.set_ylim(0, 1.08 * max(below) or 1)
         by_round(axes, numbers)
-        axes.set_ylabel("s")
+        axes.set_ylabel("time (s)")
 
     caption = (
         "Seconds by phase. wait is for replies, in a simulation the clients' training; save is the "
@@ -172,7 +181,7 @@ def _clients(rows: Sequence[Row]) -> Plot:
         "Clients that were asked, and those whose reply counted; dropped: failed, late or refused; "
         "declined: their owners' conditions did not allow it."
     )
-    return curve("Clients", caption, series, rows, "clients", from_zero=True)
+    return curve("Clients", caption, series, rows, "number of clients", from_zero=True)
 
 
 def _seconds(rows: Sequence[Row]) -> Plot:
@@ -182,7 +191,7 @@ def _seconds(rows: Sequence[Row]) -> Plot:
             values = [row["clients"].get(name) for row in rows]
             series.append((f"{name} client", values, color))
     caption = "Wall time of each round, and the clients' own where they tell it."
-    return curve("Seconds", caption, series, rows, "s", from_zero=True)
+    return curve("Seconds", caption, series, rows, "time (s)", from_zero=True)
 
 
 def _added(first: Row, second: Row) -> dict[str, float]:

@@ -78,6 +78,16 @@ def _summary(run: RunFolder) -> tuple[Block, ...]:
         )
         return Words(state), Words(trained)
     found, extra = run.summary, run.summary["extra"]
+    cost = (
+        f"Clients sent {amount(found['bytes_up'])} and were sent {amount(found['bytes_down'])}; "
+        f"the whole run took {duration(found['seconds'])}."
+    )
+    last: list[Block] = [Words(cost), Words(privacy_words(run))]
+    if notes := extra.get("notes"):
+        last += [Words("To be known beside it:"), Notes(tuple(map(one_line, notes)))]
+    if found["global"] is None:
+        nobody = "No client tells how well its adapters do: this run's messages hold no scores."
+        return Words(trained), Words(nobody), *last
     metric = found["metric"]
     which = "higher" if found["higher_is_better"] else "lower"
     sentences = [
@@ -111,15 +121,7 @@ def _summary(run: RunFolder) -> tuple[Block, ...]:
         sentences.append(
             f"{kept} clients keep the global adapter, which did better on their validation part."
         )
-    cost = (
-        f"Clients sent {amount(found['bytes_up'])} and were sent {amount(found['bytes_down'])}; "
-        f"the whole run took {duration(found['seconds'])}."
-    )
-    blocks: list[Block] = [Words(trained), Notes(tuple(sentences)), Words(cost)]
-    blocks += [Words(privacy_words(run)), results_table(found)]
-    if notes := extra.get("notes"):
-        blocks += [Words("To be known beside it:"), Notes(tuple(map(one_line, notes)))]
-    return tuple(blocks)
+    return Words(trained), Notes(tuple(sentences)), results_table(found), *last
 
 
 def _gain_words(who: str, than: str, found: dict[str, float | None], metric: str) -> str:

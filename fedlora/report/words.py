@@ -46,8 +46,10 @@ def duration(seconds: float) -> str:
     """Return a time in the units that one would say it in.
 
     >>> duration(0.25), duration(95), duration(7384)
-    ('0.25 s', '1 min 35 s', '2 h 3 min')
+    ('250 ms', '1 min 35 s', '2 h 3 min')
     """
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
