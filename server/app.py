@@ -15,13 +15,13 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+import fedlora.report as reports
 from fedlora.errors import FedloraError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation import QuorumGrid, RoundRecord, round_words, run_federation
 from fedlora.federation._flower_private import with_quick_objects_in_grid
 from fedlora.federation.faults import with_faults
 from fedlora.federation.results import run_table
-from fedlora.report import report_at_end
 
 AT_ONCE = 32  # messages in one call to the SuperLink: their arrays are all in memory together
 
@@ -57,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
         )
         if evaluate:
             print(run_table(out), flush=True)
-            report_at_end(out)
+            reports.report_at_end(out)
     except FedloraError as error:
         # One line that whoever reads this log can find: Flower adds a trace over many.
         _log.error("fedlora-error %s: %s", type(error).__name__, error)

@@ -29,7 +29,7 @@ ROWS = [
         "data",
         "world",
         "report",
-    },  # fmt: skip
+    },
     {"simulation", "federation", "export", "device", "ota"},
     {"agent", "release"},
     {"cli", "clients", "server", "simulations"},

@@ -87,7 +87,7 @@ class LiveTable(RunCallback):
         up, down = map(amount, self._bytes)
         table = Table(
             title=escape(self._name), title_justify="left", box=box.SIMPLE_HEAD,
-            caption=f"{up} from clients, {down} to them since the start of this command",
+            caption=f"in all: {up} up, {down} down",
             caption_justify="left",
         )  # fmt: skip
         epsilon = ["epsilon"] if private else []

@@ -79,5 +79,5 @@ class TensorBoard(RunCallback):
                     self._writer.add_scalar(f"{name}/{key}", value, step)
                 values = [scores[name][metric] for scores in self._scores if name in scores]
                 if values:
-                    self._writer.add_histogram(f"clients/{name} {metric}", values, step)
+                    self._writer.add_histogram(f"clients/{name}_{metric}", values, step)
         self._writer.close()

@@ -13,7 +13,7 @@ from fedlora.report.words import cell as shown
 __all__ = ["html_page"]
 
 MOST_ROWS = 200  # that a page shows of a table; the data behind it have all
-SHORT = 24  # letters of a cell that stays on one line
+SHORT = 24  # letters of a cell that stays on one line; a longer one gets room
 # Nothing may be loaded from anywhere, should a text of a client ever look like an element.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -31,6 +31,8 @@ STYLE = """
   --page: #ffffff; --ink: #000000; --muted: #444444; --line: #bbbbbb; --soft: #ffffff;
   --bad: #b00020; --s0: #1d5fd0; --s1: #b35900; --s2: #0a7a55; --s3: #5f6b7a; --s4: #7a3fbf;
   --s5: #0b7a99; --s6: #a1358c; --s7: #6b6a00; } nav, .data { display: none; }
+  .scroll { overflow: visible !important; } table { font-size: .75rem !important; }
+  th, td { padding-right: .5rem !important; }
   figure, table, pre { break-inside: avoid; } section.long, table.long { break-inside: auto; }
   h2, h3, figcaption { break-after: avoid; } }
 * { box-sizing: border-box; }
@@ -60,6 +62,7 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 td.n, th.n { text-align: right; } td { max-width: 34rem; } td.w { white-space: nowrap; }
+td.l { min-width: 15rem; overflow-wrap: anywhere; }
 th { font-weight: 600; vertical-align: bottom; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 4px;
   padding: .6rem .8rem;
@@ -165,8 +168,8 @@ def _table(table: Table) -> str:
 
 def _td(cell: Cell, mark: str) -> str:
     text = shown(cell)
-    if not mark and len(text) <= SHORT:
-        mark = ' class="w"'
+    if not mark:
+        mark = ' class="w"' if len(text) <= SHORT else ' class="l"'
     return f"<td{mark}>{_text(text)}</td>"
 
 

@@ -10,7 +10,15 @@ from fedlora.metrics import gain
 from fedlora.report.blocks import Block, Cell, Notes, Plot, Section, Table, Words
 from fedlora.report.drawing import ADAPTER_COLORS, BAD, INK, MUTED, PAGE, SERIES, boxes
 from fedlora.report.folder import Row, RunFolder
-from fedlora.report.words import count, interval, measure_label, one_line, short, signed
+from fedlora.report.words import (
+    count,
+    interval,
+    measure_label,
+    measure_words,
+    one_line,
+    short,
+    signed,
+)
 
 __all__ = ["clients_section", "cross_section", "results_table", "scored_rows"]
 
@@ -45,7 +53,7 @@ def results_table(summary: Row) -> Table:
             values = [found[name][key] for key in ("mean", "median", "worst_tenth")]
             rows.append((f"{words}{name}", *values, *(measures[name][other] for other in others)))
     metric = summary["metric"]
-    head = ("adapter", f"{metric} mean", "median", "worst tenth", *others)
+    head = ("adapter", f"{metric} mean", "median", "worst tenth", *map(measure_words, others))
     who = count(summary["clients"], "client")
     if summary["held_out"]:
         who += f", {extra['held_out_clients']} held out"
@@ -267,7 +275,8 @@ def cross_section(run: RunFolder, metric: str, higher_is_better: bool) -> Sectio
     caption = (
         f"{metric} of everyone's own adapter (row) on everyone's data (column). The stronger "
         "the colour, the better within a column; the framed diagonal is a person's own. "
-        "Where own adapters win, what was learned is the person; where all of a column is alike, it is the domain."
+        "Where own adapters win, what was learned is the person; where all of a column is alike, "
+        "it is the domain."
     )
     words = (
         f"A person's own adapter is better than the mean of the others' on "

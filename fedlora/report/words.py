@@ -12,6 +12,7 @@ __all__ = [
     "duration",
     "interval",
     "measure_label",
+    "measure_words",
     "one_line",
     "short",
     "signed",
@@ -106,8 +107,18 @@ def measure_label(measure: str, task: str) -> str:
     unit = _UNITS.get(measure)
     if measure == "loss":
         unit = {"next-token": "nats per token", "classification": "nats per example"}.get(task)
-    words = measure.replace("_", " ").replace("top1", "top-1").replace("top3", "top-3")
+    words = measure_words(measure)
     return f"{words} ({unit})" if unit else words
+
+
+def measure_words(measure: str) -> str:
+    """Return a measure's name as one would write it.
+
+    >>> measure_words("bits_per_character"), measure_words("top1")
+    ('bits per character', 'top-1')
+    """
+    words = one_line(measure).replace("_", " ")
+    return {"top1": "top-1", "top3": "top-3"}.get(words, words)
 
 
 def one_line(text: object) -> str:
