@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -19,10 +20,12 @@ settings.register_profile("fixed", derandomize=not os.environ.get("FEDLORA_SEARC
 settings.load_profile("fixed")
 
 
-@pytest.fixture(autouse=True)
-def no_report_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def no_report_at_the_end() -> Iterator[None]:
     """Keep runs of this process from drawing a report, which takes longer than most of them do.
 
     Tests of the report put the function back.
     """
-    monkeypatch.setattr(fedlora.report, "report_at_end", lambda folder: None)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fedlora.report, "report_at_end", lambda folder: None)
+        yield
