@@ -13,6 +13,8 @@ from fedlora.report.words import cell, one_line
 
 __all__ = ["ledger_plots", "privacy_section", "privacy_words"]
 
+WEAK = 10.0  # an epsilon from which e^epsilon, 22,000 and more, is no limit to speak of
+
 
 def privacy_section(run: RunFolder) -> Section:
     """Return the guarantee, its parts, the audit, and what three kinds of attacker could learn."""
@@ -52,13 +54,21 @@ def privacy_words(run: RunFolder) -> str:
         stopped = ""
         if privacy.get("stopped"):
             stopped = f" The run was ended early by {one_line(privacy['stopped'])}."
+        epsilon, relation = privacy["epsilon"], one_line(privacy.get("neighboring_relation", ""))
+        apart = (
+            "with other data of one of them"
+            if "replace" in relation
+            else ("with or without one of them")
+        )
+        weak = ""
+        if epsilon > WEAK:
+            weak = " An epsilon of this size rules out little: what holds is what audits find."
         return (
-            f"The global adapter is ({cell(privacy['epsilon'])}, {privacy['delta']:g})-"
+            f"The global adapter is ({cell(epsilon)}, {privacy['delta']:g})-"
             f"differentially private for each {one_line(privacy.get('unit', 'user'))} "
-            f"({one_line(privacy.get('neighboring_relation', ''))}; "
-            f"{one_line(privacy.get('mechanism', 'central'))} noise): with or without one of them, "
-            f"no outcome is more than e^{cell(privacy['epsilon'])} times as likely, but for a "
-            f"chance of {privacy['delta']:g}.{stopped}{sum_words}"
+            f"({relation}; {one_line(privacy.get('mechanism', 'central'))} noise): {apart}, "
+            f"no outcome is more than e^{cell(epsilon)} times as likely, but for a "
+            f"chance of {privacy['delta']:g}.{weak}{stopped}{sum_words}"
         )
     if table is not None and run.summary is None:
         return f"The run is not done: its guarantee is known at the end.{sum_words}"

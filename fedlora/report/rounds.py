@@ -68,9 +68,9 @@ def rounds_section(run: RunFolder, ledger: Sequence[Plot]) -> Section:
             )
         )
     else:
-        blocks.append(
-            Words("No round has a training loss: under a privacy guarantee, none leaves a device.")
-        )
+        private = run.experiment.keys() & {"privacy", "secure_aggregation"}
+        why = "what is promised to people is that none leaves a device" if private else "none came"
+        blocks.append(Words(f"No round has a training loss: {why}."))
     blocks += [_clients(rows), _seconds(rows), bytes_plot(rows), *ledger]
     for name in sorted({name for row in rows for name in row["noted"]}):
         values = [row["noted"].get(name) for row in rows]

@@ -69,7 +69,8 @@ def _summary(run: RunFolder) -> tuple[Block, ...]:
         f"{one_line(run.experiment['base']['id'])} stays frozen; "
         f"{count(done, 'round')} of {one_line(federation.get('method', 'fedit'))} trained one "
         f"global adapter of rank {run.experiment.get('lora', {}).get('rank', '?')} over "
-        f"{one_line(data['id'])}, with cohorts of {federation.get('cohort', '?')}."
+        f"{one_line(data['id'])}, with cohorts of {federation.get('cohort', '?')}"
+        + (" expected." if federation.get("sampling") == "poisson" else ".")
     )
     if run.summary is None:
         state = (
@@ -144,6 +145,8 @@ def _again(run: RunFolder) -> Section:
         "As a simulation with the same seed; on devices, submit the same experiment to their "
         "federation."
     )
+    if "privacy" in run.experiment:
+        words += " Noise and private cohorts are never drawn from the seed: they will be others."
     blocks: list[Block] = [Table(("of this run", ""), tuple(rows)), Code(command, words)]
     if run.summary is None:
         blocks.append(Code(f"fedlora simulate --resume {shlex.quote(str(run.path))}", "Go on:"))

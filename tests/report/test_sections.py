@@ -58,6 +58,7 @@ def test_a_guarantee_is_in_words_with_its_unit_and_relation(tmp_path: Path) -> N
     assert "(2.1250, 1e-05)-differentially private for each user (add-or-remove-one" in text
     assert "ended early by max_epsilon" in text
     assert "virtual users are copies" in text
+    assert "rules out little" not in text
     audits = [b for b in privacy.blocks if isinstance(b, Table) and b.head[0] == "audit"]
     assert audits[0].rows == (("epsilon estimate", 0.75), ("canaries", 32))
     rounds = section(report, "rounds")
@@ -141,3 +142,12 @@ def test_the_run_can_be_made_again_by_what_the_report_says(tmp_path: Path) -> No
     codes = [b.text for b in found.blocks if hasattr(b, "text")]
     assert codes[0] == f"fedlora simulate '{folder}/experiment.toml' --out runs/again"
     assert codes[1] == (folder / "experiment.toml").read_text()
+
+
+def test_a_large_epsilon_and_another_relation_have_other_words(tmp_path: Path) -> None:
+    weak = PRIVACY | {"epsilon": 28.0, "neighboring_relation": "replace-one", "stopped": None}
+    folder = write_run(tmp_path / "run", privacy=weak, toml="[privacy]\nclipping_norm = 0.5\n")
+    text = words(section(build_report(folder), "privacy"))
+    assert "with other data of one of them" in text
+    assert "An epsilon of this size rules out little" in text
+    assert "ended early" not in text
