@@ -9,7 +9,7 @@ from fedlora.report.blocks import Block, Cell, Notes, Plot, Section, Table, Word
 from fedlora.report.drawing import SERIES
 from fedlora.report.folder import Row, RunFolder
 from fedlora.report.rounds import curve
-from fedlora.report.words import cell, one_line
+from fedlora.report.words import one_line
 
 __all__ = ["ledger_plots", "privacy_section", "privacy_words"]
 
@@ -64,10 +64,10 @@ def privacy_words(run: RunFolder) -> str:
         if epsilon > WEAK:
             weak = " An epsilon of this size rules out little: what holds is what audits find."
         return (
-            f"The global adapter is ({cell(epsilon)}, {privacy['delta']:g})-"
+            f"The global adapter is ({epsilon:.4g}, {privacy['delta']:g})-"
             f"differentially private for each {one_line(privacy.get('unit', 'user'))} "
             f"({relation}; {one_line(privacy.get('mechanism', 'central'))} noise): {apart}, "
-            f"no outcome is more than e^{cell(epsilon)} times as likely, but for a "
+            f"no outcome is more than e^{epsilon:.3g} times as likely, but for a "
             f"chance of {privacy['delta']:g}.{weak}{stopped}{sum_words}"
         )
     if table is not None and run.summary is None:

@@ -71,6 +71,10 @@ def clients_section(run: RunFolder, metric: str, higher_is_better: bool) -> Sect
     for after, before, title in GAINS:
         if after in names and before in names:
             blocks += _gains(rows, after, before, title, metric, label, higher_is_better)
+    if run.experiment.keys() & {"privacy", "secure_aggregation"}:
+        blocks.append(
+            Words("These are a simulation's own figures of single clients: devices tell none.")
+        )
     if failed := [row for row in run.clients if "failed" in row]:
         blocks.append(Words(f"{count(len(failed), 'client')} without results, in no mean:"))
         blocks.append(Notes(tuple(one_line(row["failed"]) for row in failed[:20])))

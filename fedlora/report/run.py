@@ -126,9 +126,12 @@ def _summary(run: RunFolder) -> tuple[Block, ...]:
 
 
 def _gain_words(who: str, than: str, found: dict[str, float | None], metric: str) -> str:
-    mean = found["mean"] or 0.0
-    verb = "better" if mean >= 0 else "worse"
-    return f"{who} is {verb} than {than}: {signed(mean)} {metric} ({interval(found)})."
+    mean, low, high = found["mean"] or 0.0, found["low"], found["high"]
+    if low is not None and high is not None and low <= 0 <= high:
+        words = f"{who} is neither better nor worse than {than} for all that can be told"
+    else:
+        words = f"{who} is {'better' if mean >= 0 else 'worse'} than {than}"
+    return f"{words}: {signed(mean)} {metric} ({interval(found)})."
 
 
 def _again(run: RunFolder) -> Section:

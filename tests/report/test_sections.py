@@ -55,7 +55,7 @@ def test_a_guarantee_is_in_words_with_its_unit_and_relation(tmp_path: Path) -> N
     report = build_report(folder)
     privacy = section(report, "privacy")
     text = words(privacy)
-    assert "(2.1250, 1e-05)-differentially private for each user (add-or-remove-one" in text
+    assert "(2.125, 1e-05)-differentially private for each user (add-or-remove-one" in text
     assert "ended early by max_epsilon" in text
     assert "virtual users are copies" in text
     assert "rules out little" not in text
