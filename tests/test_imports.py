@@ -51,6 +51,7 @@ BESIDE: dict[str, set[str]] = {
     "evaluation": {"nn", "bases", "data"},
     "world": {"nn", "bases", "data", "experiment"},
     "experiment": {"bases", "data"},
+    "report": {"experiment"},
     "nn": {"bases", "data"},
     "bases": set(),
     "data": {"bases"},

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import import_module
+from typing import Any
 
+from fedlora.errors import FedloraError
+from fedlora.experiment import ExperimentConfig
 from fedlora.report.blocks import Block, Cell, Notes, Plot, Section, Table, Words
 from fedlora.report.drawing import SERIES
 from fedlora.report.folder import Row, RunFolder
@@ -29,13 +34,8 @@ def privacy_section(run: RunFolder) -> Section:
         blocks.append(Table(("part of the guarantee", "value"), tuple(rows)))
         if notes := privacy.get("notes"):
             blocks.append(Notes(tuple(map(one_line, notes))))
-    if run.audit is not None:
-        rows = [(one_line(k).replace("_", " "), _value(v)) for k, v in run.audit.items()]
-        words = "What an attack on this very run found (audit.json): an estimate, not a bound."
-        blocks.append(Table(("audit", "value"), tuple(rows), words))
-    else:
-        blocks.append(Words("No audit of this run is in its folder: leakage was not measured."))
-    blocks.append(Notes(tuple(_threats(run))))
+    blocks += _audit(run.audit)
+    blocks += [Words("Who could learn what:"), Notes(tuple(_threats(run)))]
     return Section("privacy", "Privacy", tuple(blocks))
 
 
@@ -113,8 +113,63 @@ def ledger_plots(run: RunFolder) -> list[Plot]:
     return plots
 
 
+def _audit(audit: Row | None) -> list[Block]:
+    """Return what `fedlora privacy audit` found: its words first, then its numbers."""
+    if audit is None:
+        return [Words("No audit of this run is in its folder: leakage was not measured.")]
+    blocks: list[Block] = [
+        Words("What attacks on this very run found (audit.json): estimates, no bounds.")
+    ]
+    plain: list[tuple[Cell, ...]] = []
+    for key, value in audit.items():
+        if not isinstance(value, dict | list):
+            plain.append((one_line(key).replace("_", " "), _value(value)))
+        elif isinstance(value, dict) and "words" in value:
+            blocks.append(Words(f"{one_line(key).capitalize()}: {one_line(value['words'])}"))
+            if rows := value.get("rows"):
+                head = tuple(one_line(name).replace("_", " ") for name in rows[0])
+                cells = tuple(tuple(_value(row[name]) for name in rows[0]) for row in rows)
+                blocks.append(Table(head, cells))
+    return [*blocks, Table(("audit", "value"), tuple(plain))] if plain else blocks
+
+
 def _threats(run: RunFolder) -> list[str]:
     """Say what an honest but curious server, another client, and a thief could learn."""
+    if run.audit is not None and "threats" in run.audit:
+        return [_threat(found) for found in run.audit["threats"]]
+    try:
+        module = import_module("fedlora.privacy.threats")
+        facts = module.Facts(**_facts(run))
+    except (ModuleNotFoundError, FedloraError):  # an experiment of another version
+        return _plain_threats(run)
+    return [_threat(asdict(found)) for found in module.threats(facts)]
+
+
+def _threat(found: Row) -> str:
+    who = one_line(found["who"]).capitalize()
+    learns, does_not = (" ".join(map(one_line, found[key])) for key in ("learns", "does_not"))
+    return f"{who}. It could learn: {learns} It could not: {does_not}"
+
+
+def _facts(run: RunFolder) -> dict[str, Any]:
+    """Return what of a run decides who learns what."""
+    config = ExperimentConfig.from_table(run.experiment)
+    method, rounds = config.federation.build_method(), range(1, config.federation.rounds + 1)
+    uploaded: set[str] = set().union(*map(method.uploaded, rounds))
+    kept: set[str] = set().union(*map(method.kept, rounds))
+    privacy = (run.summary or {}).get("privacy") or {}
+    return {
+        "uploaded": uploaded,
+        "kept": kept,
+        "mechanism": None if config.privacy is None else config.privacy.mechanism,
+        "epsilon": privacy.get("epsilon"),
+        "delta": None if config.privacy is None else config.privacy.delta,
+        "secure_aggregation": config.secure_aggregation is not None,
+        "personalized": config.personalization.steps > 0,
+    }
+
+
+def _plain_threats(run: RunFolder) -> list[str]:
     private = "privacy" in run.experiment
     summed = "secure_aggregation" in run.experiment
     local = private and run.experiment["privacy"].get("mechanism") == "local"

@@ -106,7 +106,7 @@ def _summary(run: RunFolder) -> tuple[Block, ...]:
         columns = [[scores[name][metric] for scores in mine] for name in ("own", "personal")]
         paired = gain(*columns, higher_is_better=found["higher_is_better"]).as_dict()
         sentences.append(
-            _gain_words("The personal adapter", "what each trained alone", paired, metric)
+            _gain_words("The personal adapter", "what each has trained alone", paired, metric)
         )
     tail = ", ".join(
         f"{name} {found[name]['worst_tenth']:.4f}" for name in ("base", "own", "global", "personal")
@@ -128,7 +128,7 @@ def _summary(run: RunFolder) -> tuple[Block, ...]:
 def _gain_words(who: str, than: str, found: dict[str, float | None], metric: str) -> str:
     mean, low, high = found["mean"] or 0.0, found["low"], found["high"]
     if low is not None and high is not None and low <= 0 <= high:
-        words = f"{who} is neither better nor worse than {than} for all that can be told"
+        words = f"{who} and {than} cannot be told apart"
     else:
         words = f"{who} is {'better' if mean >= 0 else 'worse'} than {than}"
     return f"{words}: {signed(mean)} {metric} ({interval(found)})."

@@ -29,6 +29,10 @@ rank = 8
 method = "fedit"
 rounds = {rounds}
 cohort = 4
+weights = "equal"
+local_steps = 4
+batch_size = 8
+learning_rate = 1e-3
 """
 
 
