@@ -108,40 +108,47 @@ def _distribution(
                 if not values:
                     continue
                 middle = y + (0.0 if not any(held) else -0.22 if is_held else 0.16)
-                _strip(axes, values, middle, ADAPTER_COLORS[name], higher, hollow=is_held)
+                (_box if len(rows) > DOTS else _strip)(
+                    axes, values, middle, ADAPTER_COLORS[name], higher, hollow=is_held
+                )
         axes.set_yticks(range(len(names)), list(reversed(names)))
         axes.set_ylim(-0.55, len(names) - 0.45)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(label)
-        _explain(axes, any(held))
+        _explain(axes, any(held), boxed=len(rows) > DOTS)
 
+    below = " Below each: the held-out clients, which were never sampled." if any(held) else ""
     caption = (
         f"Each dot is a client's {metric} on its own held-out examples; "
-        f"{'right' if higher else 'left'} is better. Below each: the held-out clients, which were "
-        "never sampled."
-        if any(held)
-        else f"Each dot is a client's {metric} on its own held-out examples; "
-        f"{'right' if higher else 'left'} is better."
+        f"{'right' if higher else 'left'} is better.{below}"
     )
     if len(rows) > DOTS:
         caption = (
-            f"Clients' {metric} on their own held-out examples as boxes: the middle half, and "
-            f"whiskers to the best and the worst; {'right' if higher else 'left'} is better."
+            f"Clients' {metric} on their own held-out examples as boxes: the middle half, whiskers "
+            "to the best and the worst, the worst tenth by its mean; "
+            f"{'right' if higher else 'left'} is better.{below}"
         )
     return Plot("Clients by adapter", caption, table, draw, height=3.9)
+
+
+def _box(
+    axes: Any, values: Sequence[float], middle: float, color: str, higher: bool, *, hollow: bool
+) -> None:
+    """Draw many clients: the middle half, all between the whiskers, the worst tenth's mean."""
+    edge = {"color": color, "linestyle": "--" if hollow else "-"}
+    axes.boxplot(
+        [values], positions=[middle], orientation="horizontal", widths=0.25, whis=(0, 100),
+        manage_ticks=False, showfliers=False, boxprops=edge, whiskerprops=edge, capprops=edge,
+        medianprops={"color": INK},
+    )  # fmt: skip
+    tail = [values[i] for i in worst_tenth(values, higher)]
+    axes.plot([sum(values) / len(values)], [middle], marker="^", ms=6.5, mfc=INK, mec=PAGE, ls="")
+    axes.plot([sum(tail) / len(tail)], [middle], marker="D", ms=5, mfc=BAD, mec=BAD, ls="")
 
 
 def _strip(
     axes: Any, values: Sequence[float], middle: float, color: str, higher: bool, *, hollow: bool
 ) -> None:
-    if len(values) > DOTS:
-        axes.boxplot(
-            [values], positions=[middle], orientation="horizontal", widths=0.25, whis=(0, 100),
-            manage_ticks=False, showfliers=False,
-            boxprops={"color": color}, whiskerprops={"color": color}, capprops={"color": color},
-            medianprops={"color": INK},
-        )  # fmt: skip
-        return
     worst = worst_tenth(values, higher)
     # Dots that would lie on one another are spread by the base-2 van der Corput sequence.
     places = [middle + 0.2 * (_van_der_corput(i + 1) - 0.5) for i in range(len(values))]
@@ -159,12 +166,14 @@ def _strip(
     axes.plot([mean], [middle], marker="^", ms=6.5, mfc=INK, mec=PAGE, mew=0.8, ls="none")
 
 
-def _explain(axes: Any, any_held: bool) -> None:
+def _explain(axes: Any, any_held: bool, *, boxed: bool) -> None:
     """Give the marks their words; they are drawn with no data."""
     axes.plot([], [], marker="^", ls="none", mfc=INK, mec=INK, label="mean")
     axes.plot([], [], color=INK, lw=1.4, label="median")
     axes.plot([], [], marker="D", ls="none", mfc=BAD, mec=BAD, label="worst tenth")
-    if any_held:
+    if any_held and boxed:
+        axes.plot([], [], color=INK, ls="--", lw=1, label="held out")
+    elif any_held:
         axes.plot([], [], marker="o", ls="none", mfc="none", mec=INK, label="held out")
 
 

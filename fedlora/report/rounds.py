@@ -91,8 +91,9 @@ def curve(
     label: str,
     *,
     from_zero: bool = False,
+    whole: bool = False,
 ) -> Plot:
-    """Return a plot of values by round; None leaves a gap."""
+    """Return a plot of values by round; None leaves a gap. whole: there are no parts of a value."""
     numbers = [row["round"] for row in rows]
     table = Table(
         ("round", *(name for name, _, _ in series)),
@@ -106,7 +107,7 @@ def curve(
             shown = [float("nan") if value is None else value for value in values]
             # The first is the widest: where all are equal, it is still seen.
             axes.plot(numbers, shown, marker=marker, color=color, label=name, lw=width)
-        by_round(axes, numbers)
+        by_round(axes, numbers, whole=whole)
         axes.set_ylabel(label)
         if from_zero:
             top = max((v for _, values, _ in series for v in values if v is not None), default=0)
@@ -115,13 +116,13 @@ def curve(
     return Plot(title, caption, table, draw)
 
 
-def by_round(axes: Any, numbers: Sequence[int]) -> None:
+def by_round(axes: Any, numbers: Sequence[int], *, whole: bool = False) -> None:
     """Make the horizontal axis that of whole rounds."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=whole))
     axes.set_xlim(numbers[0] - 0.6, numbers[-1] + 0.6)
 
 
@@ -181,7 +182,7 @@ def _clients(rows: Sequence[Row]) -> Plot:
         "Clients that were asked, and those whose reply counted; dropped: failed, late or refused; "
         "declined: their owners' conditions did not allow it."
     )
-    return curve("Clients", caption, series, rows, "number of clients", from_zero=True)
+    return curve("Clients", caption, series, rows, "number of clients", from_zero=True, whole=True)
 
 
 def _seconds(rows: Sequence[Row]) -> Plot:
