@@ -15,6 +15,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+import fedlora.report as reports
 from fedlora.errors import FedloraError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation import QuorumGrid, RoundRecord, round_words, run_federation
@@ -56,6 +57,7 @@ def main(grid: Grid, context: Context) -> None:
         )
         if evaluate:
             print(run_table(out), flush=True)
+            reports.report_at_end(out)
     except FedloraError as error:
         # One line that whoever reads this log can find: Flower adds a trace over many.
         _log.error("fedlora-error %s: %s", type(error).__name__, error)

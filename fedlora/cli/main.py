@@ -22,6 +22,7 @@ from fedlora.cli import (
     models,
     ota,
     privacy,
+    report,
     simulate,
 )
 from fedlora.cli import agent as _agent  # noqa: F401 - adds commands to device
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.command()(simulate.simulate)
 app.command()(compare.compare)
+app.command()(report.report)
 app.command()(adapters.inspect)
 app.command()(adapters.convert)
 app.command()(adapters.combine)
@@ -62,6 +64,7 @@ _EXTRAS = {
     "onnxruntime": "device",
     "ray": "ray",
     "securesystemslib": "ota",
+    "tensorboardX": "tracking",
     "tokenizers": "text",
     "tomli_w": "sim",
     "torch": "train",

@@ -16,7 +16,7 @@ from fedlora.errors import ConfigError
 from fedlora.experiment import app_root, parse_override
 
 if TYPE_CHECKING:
-    from fedlora.simulation import Progress
+    from fedlora.simulation import Progress, RunCallback
 
 __all__ = ["simulate"]
 
@@ -48,6 +48,9 @@ def simulate(
         int | None,
         typer.Option(min=0, help="Also evaluate that many clients' own adapters on each other."),
     ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write OUT/tensorboard, for TensorBoard.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Show no progress and no warnings.")
@@ -77,13 +80,19 @@ def simulate(
         overrides["engine.kind"] = engine
     if cross is not None:
         overrides["personalization.cross"] = cross
-    with _progress(quiet) as progress:
+    trackers: list[RunCallback] = []
+    if tensorboard:
+        from fedlora.simulation import TensorBoard
+
+        trackers.append(TensorBoard())
+    with _progress(quiet) as (progress, shown):
         run = run_experiment(
             experiment,
             overrides=overrides,
             out=out,
             resume=resume,
             progress=progress,
+            callbacks=[*shown, *trackers],
         )
     if as_json:
         typer.echo(json.dumps(run.summary, indent=2))
@@ -93,51 +102,24 @@ def simulate(
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Progress | None]:
-    """Yield what shows progress on stderr: a bar a stage, or lines where it is no terminal."""
+def _progress(quiet: bool) -> Iterator[tuple[Progress | None, list[RunCallback]]]:
+    """Yield what shows a run on stderr: a table and bars, or lines where it is no terminal."""
     if quiet:
         logger = logging.getLogger("fedlora")
         before = logger.level
         logger.setLevel(logging.ERROR)
         try:
-            yield None
+            yield None, []
         finally:
             logger.setLevel(before)
         return
     if not sys.stderr.isatty():
-        yield _plain_lines
+        yield _plain_lines, []
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from fedlora.cli.live import LiveTable
 
-    columns = (
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[words]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks = {}
-
-        def show(stage: str, done: int, total: int, words: str) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, rate="", words="", completed=done)
-            speed = bars.tasks[tasks[stage]].speed
-            rate = f"{speed:.2f}/s" if speed else ""
-            bars.update(tasks[stage], completed=done, total=total, rate=rate, words=words)
-
-        yield show
+    with LiveTable() as table:
+        yield table.progress, [table]
 
 
 def _plain_lines(stage: str, done: int, total: int, words: str) -> None:

@@ -9,6 +9,7 @@ adapter/          the global adapter as a PEFT folder
 adapter.safetensors   the same as one packed file
 personal/, own/   personal adapters of all clients; own ones of those in the cross matrix
 summary.json      written last: its presence means that the run is done
+report.html       after that, where matplotlib is installed: all of it to look at
 """
 
 from __future__ import annotations

@@ -52,14 +52,16 @@ def evaluate_clients(
     keep_personal: Mapping[str, Path],
     report: Report,
     seconds: Callable[[], float],
+    on_row: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Return a row per client in the order of ids; each is in `file` as soon as it is known.
 
     shared, parts: the global adapter, whole and divided (`compare_adapters`). start_of: what the
     personal adapter of a client begins with; None: what of the global one is trained.
     took_part: what each client did in the rounds. keep_own, keep_personal: where to save whose
-    adapter. Rows of this global adapter that `file` already has are not computed again. A client
-    whose training diverges has "failed" with the reason in place of "scores".
+    adapter. on_row gets each new row once it is written. Rows of this global adapter that `file`
+    already has are not computed again. A client whose training diverges has "failed" with the
+    reason in place of "scores".
     """
     records = {record.client_id: record for record in took_part}
     digest = shared.fingerprint()
@@ -116,6 +118,8 @@ def evaluate_clients(
             if row["client"] not in rows:
                 rows[row["client"]] = row
                 append_row(file, row | {"seconds": round(seconds(), 3)})  # of the run so far
+                if on_row is not None:
+                    on_row(row)
             done += 1
             report(done, len(clients), row["client"])
     return [rows[client] for client in clients]

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import fedlora.report as reports
 from fedlora.adapter import Adapter
 from fedlora.data import FederatedData
 from fedlora.errors import ConfigError, RunError
 from fedlora.experiment import ExperimentConfig, find_experiment
+from fedlora.federation.callbacks import Callbacks, RunCallback
 from fedlora.federation.checkpoint import (
     ClientRecord,
     RoundRecord,
@@ -75,6 +77,8 @@ def simulate(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[RunCallback] = (),
+    report: bool = True,
 ) -> Run:
     """Run an experiment and return its results; everything is also in the run's folder.
 
@@ -82,17 +86,28 @@ def simulate(
     overrides: dotted keys, such as ``{"federation.rounds": 5}``.
     out: a new or empty folder; default ``runs/<name>``, numbered when that is taken.
     resume: the folder of a run that was stopped, instead of an experiment.
+    callbacks: what hears of the run's rounds and clients; see `fedlora.federation.callbacks`.
+    report: whether to write ``report.html`` at the end, where matplotlib is installed.
 
     Raises `ConfigError`, `RunError` and whatever data and base raise.
     """
-    report = progress or (lambda stage, done, total, words: None)
+    show = progress or (lambda stage, done, total, words: None)
+    heard = Callbacks(callbacks)
     config, folder = _prepare(experiment, overrides or {}, out, resume)
     if resume is None:
         require_free(folder)
     with locked(folder):
         if resume is None:
             claim(folder, config.to_toml())
-        return _run(config, folder, report)
+        try:
+            run = _run(config, folder, show, heard)
+        except BaseException:
+            heard.on_end(None)
+            raise
+        if report and not (folder / reports.REPORT).is_file():
+            reports.report_at_end(folder)
+        heard.on_end(run.summary)
+        return run
 
 
 def _prepare(
@@ -118,11 +133,12 @@ def _prepare(
     return config, folder
 
 
-def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
+def _run(config: ExperimentConfig, folder: Path, report: Progress, heard: Callbacks) -> Run:
     done = _finished(folder) if (folder / SUMMARY).is_file() else None
     if done is not None and done.summary["rounds"] == config.federation.rounds:
         return done
     clients_file = folder / CLIENTS
+    (folder / reports.REPORT).unlink(missing_ok=True)  # of fewer rounds, or of a part of them
     before = _seconds_before(folder, clients_file)
     started = time.monotonic()
 
@@ -133,7 +149,7 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
         config.base, config.data, config.lora, config.seed, config.engine.checkpointing
     )
     kept_activations(world.model).enabled = config.engine.prefix_cache
-    show = _show_rounds(config, folder, report)
+    show = _show_rounds(config, folder, report, heard)
     checkpoint = run_rounds(config, folder, len(world.data), on_round=show)
     state, took_part = checkpoint.state, checkpoint.clients
     if config.sums_only:
@@ -166,6 +182,7 @@ def _run(config: ExperimentConfig, folder: Path, report: Progress) -> Run:
         keep_personal=_files(folder / "personal", everyone),
         report=lambda *args: report("clients", *args),
         seconds=seconds,
+        on_row=heard.on_client,
     )
     task, rounds = world.task, read_rounds(folder)
     summary = run_summary(
@@ -218,14 +235,16 @@ def _files(folder: Path, clients: Sequence[str]) -> dict[str, Path]:
 
 
 def _show_rounds(
-    config: ExperimentConfig, folder: Path, report: Progress
+    config: ExperimentConfig, folder: Path, report: Progress, heard: Callbacks
 ) -> Callable[[RoundRecord], None]:
     total = config.federation.rounds
 
     def show(record: RoundRecord) -> None:
         report("rounds", record.round, total, round_words(record))
+        heard.on_round(record)
 
     done = read_checkpoint(folder).state.round if has_checkpoint(folder) else 0
+    heard.on_start(folder, config, done)
     report("rounds", done, total, "")
     return show
 

@@ -7,6 +7,7 @@ A comparison's folder:
     comparison.json    all numbers and resolved experiments
     comparison.md      the tables
     comparison.png     the plot, where matplotlib is installed
+    report.html        all of it to look at, there too
 
 Runs that share a base, data, LoRA and seed follow one another, so that each is opened once.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
+import fedlora.report as reports
 from fedlora import __version__
 from fedlora.errors import ConfigError, MissingExtraError, RunError
 from fedlora.experiment import (
@@ -371,6 +373,7 @@ def _reported(
     except MissingExtraError as missing:
         return replace(comparison, notes=(str(missing),))
     write_atomic(folder / PLOT, image)
+    reports.report_at_end(folder)
     return replace(comparison, plot=folder / PLOT)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedlora.metrics import Interval
+from fedlora.report.words import amount
 from fedlora.simulation.comparison.plan import Plan, show_overrides
 from fedlora.simulation.comparison.statistics import ADAPTERS, Cell, Difference, Paired
 from fedlora.simulation.comparison.tuning import Tuned
@@ -83,7 +84,7 @@ def _costs(plan: Plan, cells: Sequence[Cell]) -> Table:
         for name in names:
             known = name in cell.adapters
             row.append(f"{cell.adapters[name].loss.mean:.4f}" if known else "")
-        row += [_amount(cell.bytes_up), _amount(cell.bytes_down)]
+        row += [amount(cell.bytes_up), amount(cell.bytes_down)]
         rows.append((*row, "" if cell.seconds is None else f"{cell.seconds:.1f}"))
     head = (*_grid_head(plan), "method", *(f"{name} loss" for name in names), "up", "down", "s")
     notes = ("losses: mean over clients, then over seeds; bytes and seconds: of one run, mean",)
@@ -179,17 +180,6 @@ def _shown(found: Interval) -> str:
     if not math.isfinite(found.low):
         return f"{found.mean:.4f} (one run)"
     return f"{found.mean:.4f} ± {found.high - found.mean:.4f}"
-
-
-def _amount(count: float | None) -> str:
-    """Return bytes in a unit that leaves three digits or so."""
-    if count is None:
-        return ""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB" if count < 1000 else f"{count:.0f} GB"
 
 
 def _escaped(cell: str) -> str:

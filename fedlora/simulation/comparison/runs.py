@@ -148,7 +148,7 @@ def _line(error: Exception) -> str:
 def _whole(folder: Path, report: Report) -> Result:
     """Go on with an ordinary run: its folder has the experiment."""
     try:
-        run = simulate(resume=folder, progress=report)
+        run = simulate(resume=folder, progress=report, report=False)
     except DataError:
         _require_scores(read_rows(folder / "clients.jsonl"), none_is_well=True)
         raise

@@ -2,15 +2,18 @@
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 
 import pytest
 
+import fedlora.report
 from fedlora.data import load_data
 from fedlora.errors import ConfigError, RunError, UnknownNameError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.folder import read_rows
+from fedlora.report import markdown_report, report_at_end
 from fedlora.simulation import compare, simulate
 from fedlora.simulation.comparison.runs import on_validation
 from tests.simulation.small import PEOPLE, config
@@ -66,6 +69,21 @@ def test_the_folder_has_numbers_tables_and_a_plot(both):
     assert f"| {cell.mean:.4f} ± {cell.high - cell.mean:.4f} |" in text
     pytest.importorskip("matplotlib")
     assert both.plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_its_report_has_its_numbers_and_its_plan_makes_it_again(both, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    text = markdown_report(both.folder)
+    for method in ("fedit", "ffa-lora"):
+        interval = both.cell(method).adapters["personal"].metric
+        assert f"{interval.mean:.4f} ± {interval.high - interval.mean:.4f}" in text
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(both.folder / "plan.json", again)
+    monkeypatch.setattr(fedlora.report, "report_at_end", report_at_end)
+    assert [c.adapters for c in compare(resume=again).cells] == [c.adapters for c in both.cells]
+    assert (again / "report.html").is_file()
+    assert not list(again.rglob("seed-*/report.html"))  # of single runs there would be too many
 
 
 def test_only_global_has_the_same_global_and_trains_nothing_else(both, tmp_path):

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedlora.cli.live import SHOWN, LiveTable
+from fedlora.experiment import ExperimentConfig, find_experiment
+from fedlora.federation.checkpoint import Dropped, RoundRecord
+
+
+def record(number: int, loss: float | None = 0.5) -> RoundRecord:
+    lost = (Dropped("b", "late"), Dropped("c", "declined: metered"))
+    return RoundRecord(
+        number, "updated", ("a", "b", "c"), loss, 2.25, 1_000_000, 2_000_000, lost,
+        declined=("c",), late=1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def table() -> LiveTable:
+    config = ExperimentConfig.from_toml(find_experiment("watch"), {"federation.rounds": 12})
+    found = LiveTable(Console(file=io.StringIO(), width=100, record=True))
+    found.on_start(Path("runs/watch"), config, 0)
+    return found
+
+
+def shown(table: LiveTable) -> str:
+    table.console.print(table.picture())
+    return table.console.export_text()
+
+
+def test_a_line_has_all_of_a_round(table: LiveTable) -> None:
+    table.on_round(record(1))
+    text = shown(table)
+    assert "watch, fedit, in runs/watch" in text
+    words = "1/12 0.5000 1/3 1 MB 2 MB 2.2 s 1 dropped, 1 declined, 1 late"
+    assert words in " ".join(text.split())
+    assert "epsilon" not in text
+
+
+def test_the_last_rounds_are_shown_and_the_bytes_of_all(table: LiveTable) -> None:
+    for number in range(1, 13):
+        table.on_round(record(number, None))
+    text = shown(table)
+    lines = [line.split()[0] for line in text.splitlines() if "/12" in line]
+    assert lines == [f"{number}/12" for number in range(13 - SHOWN, 13)]
+    assert "in all: 12 MB up, 24 MB down" in text
+
+
+def test_bars_have_the_stage_how_far_it_is_and_the_time_left(table: LiveTable) -> None:
+    table.progress("rounds", 0, 12, "")
+    table.progress("rounds", 3, 12, "loss 0.5 2.2 s")
+    table.on_round(record(3))
+    table.progress("clients", 1, 10, "[red]a client")
+    text = shown(table)
+    assert "3/12" in text.splitlines()[-2]
+    assert "left" in text.splitlines()[-2]
+    assert "loss 0.5" not in text.splitlines()[-2]  # it is in the table
+    assert "1/10" in text
+    assert "[red]a client" in text  # a client's name is no markup
+
+
+def test_a_private_run_has_its_epsilon(table: LiveTable) -> None:
+    class Private(RoundRecord):
+        epsilon = 1.25
+
+    table.on_round(Private(1, "updated", ("a",), None, 1.0, 1, 1))
+    words = shown(table).split()
+    assert "epsilon" in words
+    assert "1.25" in words
