@@ -21,7 +21,7 @@ ROWS = [
     {"aggregation", "privacy", "formats", "store", "metrics"},
     {"experiment", "personalization", "mixing", "evaluation", "nn", "bases", "data", "world"},
     {"simulation", "federation", "export", "device", "ota"},
-    {"agent", "release", "report"},
+    {"agent", "release", "report", "web"},
     {"cli", "clients", "server", "simulations"},
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
