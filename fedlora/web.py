@@ -183,7 +183,7 @@ def stream_of(manifest: Manifest, client: str | None = None) -> bytes:
             f"{manifest.input_shape}"
         )
     labels = manifest.labels or tuple(map(str, range(manifest.outputs)))
-    names = [f"{label}: {EXERCISES[label]}" if label in EXERCISES else label for label in labels]
+    names = [EXERCISES.get(label, label) for label in labels]
     about = canonical_json({"client": chosen.client_id, "labels": names}).decode()
     tensors: dict[str, Any] = {}
     for part, examples in (("train", chosen.train), ("test", chosen.test)):

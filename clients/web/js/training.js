@@ -85,6 +85,7 @@ export async function trainingPanel(bundle, { messages, unit, changed }) {
     }
     await compare(true);
     await changed();
+    $("measures").prepend(element("p", {}, outcome(done)));
     say(outcome(done));
     $("train").disabled = false;
     $("train").focus();

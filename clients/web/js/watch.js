@@ -4,8 +4,7 @@ import { $, element, open, say } from "./page.js";
 import { trainingPanel } from "./training.js";
 
 const NAMES = { base: "Base", global: "Global", yours: "Yours" };
-const AXES = ["acceleration x", "acceleration y", "acceleration z", "rotation x", "rotation y", "rotation z"];
-const WIDTH = 640, ROW = 96, LEFT = 44, PAUSE = 700; // ms between two windows
+const ROW = 110, LEFT = 44, PAUSE = 700; // ms between two windows
 const SECONDS = 2;
 const seen = {}; // window → which adapters were right, for the tally
 let bundle, timer = 0, busy = false;
@@ -90,30 +89,32 @@ function column(which, shares, target, labels) {
 /** Two plots above one another: the three axes of acceleration, and of rotation. */
 function drawSignal(place, values) {
   const svg = (tag, attributes, text = []) => element(tag, attributes, text, true);
-  const time = values.length / 6, parts = [];
-  ["acceleration", "rotation"].forEach((kind, group) => {
-    const top = group * ROW + 14, height = ROW - 26;
+  const width = Math.max(280, place.clientWidth), time = values.length / 6, parts = [];
+  ["acceleration (g)", "rotation (rad/s)"].forEach((kind, group) => {
+    const top = group * ROW + 18, height = ROW - 30;
     const part = values.subarray(group * 3 * time, (group + 1) * 3 * time);
     const most = Math.max(...part.map(Math.abs), 1e-6);
     const y = (value) => top + height / 2 - (value / most) * (height / 2);
-    parts.push(svg("text", { x: LEFT, y: top - 3 }, `${kind} (standardized), x y z`),
-      svg("line", { x1: LEFT, x2: WIDTH, y1: y(0), y2: y(0), class: "grid" }),
+    parts.push(svg("text", { x: LEFT, y: top - 5 }, kind),
+      svg("line", { x1: LEFT, x2: width, y1: y(0), y2: y(0), class: "grid" }),
       svg("text", { x: LEFT - 6, y: top + 8, "text-anchor": "end" }, most.toFixed(1)),
       svg("text", { x: LEFT - 6, y: top + height, "text-anchor": "end" }, (-most).toFixed(1)));
     for (let axis = 0; axis < 3; axis += 1) {
       const points = Array.from({ length: time }, (_, i) => (
-        `${LEFT + (i / (time - 1)) * (WIDTH - LEFT)},${y(part[axis * time + i]).toFixed(1)}`));
+        `${LEFT + (i / (time - 1)) * (width - LEFT)},${y(part[axis * time + i]).toFixed(1)}`));
       parts.push(svg("polyline", { points: points.join(" "), class: `axis${axis}` }));
     }
   });
+  parts.push(svg("text", { x: width, y: 13, "text-anchor": "end", class: "legend" },
+    "x solid, y dashed, z dotted"));
   for (const second of [0, 0.5, 1, 1.5, 2]) {
-    const x = LEFT + (second / SECONDS) * (WIDTH - LEFT);
+    const x = LEFT + (second / SECONDS) * (width - LEFT);
     const anchor = second === SECONDS ? "end" : "middle";
-    parts.push(svg("text", { x, y: 2 * ROW + 12, "text-anchor": anchor }, `${second} s`));
+    parts.push(svg("text", { x, y: 2 * ROW + 8, "text-anchor": anchor }, `${second} s`));
   }
   place.replaceChildren(svg("svg", {
-    viewBox: `0 0 ${WIDTH} ${2 * ROW + 18}`, role: "img",
-    "aria-label": `Two seconds of ${AXES.length} sensor axes`,
+    viewBox: `0 0 ${width} ${2 * ROW + 18}`, role: "img",
+    "aria-label": "Two seconds of acceleration and rotation, three axes each",
   }, parts));
 }
 
