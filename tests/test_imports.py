@@ -31,7 +31,7 @@ ROWS = [
         "report",
     },
     {"simulation", "federation", "export", "device", "ota"},
-    {"agent", "release"},
+    {"agent", "release", "web"},
     {"cli", "clients", "server", "simulations"},
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}

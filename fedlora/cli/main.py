@@ -24,6 +24,7 @@ from fedlora.cli import (
     privacy,
     report,
     simulate,
+    web,
 )
 from fedlora.cli import agent as _agent  # noqa: F401 - adds commands to device
 from fedlora.cli import stages as _stages  # noqa: F401 - adds commands to ota
@@ -46,6 +47,7 @@ app.command()(adapters.convert)
 app.command()(adapters.combine)
 app.command()(budget.budget)
 app.command()(export.export)
+app.command()(web.web)
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
 app.add_typer(device.app, name="device")

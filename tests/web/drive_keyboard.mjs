@@ -1,0 +1,88 @@
+// Clicks through the keyboard page in headless Chromium and prints what it saw as JSON.
+//
+// node drive_keyboard.mjs ORDER.json, whose keys are: playwright (path of the package
+// playwright-core), browser (path of Chromium), url, typed and pasted (messages), steps, exported
+// (where to save the adapter).
+
+import fs from "node:fs";
+import { createRequire } from "node:module";
+
+const order = JSON.parse(fs.readFileSync(process.argv[2], "utf8"));
+const { chromium } = createRequire(import.meta.url)(order.playwright);
+const browser = await chromium.launch({
+  executablePath: order.browser,
+  args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"],
+});
+try {
+  const context = await browser.newContext({ acceptDownloads: true });
+  const page = await context.newPage();
+  const errors = [], requests = [], seen = {};
+  page.on("pageerror", (error) => errors.push(String(error)));
+  page.on("console", (message) => message.type() === "error" && errors.push(message.text()));
+  context.on("request", (request) => requests.push(request.url()));
+  await page.goto(order.url);
+  await page.waitForSelector("body[data-state=ready]", { timeout: 240000 });
+  await page.waitForSelector("#words-base button");
+  seen.loaded = requests.length;
+  seen.marker = Date.now();
+
+  // The first messages key by key into the keyboard, the others into the box.
+  for (const message of order.typed) {
+    await page.fill("#text", message);
+    await page.press("#text", "Enter");
+  }
+  const typed = await page.inputValue("#messages");
+  await page.fill("#messages", `${typed}${order.pasted.join("\n")}\n`);
+  seen.count = await page.textContent("#count");
+  await page.fill("#text", order.probe);
+  const words = (which) => page.$$eval(`#words-${which} .word`, (all) => all.map((one) => one.textContent));
+  await page.waitForTimeout(1500);
+  seen.before = await words("base");
+
+  await page.click("summary >> text=Settings");
+  await page.fill("#steps", String(order.steps));
+  await page.click("#train");
+  await page.waitForSelector("#status >> text=Trained on", { timeout: 500000 });
+  seen.status = await page.textContent("#status");
+  seen.losses = await page.$$eval("#losses tr", (rows) => rows.map((row) => Number(row.cells[1].textContent)));
+  seen.measures = await page.$$eval("#measures tbody tr", (rows) => Object.fromEntries(rows.map((row) => [
+    row.dataset.adapter,
+    Object.fromEntries([...row.querySelectorAll("td")].map((cell) => (
+      [cell.dataset.measure, Number(cell.dataset.value)]))),
+  ])));
+  await page.waitForTimeout(1500);
+  seen.after = await words("yours");
+  seen.curve = await page.getAttribute("#chart svg", "aria-label");
+
+  const [download] = await Promise.all([page.waitForEvent("download"), page.click("#export")]);
+  await download.saveAs(order.exported);
+
+  // The browser itself refuses a connection now, also to the server that the page came from.
+  seen.refused = await page.evaluate(() => fetch("setup.json").then(() => false, () => true));
+  seen.late = requests.slice(seen.loaded).filter((url) => !url.startsWith("blob:"));
+
+  await page.click("#forget");
+  await page.waitForSelector("#status >> text=Forgotten");
+  seen.forgotten = await page.evaluate(() => new Promise((resolve) => {
+    const opening = indexedDB.open("fedlora", 1);
+    opening.onsuccess = () => {
+      const asked = opening.result.transaction("adapters").objectStore("adapters").count();
+      asked.onsuccess = () => resolve(asked.result);
+    };
+  }));
+  await page.setInputFiles("#import-file", order.exported);
+  await page.waitForSelector("#status >> text=Imported");
+  await page.waitForTimeout(1500);
+  seen.imported = await words("yours");
+
+  await context.setOffline(true);
+  await page.reload();
+  await page.waitForSelector("body[data-state=ready]", { timeout: 240000 });
+  await page.waitForSelector("#words-yours button");
+  seen.offline = await page.textContent("#status");
+  seen.errors = errors.filter((text) => !text.includes("Content Security Policy") &&
+    !text.includes("ERR_INTERNET_DISCONNECTED") && !text.includes("Failed to fetch"));
+  console.log(JSON.stringify(seen));
+} finally {
+  await browser.close();
+}
