@@ -1,6 +1,6 @@
 """Write the reference of fedlora's public modules, made from their docstrings, as HTML.
 
-    python docs/api.py site
+python docs/api.py site
 """
 
 from __future__ import annotations

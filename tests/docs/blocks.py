@@ -1,8 +1,8 @@
 """The code blocks of a Markdown page, in order, each with what the comment before it says.
 
-    <!-- file: NAME -->     the block is written to NAME in the page's folder
-    <!-- shown: REASON -->  it is not run, only checked, for a reason that stands there
-    <!-- run -->, <!-- tests -->  the README's two first lines, which others run
+<!-- file: NAME -->     the block is written to NAME in the page's folder
+<!-- shown: REASON -->  it is not run, only checked, for a reason that stands there
+<!-- run -->, <!-- tests -->  the README's two first lines, which others run
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import shlex
+import tomllib
 
 import click
 import pytest
-import tomllib
 import typer
 
 from fedlora.cli.main import app
