@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(
-    r"(?:^<!-- (?P<mark>\w+)(?:: (?P<words>[^\n]*?))? -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$",
+    r"(?:^<!-- (?P<mark>\w+)(?:: (?P<words>[^\n]*?))? -->\n)?"
+    r"^```(?P<language>\w+)\n(?P<text>.*?)^```$",
     re.M | re.S,
 )
 LANGUAGES = {"bash", "ini", "json", "python", "text", "toml"}
