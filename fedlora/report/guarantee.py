@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import import_module
-from typing import Any
 
 from fedlora.errors import FedloraError
 from fedlora.experiment import ExperimentConfig
+from fedlora.privacy.threats import Facts, threats
 from fedlora.report.blocks import Block, Cell, Notes, Plot, Section, Table, Words
 from fedlora.report.drawing import SERIES
 from fedlora.report.folder import Row, RunFolder
@@ -138,11 +137,10 @@ def _threats(run: RunFolder) -> list[str]:
     if run.audit is not None and "threats" in run.audit:
         return [_threat(found) for found in run.audit["threats"]]
     try:
-        module = import_module("fedlora.privacy.threats")
-        facts = module.Facts(**_facts(run))
-    except (ModuleNotFoundError, FedloraError):  # an experiment of another version
-        return _plain_threats(run)
-    return [_threat(asdict(found)) for found in module.threats(facts)]
+        facts = _facts(run)
+    except FedloraError as error:
+        return [f"Not known: the experiment is of another version ({one_line(error)})."]
+    return [_threat(asdict(found)) for found in threats(facts)]
 
 
 def _threat(found: Row) -> str:
@@ -151,52 +149,22 @@ def _threat(found: Row) -> str:
     return f"{who}. It could learn: {learns} It could not: {does_not}"
 
 
-def _facts(run: RunFolder) -> dict[str, Any]:
+def _facts(run: RunFolder) -> Facts:
     """Return what of a run decides who learns what."""
     config = ExperimentConfig.from_table(run.experiment)
     method, rounds = config.federation.build_method(), range(1, config.federation.rounds + 1)
     uploaded: set[str] = set().union(*map(method.uploaded, rounds))
     kept: set[str] = set().union(*map(method.kept, rounds))
     privacy = (run.summary or {}).get("privacy") or {}
-    return {
-        "uploaded": uploaded,
-        "kept": kept,
-        "mechanism": None if config.privacy is None else config.privacy.mechanism,
-        "epsilon": privacy.get("epsilon"),
-        "delta": None if config.privacy is None else config.privacy.delta,
-        "secure_aggregation": config.secure_aggregation is not None,
-        "personalized": config.personalization.steps > 0,
-    }
-
-
-def _plain_threats(run: RunFolder) -> list[str]:
-    private = "privacy" in run.experiment
-    summed = "secure_aggregation" in run.experiment
-    local = private and run.experiment["privacy"].get("mechanism") == "local"
-    if summed:
-        server = (
-            "An honest but curious server sees a cohort's sum alone, as long as enough of the "
-            "cohort do not conspire with it."
-        )
-    elif local:
-        server = (
-            "An honest but curious server sees each client's update under that client's own noise."
-        )
-    else:
-        server = (
-            "An honest but curious server sees every client's own update of low-rank factors; from "
-            "small batches, inputs can be reconstructed from such an update in part or whole."
-        )
-    other = "Another client sees the global adapter of each round it takes part in; " + (
-        "the guarantee above bounds what that tells of any one person."
-        if private
-        else "no bound is known for what that tells of any one person."
+    return Facts(
+        uploaded=uploaded,
+        kept=kept,
+        mechanism=None if config.privacy is None else config.privacy.mechanism,
+        epsilon=privacy.get("epsilon"),
+        delta=None if config.privacy is None else config.privacy.delta,
+        secure_aggregation=config.secure_aggregation is not None,
+        personalized=config.personalization.steps > 0,
     )
-    thief = (
-        "A thief of an unlocked device has its owner's data and personal adapter, which no "
-        "guarantee of the federation covers; and the global adapter, as any client has it."
-    )
-    return [server, other, thief]
 
 
 def _value(value: object) -> Cell:
