@@ -172,4 +172,6 @@ def _value(value: object) -> Cell:
         return "yes" if value else "no"
     if value is None or isinstance(value, int | float):
         return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = ", ".join(value)
     return one_line(value if isinstance(value, str) else json.dumps(value))[:400]

@@ -63,11 +63,9 @@ def test_bars_have_the_stage_how_far_it_is_and_the_time_left(table: LiveTable) -
     assert "[red]a client" in text  # a client's name is no markup
 
 
-def test_a_private_run_has_its_epsilon(table: LiveTable) -> None:
-    class Private(RoundRecord):
-        epsilon = 1.25
-
-    table.on_round(Private(1, "updated", ("a",), None, 1.0, 1, 1))
+def test_a_private_run_has_its_epsilon(table: LiveTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlora.cli.live._epsilon", lambda record: 1.25)
+    table.on_round(record(1, None))
     words = shown(table).split()
     assert "epsilon" in words
     assert "1.25" in words
