@@ -15,7 +15,15 @@
     │   └── DigestMismatchError    its bytes differ from their recorded digest
     ├── DataError                  a data set or one client's part of it cannot be used
     ├── FederationError            a round, a client's reply or a message is wrong
-    │   └── TooFewUpdatesError     a rule needs more clients than this round has left
+    │   ├── TooFewUpdatesError     a rule needs more clients than this round has left
+    │   └── SecureAggregationError a secure sum was refused; nothing more is revealed of it
+    │       ├── SecureTermsError   terms that promise too little, or a message under other terms
+    │       ├── ForgedKeyError     a key is missing, twice there, or not signed by whom we trust
+    │       ├── ShareError         a share is damaged, of another round or client, or too much
+    │       ├── RevealError        lists that would unmask a client, or that changed
+    │       ├── ThresholdError     too few clients are left: the round is given up
+    │       ├── SecureSumError     the unmasked sum is not what its clients' messages promise
+    │       └── PhaseOrderError    a message that this phase does not take
     ├── RunError                   a run folder cannot be written, or cannot be resumed
     ├── StoreError                 a device's state folder is missing, taken or in use
     └── UpdateError                over the air: a release cannot be published or fetched
@@ -48,19 +56,27 @@ __all__ = [
     "ExpiryError",
     "FederationError",
     "FedloraError",
+    "ForgedKeyError",
     "FormatError",
     "GateError",
     "LayerMismatchError",
     "MetadataError",
     "MissingExtraError",
     "NonFiniteError",
+    "PhaseOrderError",
     "PublishError",
     "ReleaseError",
+    "RevealError",
     "RunError",
+    "SecureAggregationError",
+    "SecureSumError",
+    "SecureTermsError",
     "ShapeMismatchError",
+    "ShareError",
     "SignatureError",
     "SlowDownloadError",
     "StoreError",
+    "ThresholdError",
     "TooFewUpdatesError",
     "UnknownNameError",
     "UnsupportedError",
@@ -143,6 +159,38 @@ class FederationError(FedloraError):
 
 class TooFewUpdatesError(FederationError):
     """Too few clients are left for what a rule promises: the round is given up, not the run."""
+
+
+class SecureAggregationError(FederationError):
+    """A secure sum was refused: the round is given up, or one client is out of it."""
+
+
+class SecureTermsError(SecureAggregationError):
+    """The terms of a secure sum promise too little, or a message was made under other ones."""
+
+
+class ForgedKeyError(SecureAggregationError):
+    """A key is missing, is there twice, or is not signed by whom this device trusts."""
+
+
+class ShareError(SecureAggregationError):
+    """A share of a secret is damaged, missing, of another round or client, or too much."""
+
+
+class RevealError(SecureAggregationError):
+    """What would be revealed unmasks a single client, or is asked for a second time differently."""
+
+
+class ThresholdError(SecureAggregationError):
+    """Too few clients are left to take the masks off: the round is given up, not the run."""
+
+
+class SecureSumError(SecureAggregationError):
+    """The unmasked sum cannot be one of what its clients were to send."""
+
+
+class PhaseOrderError(SecureAggregationError):
+    """A secure sum's phase does not take this message, or not twice."""
 
 
 class RunError(FedloraError):
