@@ -8,7 +8,9 @@ torch where it is installed, else onnx), and only then imported.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
+from types import ModuleType
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -39,13 +41,47 @@ def query(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train for one round, if this device's owner allows it now (`fedlora.federation.limits`)."""
+    if context.node_config.get("trusted-keys"):
+        return _secure().handle_plain(message)
     return _if_allowed(message, context, handle_train, train=True)
+
+
+@app.train("keys")
+def keys(message: Message, context: Context) -> Message:
+    """Begin a secure sum, if this device's owner allows it now."""
+    handle = partial(_secure().handle_keys, node_config=context.node_config)
+    return _if_allowed(message, context, handle)
+
+
+@app.train("shares")
+def shares(message: Message, context: Context) -> Message:
+    """Deal shares of this client's secrets of a secure sum."""
+    return _secure().handle_shares(message, context.state, context.node_config)
+
+
+@app.train("masked")
+def masked(message: Message, context: Context) -> Message:
+    """Train for one round of secure sums; a device that may not by now falls out of the sum."""
+    return _if_allowed(message, context, _secure().handle_masked)
+
+
+@app.train("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Help to take the masks off a sum, whatever this device's limits say by now."""
+    return _secure().handle_unmask(message, context.state)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Personalize the global adapter, evaluate, and keep both; under the same limits."""
     return _if_allowed(message, context, handle_evaluate)
+
+
+def _secure() -> ModuleType:
+    """Return what answers in a secure sum; its cryptography is not loaded for any other message."""
+    from fedlora.federation import secure_handlers
+
+    return secure_handlers
 
 
 def _if_allowed(

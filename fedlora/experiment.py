@@ -313,6 +313,18 @@ class ExperimentConfig:
                 "secure_aggregation.clipping_range: expected a number, as there is no "
                 "privacy.clipping_norm to take it from; set it"
             )
+        quorum = self.quorum
+        if secure is not None and quorum is not None and quorum.share < secure.threshold:
+            raise ConfigError(
+                "quorum.share: expected at least secure_aggregation.threshold = "
+                f"{secure.threshold:g}, found {quorum.share:g}: with fewer clients a round is "
+                "given up"
+            )
+        if secure is not None and self.privacy is not None and self.privacy.mechanism == "local":
+            raise ConfigError(
+                "privacy.mechanism: expected 'central' with [secure_aggregation], found 'local', "
+                "whose noise would not fit into the range of a secure sum; choose one of the two"
+            )
 
     def _require_sums(self, table: str) -> None:
         """Raise unless equal clients' sum is all that the server uses of a cohort."""

@@ -31,6 +31,7 @@ from fedlora.flat import Segment
 __all__ = [
     "BufferForm",
     "FixedList",
+    "array_header",
     "codec_of",
     "describe",
     "read_array",
@@ -83,12 +84,12 @@ class BufferForm:
         size = sum(segment.size for segment in segments)
         if codec == FP32:
             hashed = hashlib.sha256("\n".join(texts).encode())
-            header = _array_header(size, "<f4")
+            header = array_header(size, "<f4")
             total = len(header) + 4 * size
             return cls(tuple(segments), texts, size, "float32", size, total, header, hashed)
         coded = RowCodec(segments, codec)
         length = coded.num_bytes
-        header = _array_header(length, "|u1")
+        header = array_header(length, "|u1")
         hashed = hashlib.sha256("\n".join((*texts, codec)).encode())
         total = len(header) + length
         return cls(tuple(segments), texts, size, "uint8", length, total, header, hashed, coded)
@@ -136,7 +137,7 @@ class BufferForm:
         """The bytes that an array and its record would have more in fp32, as Flower counts them."""
         if self._coded is None:
             return 0
-        plain = len(_array_header(self.size, "<f4")) + 4 * self.size
+        plain = len(array_header(self.size, "<f4")) + 4 * self.size
         return plain - self.num_bytes - len(CODEC) - len(self.codec)
 
     def digest(self, data: bytes) -> str:
@@ -232,7 +233,8 @@ def read_array(
 
 
 @functools.cache
-def _array_header(size: int, kind: str) -> bytes:
+def array_header(size: int, kind: str) -> bytes:
+    """Return what opens an array of `size` numbers of a kind ("<f4") in NumPy's format."""
     stream = io.BytesIO()
     description = {"descr": kind, "fortran_order": False, "shape": (size,)}
     np.lib.format.write_array_header_1_0(stream, description)

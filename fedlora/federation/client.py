@@ -49,15 +49,19 @@ from fedlora.privacy.local import NO_LIMITS, NoiseLimits
 from fedlora.training import LocalRule, TrainConfig, TrainResult
 
 __all__ = [
+    "Answer",
     "OpenTrainer",
     "Trainer",
+    "declined",
     "error_reply",
     "handle_declined",
     "handle_evaluate",
     "handle_query",
     "handle_train",
     "one_line",
+    "reply_with",
     "require_base",
+    "trained",
 ]
 
 _log = logging.getLogger(__name__)
@@ -112,13 +116,15 @@ class Trainer(Protocol):
 
 
 OpenTrainer = Callable[[ClientSetup], Trainer]
+# Makes the reply of a task, its trainer, what that trained, and when this began.
+Answer = Callable[[TrainTask, Trainer, TrainResult, float], RecordDict]
 
 
 def handle_query(
     message: Message, open_trainer: OpenTrainer, device: DeviceState | None = None
 ) -> Message:
     """Say who this client is: its id, its rank, and its num_examples where weights need it."""
-    return _answer(message, lambda: _query(message.content, open_trainer, device))
+    return reply_with(message, lambda: _query(message.content, open_trainer, device))
 
 
 def handle_train(
@@ -139,9 +145,9 @@ def handle_train(
     """
 
     def build() -> RecordDict:
-        return _train(message.content, open_trainer, state, device, min_examples, noise)
+        return trained(message.content, open_trainer, state, device, min_examples, noise)
 
-    return _answer(message, build)
+    return reply_with(message, build)
 
 
 def handle_evaluate(
@@ -160,12 +166,12 @@ def handle_evaluate(
     def build() -> RecordDict:
         return _evaluate(message.content, open_trainer, state, device, min_examples)
 
-    return _answer(message, build)
+    return reply_with(message, build)
 
 
 def handle_declined(message: Message, reason: str) -> Message:
     """Decline to take part in a round; the reply holds one of the words of `limits.REASONS`."""
-    return _answer(message, lambda: _declined(reason))
+    return reply_with(message, lambda: declined(reason))
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -206,26 +212,37 @@ def _query(
     return answer_query(setup, trainer.client_id, trainer.rank, count, remembers=remembers)
 
 
-def _declined(reason: str) -> RecordDict:
+def declined(reason: str) -> RecordDict:
+    """Return what a device that declines sends, past the guard."""
     content = declined_content(reason)
     check_declined(content)
     return content
 
 
-def _train(
+def trained(
     content: RecordDict,
     open_trainer: OpenTrainer,
     state: RecordDict | None,
     device: DeviceState | None,
     min_examples: int,
     noise: NoiseLimits,
+    answer: Answer | None = None,
 ) -> RecordDict:
+    """Train as a message asks, and return the reply; see `handle_train`.
+
+    answer: makes the reply, and no other leaves; None: the ordinary one.
+    """
     started = time.monotonic()
     task = _limited(read_task(content), noise)
     order, broadcast = task.order, task.broadcast
+    if answer is not None and (order.rule.correction is not None or order.noise is not None):
+        raise FederationError(
+            "message from the server: expected neither control variates nor local noise in a "
+            "secure sum, found some"
+        )
     trainer = open_trainer(task.setup)
     if min_examples and trainer.num_examples < min_examples:
-        return _declined("examples")
+        return declined("examples")
     require_rank(broadcast.trainable, trainer.rank)
     rows = None
     own = kept_factors(task)
@@ -248,7 +265,7 @@ def _train(
         write_own_factors(task, rows, pack(result.adapter, kept_segments(task)))
     if order.noise is not None and device is not None:
         device.note_release(trainer.initial.base, order.round, order.noise)
-    return _answered(task, trainer, result, started)
+    return (answer or _answered)(task, trainer, result, started)
 
 
 def _evaluate(
@@ -261,7 +278,7 @@ def _evaluate(
     task = read_evaluate(content)
     trainer = open_trainer(task.setup)
     if min_examples and trainer.num_examples < min_examples:
-        return _declined("examples")
+        return declined("examples")
     rows = _rows(task.setup, trainer, state, device) if task.order.kept else None
     if device is not None:
         device.open(trainer.initial.base)  # what is wrong with it is said before the training
@@ -354,7 +371,8 @@ def _require_kept(sent: Adapter, trained: Adapter, rule: LocalRule) -> None:
                 )
 
 
-def _answer(message: Message, build: Callable[[], RecordDict]) -> Message:
+def reply_with(message: Message, build: Callable[[], RecordDict]) -> Message:
+    """Return the reply that `build` makes; of its error what may leave this client."""
     try:
         content = build()
     except Exception as error:

@@ -23,8 +23,11 @@ __all__ = [
     "MEASURES",
     "METRICS",
     "SCORES",
+    "check_advertised",
     "check_answer",
     "check_declined",
+    "check_masked",
+    "check_parts",
     "check_reply",
     "check_scores",
 ]
@@ -121,6 +124,42 @@ def check_declined(content: RecordDict) -> None:
             f"refused to send: a device that declines says one of {', '.join(REASONS)} and nothing "
             "else"
         )
+
+
+def check_advertised(content: RecordDict) -> None:
+    """Raise `FederationError` unless `content` is a client's advertisement and nothing more."""
+    _refuse_others("the reply", content.keys(), frozenset({"advertisement"}))
+    record = _record(content, "advertisement", ConfigRecord)
+    _refuse_others("the advertisement", record.keys(), frozenset({"bytes", "signer"}))
+    _require_bytes("advertisement", record)
+
+
+def check_parts(content: RecordDict, name: str, places: Collection[int]) -> None:
+    """Raise `FederationError` unless `content` is bytes by place in one record, and no more.
+
+    places: those that it may name; of others' secrets a client has nothing to tell.
+    """
+    _refuse_others("the reply", content.keys(), frozenset({name}))
+    record = _record(content, name, ConfigRecord)
+    _refuse_others(f"the {name}", record.keys(), frozenset(map(str, places)))
+    _require_bytes(name, record)
+
+
+def check_masked(content: RecordDict, length: int, bits: int) -> None:
+    """Raise `FederationError` unless `content` is a masked row of the round and nothing more."""
+    _refuse_others("the reply", content.keys(), frozenset({"masked", "masked-digest"}))
+    masked = _record(content, "masked", ArrayRecord)
+    digest = _record(content, "masked-digest", ConfigRecord)
+    _refuse_others("record masked", masked.keys(), frozenset({"row"}))
+    _refuse_others("record masked-digest", digest.keys(), _DIGEST)
+    row = masked.get("row")
+    if row is None or row.shape != (length,) or row.dtype != f"uint{bits}":
+        raise FederationError("refused to send masked: it is not of the round's size and type")
+
+
+def _require_bytes(name: str, record: ConfigRecord) -> None:
+    if not all(type(value) is bytes for value in record.values()):
+        raise FederationError(f"refused to send {name}: it is not bytes alone")
 
 
 def _require_size(name: str, record: ArrayRecord, form: BufferForm) -> None:
