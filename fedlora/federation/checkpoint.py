@@ -104,6 +104,8 @@ class RoundRecord:
     # What bytes_up and bytes_down would be in fp32, as "up" and "down", where a codec is in use.
     fp32_bytes: Mapping[str, int] = field(default_factory=dict)
     epsilon: float | None = None  # of all rounds until this one, with privacy
+    # By the phases of a secure sum: "clients" whose answer was right, "bytes_up", "bytes_down".
+    secure: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

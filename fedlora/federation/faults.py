@@ -11,8 +11,9 @@ run and another engine meet the same faults; raising one chance changes no other
 has not told its id is known by its node id, which is the same in every in-process run and in no
 other.
 
-**What is hit.** Training messages and their replies. The query is not: a client that it does not
-reach would be missing from all of the run.
+**What is hit.** Training messages and their replies, in a secure sum those of each phase, drawn
+anew; there ``corrupt`` has nothing to damage, and does nothing. The query is not hit: a client that
+it does not reach would be missing from all of the run.
 
 **Time.** In one process nothing sleeps: a delayed or slow client's message is handed to the grid
 after all others, so that its reply comes last and replies need not be kept; one that would come
@@ -39,7 +40,7 @@ from flwr.serverapp import Grid
 from fedlora.conditions import FaultsConfig
 from fedlora.federation._flower_private import CLIENT_ERROR, set_message_id
 from fedlora.federation.corruption import corrupt, corruptions_of
-from fedlora.federation.wrapped_grid import WrappedGrid
+from fedlora.federation.wrapped_grid import WrappedGrid, is_of_round
 from fedlora.randomness import rng
 
 __all__ = ["CRASHED", "Fault", "FaultyGrid", "describe_faults", "draw_fault", "with_faults"]
@@ -65,9 +66,13 @@ class Fault:
     generator: np.random.Generator  # for the kind and place of a corruption
 
 
-def draw_fault(faults: FaultsConfig, client: str, round: str) -> Fault | None:
-    """Return what happens to a client's message in a round; None: nothing."""
-    generator = rng(faults.seed, "faults", client, round)
+def draw_fault(faults: FaultsConfig, client: str, round: str, kind: str = "train") -> Fault | None:
+    """Return what happens to a client's message in a round; None: nothing.
+
+    kind: the message type, "train" or a phase "train.…" of a secure sum.
+    """
+    phase = () if kind == "train" else (kind,)
+    generator = rng(faults.seed, "faults", client, round, *phase)
     drawn = zip(_KINDS, generator.random(len(_KINDS)), strict=True)
     hit = {kind: bool(x < getattr(faults, kind)) for kind, x in drawn}
     return Fault(**hit, generator=generator) if any(hit.values()) else None
@@ -110,7 +115,8 @@ class FaultyGrid(WrappedGrid):
         self._faults = faults
         self._real_time, self._clock, self._sleep = real_time, clock, sleep
         self._clients: dict[int, str] = {}  # by node id, as they told
-        self._open: dict[tuple[int, str], Fault] = {}  # by node and round, until the reply comes
+        # By node, round and message type, until the reply comes.
+        self._open: dict[tuple[int, str, str], Fault] = {}
         self._late: list[Message] = []  # to be handed on in a later round
         self._dropped: set[str] = set()  # ids of messages that were pushed to nobody
         self._held: dict[
@@ -182,11 +188,11 @@ class FaultyGrid(WrappedGrid):
     ) -> Iterator[Message]:
         delayed: list[Message] = []
         for message in messages:
-            if self._late and message.metadata.message_type == "train":
+            if self._late and is_of_round(message):
                 # First, as they would come: a client that is asked again has done the old task.
-                group = message.metadata.group_id
-                yield from [late for late in self._late if late.metadata.group_id != group]
-                self._late = [late for late in self._late if late.metadata.group_id == group]
+                now = _exchange_of(message)
+                yield from [late for late in self._late if _exchange_of(late) != now]
+                self._late = [late for late in self._late if _exchange_of(late) == now]
             fault = self._drawn(message)
             if fault is not None and fault.drop:
                 continue
@@ -217,12 +223,12 @@ class FaultyGrid(WrappedGrid):
     def _drawn(self, message: Message) -> Fault | None:
         """Draw a message's fault, and keep it for the reply if it concerns that."""
         told = message.metadata
-        if told.message_type != "train":
+        if not is_of_round(message):
             return None
         client = self._clients.get(told.dst_node_id, f"node {told.dst_node_id}")
-        fault = draw_fault(self._faults, client, told.group_id)
+        fault = draw_fault(self._faults, client, told.group_id, told.message_type)
         if fault is not None and not (fault.drop or fault.crash):
-            self._open[told.dst_node_id, told.group_id] = fault
+            self._open[told.dst_node_id, told.group_id, told.message_type] = fault
         return fault
 
     def _fault_of(self, reply: Message) -> Fault | None:
@@ -230,7 +236,7 @@ class FaultyGrid(WrappedGrid):
         if told.message_type == "query":
             self._meet(reply)
             return None
-        return self._open.pop((told.src_node_id, told.group_id), None)
+        return self._open.pop((told.src_node_id, told.group_id, told.message_type), None)
 
     def _meet(self, reply: Message) -> None:
         record = reply.content.get("client") if reply.has_content() else None
@@ -256,6 +262,11 @@ class FaultyGrid(WrappedGrid):
         reply = Message(Error(CLIENT_ERROR, CRASHED), reply_to=message)
         set_message_id(reply, f"fault-{next(self._numbers)}")
         return reply
+
+
+def _exchange_of(message: Message) -> tuple[str, str]:
+    """Return the round and the phase of it that a message is of."""
+    return message.metadata.group_id, message.metadata.message_type
 
 
 def _slower(content: RecordDict, seconds: float) -> RecordDict:

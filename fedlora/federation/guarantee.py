@@ -27,13 +27,16 @@ def guarantee(out: Path, config: ExperimentConfig) -> dict[str, Any] | None:
 def privacy_summary(
     out: Path, config: ExperimentConfig, checkpoint: Checkpoint
 ) -> dict[str, Any] | None:
-    """Return ``summary.json["privacy"]`` of a run; None without privacy.
+    """Return ``summary.json["privacy"]`` of a run; None without privacy and without secure sums.
 
     clipping_norm: of the last round. sampling_probability: the largest of a round.
     """
     privacy, state = config.privacy, checkpoint.privacy
     if privacy is None or state is None:
-        return None
+        if config.secure_aggregation is None:
+            return None
+        notes = [*_secure_notes(config), "sums without noise are no differential privacy"]
+        return {"mechanism": None, "secure_aggregation": True, "notes": notes}
     ledger = Ledger.read(out)
     lines, events = ledger.lines, ledger.events()
     sums = [line.clipping_norm for line in lines if line.mechanism != "count"]
@@ -51,12 +54,15 @@ def privacy_summary(
         "rounds": checkpoint.state.round,
         "stopped": "max_epsilon" if stopped else None,
         "secure_aggregation": config.secure_aggregation is not None,
-        "notes": _notes(config, checkpoint),
+        "notes": [*_notes(config, checkpoint), *_secure_notes(config)],
     }
 
 
 def privacy_line(privacy: Mapping[str, Any]) -> str:
     """Return a summary's privacy as one line of the printed table."""
+    sums = "the server saw sums of updates, by secure aggregation"
+    if privacy["mechanism"] is None:
+        return f"privacy: {sums}; no epsilon is promised"
     by = {"central": "by the server", "local": "by each device"}[privacy["mechanism"]]
     drawn = {
         "poisson": f"Poisson {privacy['sampling_probability']:.3g}",
@@ -70,6 +76,7 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
         f"({privacy['unit']}), {privacy['neighboring_relation']}, by {privacy['accountant']}; "
         f"noise {by}, multiplier {privacy['noise_multiplier']:.3g}, clipping norm "
         f"{privacy['clipping_norm']:.3g}, {drawn}; {privacy['rounds']} rounds{ended}"
+        f"{f'; {sums}' if privacy['secure_aggregation'] else ''}"
     )
 
 
@@ -95,5 +102,21 @@ def _notes(config: ExperimentConfig, checkpoint: Checkpoint) -> list[str]:
         notes.append(
             f"delta {config.privacy.delta:g} is over one in {len(ids)}, the number of users: it "
             "allows to publish one of them whole"
+        )
+    return notes
+
+
+def _secure_notes(config: ExperimentConfig) -> list[str]:
+    secure = config.secure_aggregation
+    if secure is None:
+        return []
+    notes = [
+        f"the server saw sums of at least {secure.threshold:.0%} of a cohort's updates, and no "
+        "single one, if it passed on the devices' own keys: devices with trusted-keys check that"
+    ]
+    if config.privacy is not None:
+        notes.append(
+            "whether a round had enough clients for a sum is outside the guarantee: it depends on "
+            "who answered, and on nobody's data"
         )
     return notes

@@ -4,6 +4,8 @@ prepare    draw the cohort, make the messages
 send       hand them to the grid
 wait       for replies; in a simulation the clients' training
 aggregate  read and check the replies, aggregate
+keys, shares, unmask
+           the phases of a secure sum before and after "wait", where there is one
 save       write the checkpoint of the round before: a round's line is on the disk before its
            own checkpoint is, and this is what the round's start had to wait for
 """
@@ -36,7 +38,7 @@ class PhaseClock:
     def enter(self, phase: str) -> str:
         """End the phase that is under way and begin another; return the one that ended."""
         now = self._clock()
-        self._seconds[self._phase] += now - self._mark
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._mark
         self._mark, before, self._phase = now, self._phase, phase
         return before
 

@@ -37,7 +37,7 @@ from fedlora.federation._flower_private import (
     set_source_node,
 )
 from fedlora.federation.records import content_bytes
-from fedlora.federation.wrapped_grid import WrappedGrid
+from fedlora.federation.wrapped_grid import WrappedGrid, is_of_round
 
 __all__ = ["QuorumGrid", "Replies", "Wait"]
 
@@ -163,15 +163,15 @@ class QuorumGrid(WrappedGrid):
     ) -> Replies:
         """Send a round's messages, and return the replies as they come.
 
-        The quorum is for messages of type "train" alone. All others are waited for until everyone
-        has replied or `timeout` (seconds) is over.
+        The quorum is for a round's messages, "train" and the phases "train.…" of a secure sum. All
+        others are waited for until everyone has replied or `timeout` (seconds) is over.
         """
         source = iter(messages)
         first = next(source, None)
         deadline = math.inf if timeout is None else timeout
         wait = Wait(deadline=deadline)
         quorum = self._config
-        if quorum is not None and first is not None and first.metadata.message_type == "train":
+        if quorum is not None and first is not None and is_of_round(first):
             enough = math.ceil(quorum.share * self._cohort - 1e-9)  # 0.7 * 10 is a little over 7
             wait = Wait(enough, quorum.grace, deadline=min(deadline, quorum.deadline))
         return self.exchange(itertools.chain(() if first is None else (first,), source), wait)

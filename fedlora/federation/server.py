@@ -42,8 +42,10 @@ from fedlora.federation.records import (
 )
 from fedlora.federation.roster import Roster, query_messages, read_answer
 from fedlora.federation.sampling import draw_held_out
+from fedlora.federation.secure import require_terms
 from fedlora.federation.stage import OnClient, evaluate_devices, require_stage
 from fedlora.federation.strategy import FederatedLora
+from fedlora.federation.summed import sent_row
 from fedlora.files import write_atomic
 from fedlora.targets import initial_adapter
 
@@ -140,9 +142,12 @@ def run_federation(
             min_clients=min_clients,
             timeout=timeout,
         )
+    if config.secure_aggregation is not None:
+        require_terms(config, len(sent_row(method, checkpoint.state)))
     strategy = FederatedLora(
-        config, method, checkpoint, nodes, save, roster, codecs, pause=pause, private=private
-    )
+        config, method, checkpoint, nodes, save, roster, codecs,
+        pause=pause, private=private, timeout=timeout,
+    )  # fmt: skip
     try:
         # More than once when devices declined a round: it was tried again, and one is left over.
         while (rounds := config.federation.rounds - strategy.checkpoint.state.round) > 0:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -37,8 +38,8 @@ from fedlora.federation.codecs import FP32, Codecs, agreed
 from fedlora.federation.limits import DECLINED, read_declined
 from fedlora.federation.phases import PhaseClock, slowest_and_median
 from fedlora.federation.population import counted, deal_ranks, named_run, total_weight, with_answers
-from fedlora.federation.prepared import PrepareOnce
-from fedlora.federation.private_sum import PrivateRounds
+from fedlora.federation.prepared import Prepared, PrepareOnce
+from fedlora.federation.private_sum import CohortSum, PrivateRounds
 from fedlora.federation.quorum import Replies
 from fedlora.federation.records import (
     ClientSetup,
@@ -54,6 +55,10 @@ from fedlora.federation.replies import (
 )
 from fedlora.federation.roster import Roster
 from fedlora.federation.sampling import draw_cohort
+from fedlora.federation.secure import SecureRound, begin_secure, phases_told
+from fedlora.federation.secure_phase import Member
+from fedlora.federation.summed import aggregate_mean, sent_row
+from fedlora.privacy.secure import SecureTotal
 
 __all__ = ["FederatedLora", "most_failed_rounds"]
 
@@ -92,6 +97,7 @@ class _Round:
     late: int = 0  # replies to older rounds
     surplus_up: int = 0  # what would come on top of these in fp32
     surplus_down: int = 0
+    secure: SecureRound | str | None = None  # the phases of a secure sum; or why there is none
 
     @property
     def is_declined(self) -> bool:
@@ -118,6 +124,7 @@ class FederatedLora(Strategy):
     neither) is no failed one: it is tried again, with another cohort, after `pause` seconds.
     private: what makes the rounds private; then each of them releases noise, also one without an
     update, and none is tried again.
+    timeout: seconds for each phase of a secure sum that is an exchange of its own.
 
     Raises `FederationError` after `most_failed_rounds` rounds in a row without an update, and after
     a week of nothing but declining; `BudgetSpent` before a round that would pass `max_epsilon`.
@@ -135,6 +142,7 @@ class FederatedLora(Strategy):
         *,
         pause: Callable[[float], None] = time.sleep,
         private: PrivateRounds | None = None,
+        timeout: float = 3600.0,
     ) -> None:
         self.config = config
         self.method = method
@@ -149,6 +157,7 @@ class FederatedLora(Strategy):
         self._save_seconds = 0.0
         self._have_clients(checkpoint)
         self._pause = pause
+        self._timeout = timeout
         self._again = 0  # cohorts that have declined the round that is next
         self._paused = 0.0  # seconds, for their sake
 
@@ -172,7 +181,9 @@ class FederatedLora(Strategy):
                 self._have_clients(told)
         cohort = self._cohort(number)
         self._round = current = _Round(number, cohort, clock=clock)
-        messages = clock.within("prepare", self._messages(current, grid))
+        if self.config.secure_aggregation is not None:
+            self._begin_secure(current, grid)
+        messages = clock.within("prepare", self._messages(current))
         clock.enter("send")
         return messages
 
@@ -184,15 +195,17 @@ class FederatedLora(Strategy):
         if current is None:
             raise FederationError("aggregate_train was called before configure_train")
         current.clock.enter("aggregate")
-        if isinstance(replies, Replies):
+        received = current.clock.within("wait", replies)
+        if current.secure is None and isinstance(replies, Replies):
             # A private round waits for everyone: a reply must not shut another out.
             private = self._private is not None
             replies.count_by(lambda: 0 if private else len(current.valid))
-        updates = self._updates(current, current.clock.within("wait", replies))
-        if self._private is None:
-            after = self._aggregated(current, updates)
+        if current.secure is not None:
+            after = self._summed(current, current.secure, replies)
+        elif self._private is None:
+            after = self._aggregated(current, self._updates(current, received))
         else:
-            after = self._released(self._private, current, updates)
+            after = self._released(self._private, current, self._updates(current, received))
         # A private round has released its noise: it does not come again.
         declined = self._private is None and after is None and current.is_declined
         # A round that fails changes nothing but the number; one that is tried again, not even that.
@@ -200,8 +213,9 @@ class FederatedLora(Strategy):
         state = after or replace(self.checkpoint.state, round=number)
         silent = "no reply in time"
         if isinstance(replies, Replies):
-            current.late = replies.late
-            current.bytes_up += replies.late_bytes
+            if current.secure is None:  # whose phases count for themselves
+                current.late = replies.late
+                current.bytes_up += replies.late_bytes
             if replies.ended == "quorum":
                 silent = "not waited for: the round had its quorum"
         for sent in current.awaited.values():
@@ -261,7 +275,45 @@ class FederatedLora(Strategy):
             self._again,
         )
 
-    def _messages(self, current: _Round, grid: Grid) -> Iterator[Message]:
+    def _begin_secure(self, current: _Round, grid: Grid) -> None:
+        """Carry out the phases of a secure sum that come before its training."""
+        members = []
+        for place, client_id in enumerate(current.cohort):
+            if (node := self._nodes.get(client_id)) is not None:
+                members.append(Member(client_id, node, place))
+            else:
+                self._drop(current, client_id, "not connected")
+        current.secure = begin_secure(
+            self.config,
+            run=self.checkpoint.run,
+            round=current.number,
+            cohort=len(current.cohort),
+            members=members,
+            size=len(sent_row(self.method, self.checkpoint.state)),
+            setup=to_record(ClientSetup.of(self.config, self._run)),
+            exchange=lambda messages: grid.send_and_receive(messages, timeout=self._timeout),
+            clock=current.clock,
+        )
+
+    def _messages(self, current: _Round) -> Iterator[Message]:
+        prepared = self._preparing(current)
+        if isinstance(current.secure, SecureRound):
+            yield from current.secure.messages(lambda m: prepared(m.client_id).content())
+        if current.secure is not None:
+            return
+        for client_id in current.cohort:
+            node = self._nodes.get(client_id)
+            if node is None:
+                self._drop(current, client_id, "not connected")
+                continue
+            found = prepared(client_id)
+            current.awaited[node] = _Sent(client_id, found.form)
+            current.bytes_down += found.num_bytes
+            current.surplus_down += found.fp32_surplus
+            yield Message(found.content(), node, "train", group_id=str(current.number))
+
+    def _preparing(self, current: _Round) -> Callable[[str], Prepared]:
+        """Return what prepares the message of a client, by its id."""
         setup = to_record(ClientSetup.of(self.config, self._run))
         order = TrainOrder(
             current.number,
@@ -279,19 +331,13 @@ class FederatedLora(Strategy):
             dealt=bool(config.federation.client_ranks),
             measured=not config.sums_only,
         )
-        for client_id in current.cohort:
-            node = self._nodes.get(client_id)
-            if node is None:
-                self._drop(current, client_id, "not connected")
-                continue
-            client = self._clients[client_id]
-            profile = ClientProfile(client_id, self._ranks[client_id], client.num_examples)
-            codecs = self._agreed(client_id)
-            prepared = prepare(self.checkpoint.state, profile, codecs)
-            current.awaited[node] = _Sent(client_id, prepared.form)
-            current.bytes_down += prepared.num_bytes
-            current.surplus_down += prepared.fp32_surplus
-            yield Message(prepared.content(), node, "train", group_id=str(current.number))
+
+        def prepared(client_id: str) -> Prepared:
+            num_examples = self._clients[client_id].num_examples
+            profile = ClientProfile(client_id, self._ranks[client_id], num_examples)
+            return prepare(self.checkpoint.state, profile, self._agreed(client_id))
+
+        return prepared
 
     def _agreed(self, client_id: str) -> Codecs:
         """Return how a client's factors travel; say once who does not know the run's codecs."""
@@ -386,14 +432,72 @@ class FederatedLora(Strategy):
 
         It is released and charged with whoever has replied, also with nobody.
         """
+        found = private.add_up(self.method, self.checkpoint.state, updates)
+        return self._released_sum(private, current, found)
+
+    def _released_sum(
+        self, private: PrivateRounds, current: _Round, found: CohortSum
+    ) -> ServerState | None:
         try:
-            return private.release(self.method, self.checkpoint.state, updates)
+            return private.release_sum(self.method, self.checkpoint.state, found)
         except NonFiniteError as error:
             _log.warning("round %d: given up, and charged: %s", current.number, error)
-            for client in current.valid:
-                self._drop(current, client, f"all updates together: {error}")
-            current.valid.clear()
+            self._give_up(current, current.valid, f"all updates together: {error}")
             return None
+
+    def _summed(
+        self, current: _Round, secure: SecureRound | str, replies: Iterable[Message]
+    ) -> ServerState | None:
+        """Return the state after a round of which the sum alone is known.
+
+        None as `_aggregated`, or as `_released` in a run with privacy.
+        """
+        total = self._total(current, secure, replies)
+        if self._private is not None:
+            nobody = CohortSum(np.zeros(len(sent_row(self.method, self.checkpoint.state))), 0)
+            found = nobody if total is None else CohortSum(total.sum, total.count)
+            return self._released_sum(self._private, current, found)
+        if total is None:
+            return None
+        try:
+            mean = total.sum / total.count
+            state = aggregate_mean(self.method, self.checkpoint.state, mean)
+            require_answerable(state.trainable)
+        except NonFiniteError as error:
+            self._give_up(current, current.valid, f"all updates together: {error}")
+            return None
+        return state
+
+    def _total(
+        self, current: _Round, secure: SecureRound | str, replies: Iterable[Message]
+    ) -> SecureTotal | None:
+        """Return the sum, and note what came of the phases; None: the round is given up."""
+        if isinstance(secure, str):
+            here = [client for client in current.cohort if client in self._nodes]
+            self._give_up(current, here, secure)
+            return None
+        total = secure.finish(replies)
+        for phase in secure.phases:
+            for dropped in phase.dropped:
+                self._drop(current, dropped.client, dropped.reason)
+            current.declined += phase.declined
+            current.failures += phase.failures
+            current.bytes_up += phase.bytes_up
+            current.bytes_down += phase.bytes_down
+            current.late += phase.late
+        if total is None:
+            self._give_up(current, [m.client_id for m in secure.left], secure.given_up or "")
+        else:
+            # What a client does not tell and the order does not say counts as none.
+            steps = self.config.federation.train_in(current.number).local_steps or 0
+            current.valid = {member.client_id: steps for member in secure.contributors}
+        return total
+
+    def _give_up(self, current: _Round, clients: Iterable[str], reason: str) -> None:
+        """Drop the clients that are left in a round."""
+        for client in list(clients) or ["everyone"]:
+            self._drop(current, client, reason)
+        current.valid.clear()
 
     def _check(self, current: _Round, sent: _Sent, message: Message) -> tuple[Reply, float]:
         who = f"client {sent.client_id!r}"
@@ -471,6 +575,7 @@ class FederatedLora(Strategy):
             declined=tuple(current.declined),
             fp32_bytes=self._fp32_bytes(current),
             epsilon=None if self._private is None else round(self._private.epsilon, 6),
+            secure=phases_told(current.secure),
         )
         self.checkpoint = replace(
             checkpoint,

@@ -8,7 +8,12 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-__all__ = ["WrappedGrid"]
+__all__ = ["WrappedGrid", "is_of_round"]
+
+
+def is_of_round(message: Message) -> bool:
+    """Whether a message or its reply is of a round: a training, or a phase of a secure sum."""
+    return message.metadata.message_type.partition(".")[0] == "train"
 
 
 class WrappedGrid(Grid):

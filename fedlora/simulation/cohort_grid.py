@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
 from fedlora.adapter import Adapter, Array
 from fedlora.errors import BaseMismatchError, FederationError
@@ -28,6 +28,14 @@ from fedlora.federation import ClientSetup
 from fedlora.federation.client import error_reply
 from fedlora.federation.control import next_control
 from fedlora.federation.private import kept_factors, kept_segments, split_row, with_kept
+from fedlora.federation.secure_client import (
+    Kept,
+    MemorySessions,
+    answer_masked,
+    answer_phase,
+    require_masking,
+)
+from fedlora.federation.secure_records import MASKED, PHASES, training_records
 from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
 from fedlora.flat import Segment, pack
 from fedlora.nn.cohort import Job, group_jobs, must_train_alone, outlined_job, usual_positions
@@ -83,6 +91,7 @@ class CohortGrid(VirtualGrid):
         self._slabs: dict[tuple[str, tuple[Segment, ...]], PersonalSlab] = {}
         self._alone: dict[ClientSetup, bool] = {}
         self._opened: tuple[ClientSetup, World] | None = None
+        self._sessions: dict[int, Kept] = {}  # of secure sums, by the client's place in the data
 
     def replies(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Yield a reply to each message, group by group."""
@@ -100,7 +109,7 @@ class CohortGrid(VirtualGrid):
             answers: list[Message] = []
             for message in window:
                 try:
-                    if message.metadata.message_type == "train":
+                    if message.metadata.message_type in ("train", MASKED):
                         clients.append(self._read(message))
                     else:
                         answers.append(self._answer(message))
@@ -116,6 +125,10 @@ class CohortGrid(VirtualGrid):
                 size = min(WINDOW, max(64, WINDOW_BYTES // clients[0].start.num_bytes))
 
     def _answer(self, message: Message) -> Message:
+        kind = message.metadata.message_type
+        if kind in PHASES:
+            content = answer_phase(kind, message.content, self._own_session(message))
+            return Message(content, reply_to=message)
         setup = read_query(message.content)
         data = self._world(setup).data
         name = data.client_ids[self.number_of(message)]
@@ -123,7 +136,9 @@ class CohortGrid(VirtualGrid):
         return Message(answer_query(setup, name, None, count), reply_to=message)
 
     def _read(self, message: Message) -> _Client:
-        task = read_task(message.content)
+        if message.metadata.message_type == MASKED:
+            require_masking(message.content, self._own_session(message))
+        task = read_task(training_records(message.content))
         world, sent = self._world(task.setup), task.broadcast
         if any(
             a is not None and a.base != world.initial.base for a in (sent.trainable, sent.frozen)
@@ -174,10 +189,13 @@ class CohortGrid(VirtualGrid):
         try:
             if outcome.error is not None:
                 raise outcome.error
+            row = self._uploaded(client, outcome.row)
+            if client.message.metadata.message_type == MASKED:
+                return Message(self._masked(client, row), reply_to=client.message)
             following, change = _next_control(client, outcome)
             content = answer_task(
                 client.task,
-                self._uploaded(client, outcome.row),
+                row,
                 client_id=client.name,
                 num_examples=outcome.num_examples,
                 loss=outcome.loss,
@@ -190,6 +208,13 @@ class CohortGrid(VirtualGrid):
         except Exception as error:
             return error_reply(client.message, error)
         return Message(content, reply_to=client.message)
+
+    def _masked(self, client: _Client, row: Array) -> RecordDict:
+        session = self._own_session(client.message)
+        return answer_masked(client.message.content, session, client.task, row, client.name)
+
+    def _own_session(self, message: Message) -> MemorySessions:
+        return MemorySessions(self._sessions, self.number_of(message))
 
     def _probe(self, clients: Sequence[_Client]) -> None:
         """Find out once for a run whether its clients can share a pass; say so if they cannot."""

@@ -25,6 +25,12 @@ from fedlora.federation import (
 )
 from fedlora.federation.device_state import DeviceState, owners_state
 from fedlora.federation.records import ClientSetup
+from fedlora.federation.secure_handlers import (
+    handle_keys,
+    handle_masked,
+    handle_shares,
+    handle_unmask,
+)
 from fedlora.randomness import rng
 from fedlora.simulation.grid import InProcessGrid
 from fedlora.targets import LayerSpec, initial_adapter
@@ -121,6 +127,22 @@ def fake_app(
     @app.train()
     def train(message: Message, context: Context) -> Message:
         return handle_train(message, opener(context), context.state, device(context))
+
+    @app.train("keys")
+    def keys(message: Message, context: Context) -> Message:
+        return handle_keys(message, opener(context), context.state)
+
+    @app.train("shares")
+    def shares(message: Message, context: Context) -> Message:
+        return handle_shares(message, context.state)
+
+    @app.train("masked")
+    def masked(message: Message, context: Context) -> Message:
+        return handle_masked(message, opener(context), context.state, device(context))
+
+    @app.train("unmask")
+    def unmask(message: Message, context: Context) -> Message:
+        return handle_unmask(message, context.state)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:

@@ -14,6 +14,7 @@ import torch
 from fedlora.errors import ConfigError, MissingExtraError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation import RoundRecord, read_rounds
+from fedlora.privacy.secure.quantize import Quantizer
 from fedlora.simulation import flower
 from fedlora.simulation.flower import run_in_flower
 from fedlora.simulation.rounds import run_rounds
@@ -60,6 +61,35 @@ def test_flowers_simulation_gives_what_this_process_gives(
         # One thread each: the same sums, so in practice 0; DESIGN allows 1e-6.
         np.testing.assert_allclose(ray.state.adapter[path].A, layer.A, rtol=0, atol=1e-6)
         np.testing.assert_allclose(ray.state.adapter[path].B, layer.B, rtol=0, atol=1e-6)
+    assert _ours() == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_secure_sum_in_flowers_simulation_is_that_of_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client's state between the phases goes through Flower, from one process to another."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MKL_NUM_THREADS", "1")
+    secure = {
+        "federation.cohort": 3, "federation.weights": "equal",
+        "secure_aggregation.clipping_range": 1.0,
+    }  # fmt: skip
+    here = run_rounds(ExperimentConfig.from_table(TABLE, secure), tmp_path / "here", 3)
+    there = ExperimentConfig.from_table(TABLE, secure | {"engine.kind": "flower"})
+    ray = run_rounds(there, tmp_path / "ray", 3)
+    assert ray.clients == here.clients
+    for a, b in zip(read_rounds(tmp_path / "here"), read_rounds(tmp_path / "ray"), strict=True):
+        assert (a.cohort, a.dropped, a.secure.keys()) == (b.cohort, b.dropped, b.secure.keys())
+        assert [phase["clients"] for phase in b.secure.values()] == [3] * 4
+        assert a.bytes_up == b.bytes_up
+    for path, layer in here.state.adapter.layers.items():
+        # As without the sum; a number at the edge of a level may fall on its other side.
+        bound = 1e-6 + 2 * Quantizer(32, 1.0, 3).step
+        np.testing.assert_allclose(ray.state.adapter[path].A, layer.A, rtol=0, atol=bound)
+        np.testing.assert_allclose(ray.state.adapter[path].B, layer.B, rtol=0, atol=bound)
     assert _ours() == []
 
 
