@@ -44,6 +44,7 @@ from fedlora.federation.deploy.submit import (
 from fedlora.federation.flower_commands import flower_environment, free_port, last_line
 from fedlora.federation.owner import owner_node_config
 from fedlora.federation.sampling import draw_held_out
+from fedlora.files import write_atomic
 
 __all__ = [
     "begin",
@@ -291,6 +292,8 @@ def _lacks_bundle(federation: Federation) -> bool:
 def start_nodes(federation: Federation, config: ExperimentConfig) -> Federation:
     """Register and start every node that does not run, also in the middle of a run."""
     federation = _register_nodes(federation)
+    if config.secure_aggregation is not None:
+        _let_them_trust_each_other(federation)
     for node in federation.nodes:
         federation = _start_node(federation, node, config)
     return federation
@@ -316,6 +319,17 @@ def _registered(federation: Federation, node: Node) -> Node:
         if "already" not in str(error):
             raise
         return replace(node, node_id="")  # registered by a command that was killed after it
+
+
+def _let_them_trust_each_other(federation: Federation) -> None:
+    """Write the file of all nodes' public keys, by which each knows the others in a secure sum."""
+    publics = (public_path(federation.key(node)) for node in federation.nodes)
+    lines = "".join(path.read_text(encoding="ascii") for path in publics)
+    write_atomic(_trusted(federation), lines.encode())
+
+
+def _trusted(federation: Federation) -> Path:
+    return federation.key(federation.nodes[0]).with_name("trusted")
 
 
 def _start_node(federation: Federation, node: Node, config: ExperimentConfig) -> Federation:
@@ -349,6 +363,9 @@ def _options(federation: Federation, node: Node, config: ExperimentConfig) -> No
     }
     if node.bundle is not None:
         values["bundle"] = node.bundle
+    if config.secure_aggregation is not None:
+        values["identity"] = str(federation.key(node).absolute())
+        values["trusted-keys"] = str(_trusted(federation).absolute())
     return NodeOptions(
         link=federation.link.address,
         key=federation.key(node),
