@@ -48,7 +48,7 @@ def test_both_engines_lose_the_same_in_the_same_phases(tmp_path: Path) -> None:
     }  # fmt: skip
     ends, lost = [], []
     for engine in ("cohort", "sequential"):
-        changes = {"engine__kind": engine, "federation__rounds": 5, "federation__cohort": 10}
+        changes = {"engine__kind": engine, "federation__rounds": 4, "federation__cohort": 10}
         out = tmp_path / engine
         ends.append(run_rounds(config(**changes, **SECURE, **faults), out, PEOPLE))
         lost.append([sorted((d.client, d.reason) for d in r.dropped) for r in read_rounds(out)])
