@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,8 +83,8 @@ def audit(
     )
     if found["inversion"] is not None:
         typer.echo(f"\ninversion: {found['inversion']['words']}")
-        for row in found["inversion"]["rows"]:
-            typer.echo("  " + _line(row))
+        for line in _lines(found["inversion"]["rows"]):
+            typer.echo(f"  {line}")
     for threat in threats(facts):
         typer.echo(f"\n{threat.who}")
         for sentence in threat.learns:
@@ -93,10 +94,23 @@ def audit(
     typer.echo("\n+ could learn, - could not")
 
 
-def _line(row: dict[str, Any]) -> str:
-    noised = "clipped and noised" if row["noised"] else "as sent"
-    return (
-        f"{row['stage']:<12}{'+'.join(row['uploaded']):<4}{row['examples']:>2} examples  "
-        f"{row['step']:<9}{noised:<19}cosine {row['cosine']:.3f}  median {row['median_cosine']:.3f}"
-        f"  in row space {row['span']:.3f}  chance {row['chance']:.3f}  {row['layer']}"
-    )
+def _lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield a line for each stage, factors and batch: cosines as sent, noised, and by chance."""
+    yield "best cosine with a true input; everything is in audit.json"
+    places = dict.fromkeys((r["stage"], tuple(r["uploaded"]), r["examples"]) for r in rows)
+    for stage, uploaded, examples in places:
+        here = [
+            row
+            for row in rows
+            if (row["stage"], tuple(row["uploaded"]), row["examples"])
+            == (stage, uploaded, examples)
+        ]
+        cells = [
+            f"{row['step']}{' noised' * row['noised']} {row['cosine']:.3f}"
+            for row in sorted(here, key=lambda row: bool(row["noised"]))
+        ]
+        batch = f"{examples} example{'s' * (examples > 1)}"
+        yield (
+            f"{stage}, {'+'.join(uploaded)}, {batch}: {', '.join(cells)}, "
+            f"by chance {here[0]['chance']:.3f}"
+        )

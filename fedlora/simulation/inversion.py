@@ -7,7 +7,7 @@ it looks for are the inputs of each adapted linear layer, as `fedlora.privacy.au
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from fedlora.adapter import Adapter, Array, LoraLayer
+from fedlora.adapter import Adapter, LoraLayer
 from fedlora.data import ClientData, draw_batches
 from fedlora.errors import DataError
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint
 from fedlora.flat import RowForm, pack
+from fedlora.low_rank import Matrix
 from fedlora.nn import load_adapter_into, train_local
 from fedlora.nn.inject import lora_modules
 from fedlora.privacy.audit import best_match, leading_inputs, seen_through, share_in_span
@@ -35,6 +36,7 @@ from fedlora.world import World, shared_world
 __all__ = ["audit_inversion"]
 
 BATCHES = (1, 2, 8)  # examples of the one step
+DRAWS = 8  # of noise, over which cosines are averaged: with a few inputs one varies by 0.1
 _Inputs = Mapping[str, npt.NDArray[np.float32]]  # by path: (rows, in)
 
 
@@ -56,7 +58,7 @@ def audit_inversion(config: ExperimentConfig, checkpoint: Checkpoint) -> dict[st
     stage: "first round", or "next round" from the run's adapter. step: "gradient" (one plain step)
     or the run's own optimizer. noised: whether the update is clipped and noised as the run's sum
     is. cosine: between the best reconstruction and the nearest true input, in the layer where it is
-    best. chance: the same for a change that is noise alone.
+    best, the mean over draws of the noise. chance: the same for a change that is noise alone.
 
     Raises `DataError` where no linear layer is adapted, or no client has enough examples.
     """
@@ -171,17 +173,17 @@ def _rows(
     """Yield what is recovered from the update as it is, and as it would be with the run's noise."""
     form = RowForm.of(step.change, step.uploaded)
     row = pack(step.change, form.segments)
-    noise = rng(config.seed, "inversion", about["examples"]).standard_normal(len(row))
     length = float(np.linalg.norm(row)) or 1.0
+    draws = rng(config.seed, "inversion", about["examples"]).standard_normal((2, DRAWS, len(row)))
     # Noise as long as the update: what the attack finds in anything at all.
-    unrelated = (noise * length / np.linalg.norm(noise)).astype(np.float32)
-    chance = _attack(step, form, unrelated, linear)
-    seen: list[tuple[bool, Array]] = [(False, row)]
+    unrelated = [draw * (length / np.linalg.norm(draw)) for draw in draws[0]]
+    chance = _attack(step, form, unrelated, linear)[0]
+    seen: list[tuple[bool, list[Matrix]]] = [(False, [row.astype(np.float64)])]
     if config.privacy is not None and checkpoint.privacy is not None:
         norm, multiplier = checkpoint.privacy.clipping_norm, checkpoint.privacy.noise_multiplier
-        seen.append((True, (clip(row, norm) + multiplier * norm * noise).astype(np.float32)))
-    for noised, update in seen:
-        cosines, spans = _attack(step, form, update, linear)
+        seen.append((True, [clip(row, norm) + multiplier * norm * draw for draw in draws[1]]))
+    for noised, updates in seen:
+        cosines, spans = _attack(step, form, updates, linear)
         best = max(cosines, key=lambda path: cosines[path])
         yield {
             **about, "noised": noised, "layers": len(linear), "layer": best,
@@ -189,27 +191,29 @@ def _rows(
             "cosine": round(cosines[best], 4),
             "median_cosine": round(median(cosines.values()), 4),
             "span": round(max(spans.values()), 4),
-            "chance": round(max(chance[0].values()), 4),
+            "chance": round(max(chance.values()), 4),
         }  # fmt: skip
 
 
 def _attack(
-    step: _Step, form: RowForm, update: Array, linear: list[str]
+    step: _Step, form: RowForm, updates: Sequence[Matrix], linear: list[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return by layer the best cosine with an input, and the inputs' share in the row space."""
-    seen = form.read(np.ascontiguousarray(update, "<f4").tobytes())
-    cosines, spans = {}, {}
-    for path in linear:
-        inputs, A = step.inputs[path], step.start[path].A
-        recovered = [np.zeros((1, inputs.shape[1]))]
-        span = 0.0
-        if "A" in step.uploaded:
-            recovered.append(leading_inputs(seen[path].A))
-            span = share_in_span(seen[path].A, inputs)
-        if "B" in step.uploaded:
-            recovered.append(seen_through(A, leading_inputs(seen[path].B)))
-        cosines[path] = best_match(np.concatenate(recovered), inputs)
-        spans[path] = span
+    """Return by layer the best cosine with an input, and the inputs' share in the row space.
+
+    Both are means over `updates` ``(n,)``, which differ in their noise.
+    """
+    cosines, spans = dict.fromkeys(linear, 0.0), dict.fromkeys(linear, 0.0)
+    for update in updates:
+        seen = form.read(update.astype("<f4").tobytes())
+        for path in linear:
+            inputs, layer = step.inputs[path], seen[path]
+            recovered = [np.zeros((1, inputs.shape[1]))]
+            if "A" in step.uploaded:
+                recovered.append(leading_inputs(layer.A))
+                spans[path] += share_in_span(layer.A, inputs) / len(updates)
+            if "B" in step.uploaded:
+                recovered.append(seen_through(step.start[path].A, leading_inputs(layer.B)))
+            cosines[path] += best_match(np.concatenate(recovered), inputs) / len(updates)
     return cosines, spans
 
 
@@ -218,16 +222,16 @@ def _words(config: ExperimentConfig, rows: list[dict[str, Any]]) -> str:
     clear = [row for row in rows if not row["noised"]]
     worst = max(clear, key=lambda row: float(row["cosine"]))
     text = (
-        f"From one update of one step, as {config.federation.method} sends it, an input of layer "
-        f"{worst['layer']} was recovered with cosine {worst['cosine']:.3f} "
-        f"({worst['examples']} examples, {worst['stage']}, {worst['step']}; chance "
+        f"From one update of one step, as {config.federation.method} sends it, the best guess at "
+        f"an input of layer {worst['layer']} has cosine {worst['cosine']:.3f} with it "
+        f"({worst['examples']} examples, {worst['stage']}, {worst['step']}; from noise alone "
         f"{worst['chance']:.3f}). "
     )
     if noised := [row for row in rows if row["noised"]]:
         most = max(noised, key=lambda row: float(row["cosine"]))
         text += (
             f"With this run's clipping and noise on that one update, the best cosine is "
-            f"{most['cosine']:.3f} (chance {most['chance']:.3f}). "
+            f"{most['cosine']:.3f} (from noise alone {most['chance']:.3f}). "
         )
         if config.privacy is not None and config.privacy.mechanism == "central":
             text += (

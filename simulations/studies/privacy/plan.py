@@ -140,7 +140,8 @@ TASKS: Mapping[str, Task] = {
             "watch", WATCH,
             {
                 **_PRIVATE, "federation.rounds": 40, "federation.local_steps": 4,
-                "personalization.steps": 16,
+                # One rate for everyone's personal training, whatever the method's own is.
+                "personalization.steps": 16, "personalization.learning_rate": 2e-2,
             },
             rates=(5e-3, 2e-2, 5e-2),
             slower=(1.0,),
@@ -155,7 +156,7 @@ TASKS: Mapping[str, Task] = {
                 "federation.batch_size": 4, "data.max_length": 12, "data.held_out_clients": 0.0,
                 "data.test_share": 0.03, "data.validation_share": 0.03,
                 "lora.rank": 4, "lora.lora_alpha": 8, "lora.layers": "last:1",
-                "personalization.steps": 16,
+                "personalization.steps": 16, "personalization.learning_rate": 5e-3,
             },
             rates=(5e-3, 1e-2),
             slower=(1.0,),
