@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from fedlora.data import draw_batches
+import fedlora as fl
+from fedlora.data import draw_batches, load_data
 from fedlora.data.chitchat import read_messages
 from fedlora.data.text import encode_messages
 from fedlora.device.scoring import evaluate
@@ -57,9 +58,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clicked(
-    tools: dict[str, str], bundle: Path, order: dict[str, Any], folder: Path
+    script: str, tools: dict[str, str], bundle: Path, order: dict[str, Any], folder: Path
 ) -> tuple[dict[str, Any], list[tuple[float, str]]]:
-    """Run the clicks; return what the page showed, and (time, path) of what the server was asked."""
+    """Run the clicks; return what the page showed, and (time, path) the server was asked for."""
     asked: list[tuple[float, str]] = []
     found = server(
         make_site([Bundle(bundle)]), port=0, seen=lambda path: asked.append((time.time(), path))
@@ -69,7 +70,7 @@ def clicked(
     file = folder / "order.json"
     order = {**order, **tools, "url": f"http://127.0.0.1:{found.server_address[1]}/"}
     file.write_text(json.dumps(order), encoding="utf-8")
-    command = [tools["node"], str(Path(__file__).with_name("drive_keyboard.mjs")), str(file)]
+    command = [tools["node"], str(Path(__file__).with_name(script)), str(file)]
     running = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -98,7 +99,7 @@ def test_two_hundred_typed_messages_teach_the_page_what_they_teach_python(
         "typed": messages[:TYPED], "pasted": messages[TYPED:], "probe": PROBE,
         "steps": CONFIG.local_steps, "heldOut": 50, "exported": str(exported),
     }  # fmt: skip
-    seen, asked = clicked(tools, bundle, order, tmp_path)
+    seen, asked = clicked("drive_keyboard.mjs", tools, bundle, order, tmp_path)
 
     session = Session(bundle, threads=1)
     tokenizer = session.bundle.tokenizer()
@@ -152,4 +153,38 @@ def test_two_hundred_typed_messages_teach_the_page_what_they_teach_python(
 
     assert seen["forgotten"] == 0
     assert seen["offline"].startswith("Ready: tiny-chat")
+    assert seen["errors"] == []
+
+
+@pytest.mark.slow
+def test_the_watch_learns_a_person_s_movements_as_python_does(
+    tools: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, config = tmp_path / "bundle", TrainConfig(local_steps=40, learning_rate=2e-3)
+    lora = fl.LoraConfig(target_modules=("conv1", "conv2", "conv3", "hidden", "classifier"))
+    export_bundle("watch-cnn", bundle, web=True, lora=lora, train=("16",))
+    seen, _ = clicked("drive_watch.mjs", tools, bundle, {"steps": 40}, tmp_path)
+
+    person = load_data("watch").client("1_left")
+    session, losses = Session(bundle, threads=1), []
+    result = Trainer(session.bundle).fit(
+        draw_batches(person.train, config, 0, "owner", "personal"),
+        config,
+        progress=lambda step, loss: losses.append(loss),
+    )
+    base = evaluate(session, person.test)
+    session.swap(result.adapter)
+    measures = {"base": base, "yours": evaluate(session, person.test)}
+    worst = max(abs(a - b) for a, b in zip(seen["losses"], losses, strict=True))
+    with capsys.disabled():
+        print(f"\nlosses differ by {worst:.1e}; page {seen['measures']}; python {measures}")
+    assert "1_left" in seen["person"]
+    assert worst <= 1e-3
+    assert measures["yours"]["accuracy"] > base["accuracy"]
+    windows = len(person.test)
+    for which, values in measures.items():
+        assert abs(seen["measures"][which]["accuracy"] - values["accuracy"]) <= 0.01  # a window
+        assert abs(seen["measures"][which]["loss"] - values["loss"]) <= 2e-3
+        right = round(seen["measures"][which]["accuracy"] * windows)
+        assert f"{right} of {windows} windows" in seen["tally"][which]
     assert seen["errors"] == []
