@@ -1,8 +1,10 @@
 // Clicks through the keyboard page in headless Chromium and prints what it saw as JSON.
 //
 // node drive_keyboard.mjs ORDER.json, whose keys are: playwright (path of the package
-// playwright-core), browser (path of Chromium), url, typed and pasted (messages), steps, exported
-// (where to save the adapter).
+// playwright-core), browser (path of Chromium), url, typed and pasted (messages), probe (a message's
+// beginning), steps, heldOut (percent), exported (where to save the adapter).
+//
+// Prints STOP when the server is to be stopped, and goes on without it at a line on stdin.
 
 import fs from "node:fs";
 import { createRequire } from "node:module";
@@ -24,11 +26,12 @@ try {
   await page.waitForSelector("body[data-state=ready]", { timeout: 240000 });
   await page.waitForSelector("#words-base button");
   seen.loaded = requests.length;
-  seen.marker = Date.now();
+  seen.loadedAt = Date.now();
 
   // The first messages key by key into the keyboard, the others into the box.
-  for (const message of order.typed) {
-    await page.fill("#text", message);
+  for (const [index, message] of order.typed.entries()) {
+    if (index < 3) await page.type("#text", message);
+    else await page.fill("#text", message);
     await page.press("#text", "Enter");
   }
   const typed = await page.inputValue("#messages");
@@ -41,6 +44,7 @@ try {
 
   await page.click("summary >> text=Settings");
   await page.fill("#steps", String(order.steps));
+  await page.fill("#held-out", String(order.heldOut));
   await page.click("#train");
   await page.waitForSelector("#status >> text=Trained on", { timeout: 500000 });
   seen.status = await page.textContent("#status");
@@ -57,9 +61,26 @@ try {
   const [download] = await Promise.all([page.waitForEvent("download"), page.click("#export")]);
   await download.saveAs(order.exported);
 
-  // The browser itself refuses a connection now, also to the server that the page came from.
-  seen.refused = await page.evaluate(() => fetch("setup.json").then(() => false, () => true));
-  seen.late = requests.slice(seen.loaded).filter((url) => !url.startsWith("blob:"));
+  // The browser itself refuses every connection now, also to the server that the page came from.
+  seen.refused = await page.evaluate(async () => ({
+    fetch: await fetch("setup.json?leak").then(() => false, () => true),
+    image: await new Promise((resolve) => {
+      const image = new Image();
+      image.onload = () => resolve(false);
+      image.onerror = () => resolve(true);
+      image.src = "icon.svg?leak";
+    }),
+    socket: await new Promise((resolve) => {
+      try {
+        const socket = new WebSocket(`ws://${location.host}/leak`);
+        socket.onopen = () => resolve(false);
+        socket.onerror = () => resolve(true);
+      } catch {
+        resolve(true);
+      }
+    }),
+  }));
+  seen.late = requests.slice(seen.loaded).filter((url) => !/^blob:|[?/]leak$/.test(url));
 
   await page.click("#forget");
   await page.waitForSelector("#status >> text=Forgotten");
@@ -75,13 +96,15 @@ try {
   await page.waitForTimeout(1500);
   seen.imported = await words("yours");
 
-  await context.setOffline(true);
+  seen.leftAt = Date.now();
+  console.log("STOP");
+  await new Promise((resolve) => { process.stdin.once("data", resolve); });
+  process.stdin.destroy();
   await page.reload();
   await page.waitForSelector("body[data-state=ready]", { timeout: 240000 });
   await page.waitForSelector("#words-yours button");
   seen.offline = await page.textContent("#status");
-  seen.errors = errors.filter((text) => !text.includes("Content Security Policy") &&
-    !text.includes("ERR_INTERNET_DISCONNECTED") && !text.includes("Failed to fetch"));
+  seen.errors = errors.filter((line) => !/Content Security Policy|Failed to (load|fetch)|ERR_/.test(line));
   console.log(JSON.stringify(seen));
 } finally {
   await browser.close();
