@@ -62,5 +62,8 @@ def test_python_can_be_read(block: Block) -> None:
 def test_an_experiment_has_known_keys(block: Block) -> None:
     table = tomllib.loads(block.text)
     if "base" not in table:  # a part of one
-        table = tomllib.loads(find_experiment("watch").read_text()) | table
-    ExperimentConfig.from_table({"lora": {"rank": 4}, **table})
+        whole = tomllib.loads(find_experiment("watch").read_text())
+        for name, part in table.items():
+            whole[name] = {**whole.get(name, {}), **part}
+        table = whole
+    ExperimentConfig.from_table(table)
