@@ -11,15 +11,13 @@ with the cohort.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -28,18 +26,17 @@ from fedlora.aggregation import ClientProfile, Method, ServerState, Update
 from fedlora.errors import (
     FederationError,
     FedloraError,
-    NonFiniteError,
-    TooFewUpdatesError,
 )
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint, Dropped, RoundRecord
-from fedlora.federation.client import one_line
 from fedlora.federation.codecs import FP32, Codecs, agreed
+from fedlora.federation.current_round import CurrentRound, Sent
 from fedlora.federation.limits import DECLINED, read_declined
+from fedlora.federation.outcome import aggregated, released, summed, total_of
 from fedlora.federation.phases import PhaseClock, slowest_and_median
 from fedlora.federation.population import counted, deal_ranks, named_run, total_weight, with_answers
 from fedlora.federation.prepared import Prepared, PrepareOnce
-from fedlora.federation.private_sum import CohortSum, PrivateRounds
+from fedlora.federation.private_sum import PrivateRounds
 from fedlora.federation.quorum import Replies
 from fedlora.federation.records import (
     ClientSetup,
@@ -48,16 +45,14 @@ from fedlora.federation.records import (
 )
 from fedlora.federation.replies import (
     Reply,
-    ReplyForm,
     decode_reply,
     reply_bytes,
-    require_answerable,
 )
 from fedlora.federation.roster import Roster
 from fedlora.federation.sampling import draw_cohort
 from fedlora.federation.secure import SecureRound, begin_secure, phases_told
 from fedlora.federation.secure_phase import Member
-from fedlora.federation.summed import aggregate_mean, sent_row
+from fedlora.federation.summed import sent_row
 from fedlora.privacy.secure import SecureTotal
 
 __all__ = ["FederatedLora", "most_failed_rounds"]
@@ -74,43 +69,6 @@ LONGEST_PAUSE = 900.0
 MOST_PAUSES = 7 * 24 * 3600.0  # in all, without one update or failure between them
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Round:
-    """What is known of the round that is under way."""
-
-    number: int
-    cohort: tuple[str, ...]
-    awaited: dict[int, _Sent] = field(default_factory=dict)  # by node id, until it answers
-    answered: dict[int, str] = field(default_factory=dict)  # node id -> client id
-    dropped: list[Dropped] = field(default_factory=list)
-    declined: list[str] = field(default_factory=list)  # client ids
-    failures: int = 0  # replies that were errors or wrong
-    valid: dict[str, int] = field(default_factory=dict)  # client id -> steps
-    loss_sum: float = 0.0
-    loss_weight: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    clock: PhaseClock = field(default_factory=PhaseClock)
-    client_seconds: list[float] = field(default_factory=list)
-    late: int = 0  # replies to older rounds
-    surplus_up: int = 0  # what would come on top of these in fp32
-    surplus_down: int = 0
-    secure: SecureRound | str | None = None  # the phases of a secure sum; or why there is none
-
-    @property
-    def is_declined(self) -> bool:
-        """Whether nobody trained, and no fewer declined than failed."""
-        return not self.valid and len(self.declined) >= max(1, self.failures)
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """What was sent to one client, against which its reply is checked."""
-
-    client_id: str
-    form: ReplyForm  # one for all clients that were sent the same
 
 
 class FederatedLora(Strategy):
@@ -152,7 +110,7 @@ class FederatedLora(Strategy):
         self._roster = roster
         self._codecs = dict(codecs or {})
         self._otherwise: set[str] = set()  # clients that were said to travel otherwise
-        self._round: _Round | None = None
+        self._round: CurrentRound | None = None
         self._run = named_run(checkpoint.run, config, method)
         self._save_seconds = 0.0
         self._have_clients(checkpoint)
@@ -180,7 +138,7 @@ class FederatedLora(Strategy):
             if told is not self.checkpoint:
                 self._have_clients(told)
         cohort = self._cohort(number)
-        self._round = current = _Round(number, cohort, clock=clock)
+        self._round = current = CurrentRound(number, cohort, clock=clock)
         if self.config.secure_aggregation is not None:
             self._begin_secure(current, grid)
         messages = clock.within("prepare", self._messages(current))
@@ -198,14 +156,15 @@ class FederatedLora(Strategy):
         received = current.clock.within("wait", replies)
         if current.secure is None and isinstance(replies, Replies):
             # A private round waits for everyone: a reply must not shut another out.
-            private = self._private is not None
-            replies.count_by(lambda: 0 if private else len(current.valid))
+            private = self._private
+            replies.count_by(lambda: len(current.valid) if private is None else 0)
+        method, state, private = self.method, self.checkpoint.state, self._private
         if current.secure is not None:
-            after = self._summed(current, current.secure, replies)
-        elif self._private is None:
-            after = self._aggregated(current, self._updates(current, received))
+            after = summed(private, method, state, current, self._total(current, replies))
+        elif private is None:
+            after = aggregated(method, state, current, self._updates(current, received))
         else:
-            after = self._released(self._private, current, self._updates(current, received))
+            after = released(private, method, state, current, self._updates(current, received))
         # A private round has released its noise: it does not come again.
         declined = self._private is None and after is None and current.is_declined
         # A round that fails changes nothing but the number; one that is tried again, not even that.
@@ -219,14 +178,14 @@ class FederatedLora(Strategy):
             if replies.ended == "quorum":
                 silent = "not waited for: the round had its quorum"
         for sent in current.awaited.values():
-            self._drop(current, sent.client_id, silent)
+            current.drop(sent.client_id, silent)
         before = replace(self.checkpoint, state=state)
         if self._private is not None:
             before = replace(before, privacy=self._private.state)
         counts = after is not None and (self._private is None or bool(current.valid))
         self._finish(current, before, updated=counts)
         self._wait_for_the_willing(current, declined=not counts and current.is_declined)
-        loss = _mean_loss(current)
+        loss = current.loss
         return None, None if loss is None else MetricRecord({"loss": loss})
 
     def configure_evaluate(
@@ -275,14 +234,14 @@ class FederatedLora(Strategy):
             self._again,
         )
 
-    def _begin_secure(self, current: _Round, grid: Grid) -> None:
+    def _begin_secure(self, current: CurrentRound, grid: Grid) -> None:
         """Carry out the phases of a secure sum that come before its training."""
         members = []
         for place, client_id in enumerate(current.cohort):
             if (node := self._nodes.get(client_id)) is not None:
                 members.append(Member(client_id, node, place))
             else:
-                self._drop(current, client_id, "not connected")
+                current.drop(client_id, "not connected")
         current.secure = begin_secure(
             self.config,
             run=self.checkpoint.run,
@@ -295,7 +254,7 @@ class FederatedLora(Strategy):
             clock=current.clock,
         )
 
-    def _messages(self, current: _Round) -> Iterator[Message]:
+    def _messages(self, current: CurrentRound) -> Iterator[Message]:
         prepared = self._preparing(current)
         if isinstance(current.secure, SecureRound):
             yield from current.secure.messages(lambda m: prepared(m.client_id).content())
@@ -304,15 +263,15 @@ class FederatedLora(Strategy):
         for client_id in current.cohort:
             node = self._nodes.get(client_id)
             if node is None:
-                self._drop(current, client_id, "not connected")
+                current.drop(client_id, "not connected")
                 continue
             found = prepared(client_id)
-            current.awaited[node] = _Sent(client_id, found.form)
+            current.awaited[node] = Sent(client_id, found.form)
             current.bytes_down += found.num_bytes
             current.surplus_down += found.fp32_surplus
             yield Message(found.content(), node, "train", group_id=str(current.number))
 
-    def _preparing(self, current: _Round) -> Callable[[str], Prepared]:
+    def _preparing(self, current: CurrentRound) -> Callable[[str], Prepared]:
         """Return what prepares the message of a client, by its id."""
         setup = to_record(ClientSetup.of(self.config, self._run))
         order = TrainOrder(
@@ -353,27 +312,27 @@ class FederatedLora(Strategy):
             )
         return found
 
-    def _updates(self, current: _Round, replies: Iterable[Message]) -> Iterator[Update]:
+    def _updates(self, current: CurrentRound, replies: Iterable[Message]) -> Iterator[Update]:
         """Yield an update per valid reply; drop the others, each with its reason."""
         for message in replies:
             node = message.metadata.src_node_id
             if message.metadata.group_id != str(current.number):
                 # Before it is looked up: a late reply must not take the place of the right one.
                 reason = f"a reply to round {message.metadata.group_id[:20]}, too late to count"
-                self._drop(current, self._name_of(node), reason)
+                current.drop(self._name_of(node), reason)
                 continue
             sent = current.awaited.pop(node, None)
             if sent is None and node in current.answered:
                 client = current.answered[node]
-                self._drop(current, client, "a second reply in one round; the first counts")
+                current.drop(client, "a second reply in one round; the first counts")
                 continue
             if sent is None:
-                self._drop(current, f"node {node}", "was not asked in this round")
+                current.drop(f"node {node}", "was not asked in this round")
                 continue
             current.answered[node] = sent.client_id
             if message.has_error():
                 current.failures += 1
-                self._drop(current, sent.client_id, message.error.reason or "failed, no reason")
+                current.drop(sent.client_id, message.error.reason or "failed, no reason")
                 continue
             try:
                 current.bytes_up += reply_bytes(message.content, sent.form)
@@ -385,12 +344,12 @@ class FederatedLora(Strategy):
                 reply, weight = self._check(current, sent, message)
             except FedloraError as error:
                 current.failures += 1
-                self._drop(current, sent.client_id, str(error))
+                current.drop(sent.client_id, str(error))
                 continue
             except Exception as error:  # what a stranger sent must not end everyone's run
                 current.failures += 1
                 reason = f"client {sent.client_id!r}: a reply that cannot be read"
-                self._drop(current, sent.client_id, f"{reason} ({type(error).__name__})")
+                current.drop(sent.client_id, f"{reason} ({type(error).__name__})")
                 continue
             current.valid[sent.client_id] = reply.steps
             if reply.seconds is not None:
@@ -400,106 +359,16 @@ class FederatedLora(Strategy):
                 current.loss_weight += weight
             yield Update(reply.adapter, weight, sent.client_id, reply.control)
 
-    def _aggregated(self, current: _Round, updates: Iterator[Update]) -> ServerState | None:
-        """Return the state after the round; None without a valid update, or with no use for them.
-
-        Replies that are right one by one may be too few for a rule, or too large in sum for float32
-        or for the next round's replies. Nobody knows then whose fault it is: all are dropped with
-        the reason, and the round is given up.
-        """
-        first = next(updates, None)
-        if first is None:
-            return None
-        try:
-            state = self.method.aggregate(self.checkpoint.state, itertools.chain([first], updates))
-            require_answerable(state.trainable)
-        except (NonFiniteError, TooFewUpdatesError) as error:
-            for _ in updates:  # who has answered is not called silent
-                pass
-            known = isinstance(error, TooFewUpdatesError)
-            reason = str(error) if known else f"all updates together: {error}"
-            for client in current.valid:
-                self._drop(current, client, reason)
-            current.failures += 0 if known else len(current.valid)
-            current.valid.clear()
-            return None
-        return state
-
-    def _released(
-        self, private: PrivateRounds, current: _Round, updates: Iterator[Update]
-    ) -> ServerState | None:
-        """Return the state after a private round; None for noise that no adapter can hold.
-
-        It is released and charged with whoever has replied, also with nobody.
-        """
-        found = private.add_up(self.method, self.checkpoint.state, updates)
-        return self._released_sum(private, current, found)
-
-    def _released_sum(
-        self, private: PrivateRounds, current: _Round, found: CohortSum
-    ) -> ServerState | None:
-        try:
-            return private.release_sum(self.method, self.checkpoint.state, found)
-        except NonFiniteError as error:
-            _log.warning("round %d: given up, and charged: %s", current.number, error)
-            self._give_up(current, current.valid, f"all updates together: {error}")
-            return None
-
-    def _summed(
-        self, current: _Round, secure: SecureRound | str, replies: Iterable[Message]
-    ) -> ServerState | None:
-        """Return the state after a round of which the sum alone is known.
-
-        None as `_aggregated`, or as `_released` in a run with privacy.
-        """
-        total = self._total(current, secure, replies)
-        if self._private is not None:
-            nobody = CohortSum(np.zeros(len(sent_row(self.method, self.checkpoint.state))), 0)
-            found = nobody if total is None else CohortSum(total.sum, total.count)
-            return self._released_sum(self._private, current, found)
-        if total is None:
-            return None
-        try:
-            mean = total.sum / total.count
-            state = aggregate_mean(self.method, self.checkpoint.state, mean)
-            require_answerable(state.trainable)
-        except NonFiniteError as error:
-            self._give_up(current, current.valid, f"all updates together: {error}")
-            return None
-        return state
-
-    def _total(
-        self, current: _Round, secure: SecureRound | str, replies: Iterable[Message]
-    ) -> SecureTotal | None:
-        """Return the sum, and note what came of the phases; None: the round is given up."""
-        if isinstance(secure, str):
-            here = [client for client in current.cohort if client in self._nodes]
-            self._give_up(current, here, secure)
-            return None
-        total = secure.finish(replies)
-        for phase in secure.phases:
-            for dropped in phase.dropped:
-                self._drop(current, dropped.client, dropped.reason)
-            current.declined += phase.declined
-            current.failures += phase.failures
-            current.bytes_up += phase.bytes_up
-            current.bytes_down += phase.bytes_down
-            current.late += phase.late
-        if total is None:
-            self._give_up(current, [m.client_id for m in secure.left], secure.given_up or "")
-        else:
-            # What a client does not tell and the order does not say counts as none.
+    def _total(self, current: CurrentRound, replies: Iterable[Message]) -> SecureTotal | None:
+        """Return the secure sum; None: the round was given up, at its start or in a phase."""
+        if isinstance(current.secure, SecureRound):
             steps = self.config.federation.train_in(current.number).local_steps or 0
-            current.valid = {member.client_id: steps for member in secure.contributors}
-        return total
+            return total_of(current, current.secure, replies, steps)
+        here = [client for client in current.cohort if client in self._nodes]
+        current.give_up(here, current.secure or "")
+        return None
 
-    def _give_up(self, current: _Round, clients: Iterable[str], reason: str) -> None:
-        """Drop the clients that are left in a round."""
-        for client in list(clients) or ["everyone"]:
-            self._drop(current, client, reason)
-        current.valid.clear()
-
-    def _check(self, current: _Round, sent: _Sent, message: Message) -> tuple[Reply, float]:
+    def _check(self, current: CurrentRound, sent: Sent, message: Message) -> tuple[Reply, float]:
         who = f"client {sent.client_id!r}"
         reply = decode_reply(message.content, sent.form, who)
         if self.config.federation.weights == "equal":
@@ -512,7 +381,7 @@ class FederatedLora(Strategy):
             )
         return reply, float(reply.num_examples)
 
-    def _wait_for_the_willing(self, current: _Round, *, declined: bool) -> None:
+    def _wait_for_the_willing(self, current: CurrentRound, *, declined: bool) -> None:
         """Pause before a round that was declined is tried again; forget the pauses otherwise."""
         if not declined:
             self._again, self._paused = 0, 0.0
@@ -535,22 +404,7 @@ class FederatedLora(Strategy):
         named = (client for client, its_node in self._nodes.items() if its_node == node)
         return next(named, f"node {node}")
 
-    def _fp32_bytes(self, current: _Round) -> Mapping[str, int]:
-        """Return what the round's bytes would have been in fp32; nothing where they are."""
-        federation = self.config.federation
-        if federation.upload_codec == federation.download_codec == FP32:
-            return {}
-        return {
-            "up": current.bytes_up + current.surplus_up,
-            "down": current.bytes_down + current.surplus_down,
-        }
-
-    def _drop(self, current: _Round, client: str, reason: str) -> None:
-        dropped = Dropped(client, one_line(reason))
-        current.dropped.append(dropped)
-        _log.warning("round %d: dropped %s: %s", current.number, dropped.client, dropped.reason)
-
-    def _finish(self, current: _Round, checkpoint: Checkpoint, *, updated: bool) -> None:
+    def _finish(self, current: CurrentRound, checkpoint: Checkpoint, *, updated: bool) -> None:
         declined = checkpoint.state.round < current.number  # the round is tried again
         willing = not (declined or (not updated and current.is_declined))
         failed = not updated and willing and bool(current.cohort)
@@ -563,7 +417,7 @@ class FederatedLora(Strategy):
             round=current.number,
             status="updated" if updated else without,
             cohort=current.cohort,
-            loss=_mean_loss(current),
+            loss=current.loss,
             seconds=round(seconds, 6),
             bytes_up=current.bytes_up,
             bytes_down=current.bytes_down,
@@ -573,7 +427,7 @@ class FederatedLora(Strategy):
             clients=slowest_and_median(current.client_seconds),
             late=current.late,
             declined=tuple(current.declined),
-            fp32_bytes=self._fp32_bytes(current),
+            fp32_bytes=current.fp32_bytes(self.config.federation),
             epsilon=None if self._private is None else round(self._private.epsilon, 6),
             secure=phases_told(current.secure),
         )
@@ -606,10 +460,6 @@ def most_failed_rounds(cohort: int) -> int:
     [12, 4, 3]
     """
     return max(MAX_FAILED_ROUNDS, math.ceil(MAX_FAILED_CLIENTS / max(1, cohort)))
-
-
-def _mean_loss(current: _Round) -> float | None:
-    return current.loss_sum / current.loss_weight if current.loss_weight else None
 
 
 def _noted(method: Method, state: ServerState) -> dict[str, float]:
