@@ -203,6 +203,7 @@ def _last_lines(summary: Mapping[str, Any]) -> list[str]:
     lines = []
     if (privacy := summary.get("privacy")) is not None:
         lines.append(privacy_line(privacy))
+        lines += [f"note: {note}" for note in privacy["notes"]]
     return lines + [f"note: {note}" for note in summary["extra"].get("notes", ())]
 
 
