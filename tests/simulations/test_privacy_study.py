@@ -136,7 +136,7 @@ def test_page_says_what_the_rows_say() -> None:
     assert found.lost(1000, "fedit", 3.0, "global") == pytest.approx([0.2] * 3)
     text = page({"watch": found}, {"what follows": "Written."})
     assert "| ffa-lora | +0.0000 (+0.0000 to +0.0000) | **+0.1000" in text
-    assert "0.2000 → 0.1000; 50% back" in text
+    assert "+0.2000 → +0.1000; 50% back" in text
     assert "0.50 (C 1, z 1.25)" in text
     assert "<!-- by hand: what follows -->\nWritten.\n<!-- end -->" in text
     assert "The search is not paid for" in text

@@ -49,7 +49,8 @@ class Results:
         done = [row for row in rows if "failed" not in row]
         self.metric = done[0]["metric"] if done else "metric"
         self.sign = 1.0 if not done or done[0]["higher_is_better"] else -1.0
-        self.users = sorted({row["users"] for row in self.finals})
+        private = [row for row in self.finals if row["epsilon"] is not None]
+        self.users = sorted({row["users"] for row in private or self.finals})
         self.methods = list(dict.fromkeys(row["method"] for row in self.finals))
         told = {_epsilon(row) for row in self.finals}
         self.epsilons = sorted(told, reverse=True)
@@ -172,11 +173,15 @@ def _given_back(found: Results, users: int) -> list[str]:
         after = found.lost(users, method, epsilon, "personal")
         if not before:
             return "–"
-        one, two = interval(before).mean, interval(after).mean
-        share = f"; {1 - two / one:.0%} back" if one > 0 else ""
-        return f"{one:.4f} → {two:.4f}{share}"
+        one, two = interval(before), interval(after)
+        # Of a loss that may be none, no share can be told.
+        share = f"; {1 - two.mean / one.mean:.0%} back" if one.low > 0 else ""
+        return f"{one.mean:+.4f} → {two.mean:+.4f}{share}" + " (one seed)" * (len(before) < 2)
 
-    title = "lost to privacy in the global adapter → in the personal one; share given back"
+    title = (
+        "lost to privacy in the global adapter → in the personal one (a minus: gained); the share "
+        "given back where the interval of the loss leaves out 0"
+    )
     return _table(title, found, [e for e in found.epsilons if e != NONE], cell)
 
 
@@ -192,7 +197,7 @@ def _noise(found: Results, users: int) -> list[str]:
         ]
         if not rows:
             return "–"
-        row = rows[0]
+        row = rows[-1]  # of a search that was widened since, the last
         edge = "*" if row["clipping_norm"] in _edges(found.name) else ""
         ratio = row["noise_length"] / row["clipping_norm"]
         return f"{ratio:.2f} (C {row['clipping_norm']:g}{edge}, z {row['noise_multiplier']:.2f})"
