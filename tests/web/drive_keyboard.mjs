@@ -46,6 +46,10 @@ try {
   await page.fill("#steps", String(order.steps));
   await page.fill("#held-out", String(order.heldOut));
   await page.click("#train");
+  // Typing goes on meanwhile, and must disturb nothing.
+  await page.waitForFunction(() => document.getElementById("progress").value >= 2, null, { timeout: 200000 });
+  await page.type("#text", "that we should go and see", { delay: 60 });
+  await page.fill("#text", order.probe);
   await page.waitForSelector("#status >> text=Trained on", { timeout: 500000 });
   seen.status = await page.textContent("#status");
   seen.losses = await page.$$eval("#losses tr", (rows) => rows.map((row) => Number(row.cells[1].textContent)));

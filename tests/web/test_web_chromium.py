@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fedlora as fl
@@ -29,7 +30,7 @@ from fedlora.formats import load_adapter, read_info
 from fedlora.training import TrainConfig
 from fedlora.web import Bundle, make_site, server
 
-USER, TYPED, PROBE = "0aa3d49a", 200, "I was going to "
+USER, TYPED, PROBE = "0aa3d49a", 200, "I think "
 CONFIG = TrainConfig(local_steps=48, batch_size=8, learning_rate=2e-3)
 
 
@@ -133,14 +134,21 @@ def test_two_hundred_typed_messages_teach_the_page_what_they_teach_python(
     for which, values in measures.items():
         assert abs(seen["measures"][which]["loss"] - values["loss"]) <= 1e-3
     assert (seen["before"], seen["after"]) == (words["base"], words["yours"])
+    assert seen["after"] != seen["before"]
     assert seen["imported"] == seen["after"]
 
-    # What it exported is what Python trained, but for rounding, and fedlora reads it.
+    # What it exported is what Python trained, and fedlora reads it. Whole layers are compared: Adam
+    # divides a gradient by its own size, so where one is almost zero, rounding decides its step.
     found = load_adapter(exported)
     assert read_info(exported).provenance == {"made_by": "fedlora web"}
-    for path, layer in result.adapter.layers.items():
-        difference = abs(found.layers[path].delta_weight - layer.delta_weight).max()
-        assert difference <= 1e-3 * abs(layer.delta_weight).max() + 1e-5
+    apart = max(
+        float(np.linalg.norm(found.layers[path].delta_weight - layer.delta_weight))
+        / float(np.linalg.norm(layer.delta_weight))
+        for path, layer in result.adapter.layers.items()
+    )
+    with capsys.disabled():
+        print(f"layers differ by {apart:.1e} of their norm")
+    assert apart <= 5e-3  # 5e-4 was found; the losses of both are compared below
     session.swap(found)
     assert abs(evaluate(session, held_out)["loss"] - seen["measures"]["yours"]["loss"]) <= 1e-4
 

@@ -122,7 +122,7 @@ export function factorsOf(adapter, manifest) {
 }
 
 function layerOf(path, about, file, manifest, where) {
-  const spec = manifest.layers[path];
+  const spec = Object.hasOwn(manifest.layers, path) && manifest.layers[path];
   if (!spec) throw new PageError(`${where}: the bundle takes no factors for layer ${path}`);
   const rank = about.A?.[0];
   const expected = [[rank, ...spec.in_shape], [spec.out_features, rank]];

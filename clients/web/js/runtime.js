@@ -7,6 +7,7 @@ const DATA = "base.onnx.data";
 
 export class Runtime {
   #sessions = new Map();
+  #last = Promise.resolve(); // the end of what ONNX Runtime does now
 
   /** ort: the module; files: name → Uint8Array, checked against the manifest already. */
   constructor(ort, manifest, files) {
@@ -20,11 +21,11 @@ export class Runtime {
 
   async session(name) {
     if (!this.#sessions.has(name)) {
-      const made = this.ort.InferenceSession.create(this.files[name], {
+      const made = this.#alone(() => this.ort.InferenceSession.create(this.files[name], {
         executionProviders: ["wasm"],
         externalData: [{ path: DATA, data: this.files[DATA] }],
         logSeverityLevel: 3,
-      });
+      }));
       this.#sessions.set(name, made);
     }
     return this.#sessions.get(name);
@@ -40,10 +41,26 @@ export class Runtime {
       const type = value.data instanceof BigInt64Array ? "int64" : "float32";
       tensors[input] = new this.ort.Tensor(type, value.data, value.dims ?? value.shape);
     }
-    const found = await session.run(tensors, fetches);
+    const found = await this.#alone(() => session.run(tensors, fetches));
     return Object.fromEntries(fetches.map((fetch) => [
       fetch, { dims: found[fetch].dims, data: found[fetch].data },
     ]));
+  }
+
+  /**
+   * Do one thing after the other. A run keeps its arguments on the stack of the one WebAssembly
+   * memory while it waits, so two at a time (typing during a training) would tread on each other.
+   */
+  async #alone(act) {
+    const before = this.#last;
+    let done;
+    this.#last = new Promise((resolve) => { done = resolve; });
+    await before;
+    try {
+      return await act();
+    } finally {
+      done();
+    }
   }
 
   /** Logits of rows of one width: {data, dims}. */

@@ -155,12 +155,16 @@ function measuresTable(found, held) {
 }
 
 function outcome({ kept, replaced, before, after, losses, learnt, held }) {
-  const did = `Trained on ${learnt} examples for ${losses.length} steps.`;
+  const did = `Trained on ${counted(learnt, "example")} for ${counted(losses.length, "step")}.`;
   if (!held) return `${did} Kept without a judgement: with fewer than 10 messages none is held out.`;
   const loss = `Held-out loss ${after.loss.toFixed(3)}, before ${before.loss.toFixed(3)} ` +
     `(${NAMES[replaced].toLowerCase()}), on ${held} others.`;
   return kept ? `${did} ${loss} It is better and is now yours.`
     : `${did} ${loss} It is not better, so it was dropped: what was there before stays.`;
+}
+
+function counted(number, word) {
+  return `${number} ${word}${number === 1 ? "" : "s"}`;
 }
 
 function numberIn(id) {
