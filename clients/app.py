@@ -79,9 +79,9 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _secure() -> ModuleType:
     """Return what answers in a secure sum; its cryptography is not loaded for any other message."""
-    from fedlora.federation import secure_handlers
+    from fedlora.federation.secure import handlers
 
-    return secure_handlers
+    return handlers
 
 
 def _if_allowed(

@@ -1,10 +1,10 @@
 """FedSA-LoRA: A is shared, every client keeps a B of its own (arXiv:2410.01463).
 
 Clients train both factors and send A. Their B stays with them from round to round
-(`fedlora.federation.private`); the server's B stays as it was at the start, which is zero. So the
-global adapter alone changes nothing about the base: it is a common A to learn a B upon, and what
-this method is judged by are the personal adapters. For the same reason the mean of the clients'
-products is not what the server has, and `exact` is False.
+(`fedlora.federation.kept_factors`); the server's B stays as it was at the start, which is zero. So
+the global adapter alone changes nothing about the base: it is a common A to learn a B upon, and
+what this method is judged by are the personal adapters. For the same reason the mean of the
+clients' products is not what the server has, and `exact` is False.
 """
 
 from __future__ import annotations

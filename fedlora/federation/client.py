@@ -32,16 +32,16 @@ from fedlora.federation.control import next_control, read_own_control, write_own
 from fedlora.federation.device_state import DeviceState
 from fedlora.federation.evaluate import answer_scores, read_evaluate
 from fedlora.federation.guard import check_declined
-from fedlora.federation.limits import declined_content
-from fedlora.federation.own_rows import ContextRows, OwnRows
-from fedlora.federation.person import Part, compare_adapters, provenance_of, require_rank
-from fedlora.federation.private import (
+from fedlora.federation.kept_factors import (
     kept_factors,
     kept_segments,
     read_own_factors,
     with_kept,
     write_own_factors,
 )
+from fedlora.federation.limits import declined_content
+from fedlora.federation.own_rows import ContextRows, OwnRows
+from fedlora.federation.person import Part, compare_adapters, provenance_of, require_rank
 from fedlora.federation.records import ClientSetup
 from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
 from fedlora.flat import pack

@@ -12,7 +12,7 @@ from fedlora.federation.client import one_line
 from fedlora.federation.codecs import FP32
 from fedlora.federation.phases import PhaseClock
 from fedlora.federation.replies import ReplyForm
-from fedlora.federation.secure import SecureRound
+from fedlora.federation.secure.round import SecureRound
 
 __all__ = ["CurrentRound", "Sent"]
 

@@ -14,7 +14,7 @@ from fedlora.errors import NonFiniteError, TooFewUpdatesError
 from fedlora.federation.current_round import CurrentRound
 from fedlora.federation.private_sum import CohortSum, PrivateRounds
 from fedlora.federation.replies import require_answerable
-from fedlora.federation.secure import SecureRound
+from fedlora.federation.secure.round import SecureRound
 from fedlora.federation.summed import aggregate_mean, sent_row
 from fedlora.privacy.secure import SecureTotal
 

@@ -17,8 +17,8 @@ from fedlora.adapter import Adapter, LoraLayer
 from fedlora.aggregation import Broadcast
 from fedlora.errors import FederationError, NonFiniteError, UnsupportedError
 from fedlora.federation.evaluate import EvaluateTask, Scores
+from fedlora.federation.kept_factors import KIND
 from fedlora.federation.own_rows import OwnRows
-from fedlora.federation.private import KIND
 from fedlora.flat import RowForm
 from fedlora.training import LocalRule, TrainConfig, TrainResult
 

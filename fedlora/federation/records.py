@@ -13,7 +13,7 @@
 Factors travel as one flat buffer with its layout (`fedlora.federation.buffers`), float32 or in a
 codec that the client knows; control variates are always float32. The answer to a training message
 is in `fedlora.federation.replies`, the phases of a secure sum are in
-`fedlora.federation.secure_records`. Every value that arrives is checked against its type, and every
+`fedlora.federation.secure.records`. Every value that arrives is checked against its type, and every
 layout against the one that is expected; an error names the sender.
 """
 

@@ -42,7 +42,7 @@ from fedlora.federation.records import (
 )
 from fedlora.federation.roster import Roster, query_messages, read_answer
 from fedlora.federation.sampling import draw_held_out
-from fedlora.federation.secure import require_terms
+from fedlora.federation.secure.round import require_terms
 from fedlora.federation.stage import OnClient, evaluate_devices, require_stage
 from fedlora.federation.strategy import FederatedLora
 from fedlora.federation.summed import sent_row

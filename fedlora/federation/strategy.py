@@ -50,8 +50,8 @@ from fedlora.federation.replies import (
 )
 from fedlora.federation.roster import Roster
 from fedlora.federation.sampling import draw_cohort
-from fedlora.federation.secure import SecureRound, begin_secure, phases_told
-from fedlora.federation.secure_phase import Member
+from fedlora.federation.secure.phase import Member
+from fedlora.federation.secure.round import SecureRound, begin_secure, phases_told
 from fedlora.federation.summed import sent_row
 from fedlora.privacy.secure import SecureTotal
 

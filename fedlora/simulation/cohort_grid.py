@@ -27,15 +27,15 @@ from fedlora.experiment import EngineConfig
 from fedlora.federation import ClientSetup
 from fedlora.federation.client import error_reply
 from fedlora.federation.control import next_control
-from fedlora.federation.private import kept_factors, kept_segments, split_row, with_kept
-from fedlora.federation.secure_client import (
+from fedlora.federation.kept_factors import kept_factors, kept_segments, split_row, with_kept
+from fedlora.federation.secure.client import (
     Kept,
     MemorySessions,
     answer_masked,
     answer_phase,
     require_masking,
 )
-from fedlora.federation.secure_records import MASKED, PHASES, training_records
+from fedlora.federation.secure.records import MASKED, PHASES, training_records
 from fedlora.federation.tasks import TrainTask, answer_query, answer_task, read_query, read_task
 from fedlora.flat import Segment, pack
 from fedlora.nn.cohort import Job, group_jobs, must_train_alone, outlined_job, usual_positions

@@ -25,7 +25,7 @@ from fedlora.federation import (
 )
 from fedlora.federation.device_state import DeviceState, owners_state
 from fedlora.federation.records import ClientSetup
-from fedlora.federation.secure_handlers import (
+from fedlora.federation.secure.handlers import (
     handle_keys,
     handle_masked,
     handle_shares,

@@ -28,7 +28,7 @@ from fedlora.federation.faults import draw_fault, with_faults
 from fedlora.federation.limits import declined_content
 from fedlora.federation.private_sum import NOISE_KEY, CohortSum, PrivateRounds
 from fedlora.federation.quorum import QuorumGrid
-from fedlora.federation.secure_records import KEYS, MASKED, PHASES, SHARES, UNMASK
+from fedlora.federation.secure.records import KEYS, MASKED, PHASES, SHARES, UNMASK
 from fedlora.federation.summed import aggregate_mean
 from fedlora.files import write_atomic
 from fedlora.flat import pack, segments_of

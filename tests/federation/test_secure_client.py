@@ -32,7 +32,7 @@ from fedlora.federation.records import (
     to_record,
     train_content,
 )
-from fedlora.federation.secure_client import (
+from fedlora.federation.secure.client import (
     ContextSessions,
     Kept,
     MemorySessions,
@@ -42,8 +42,8 @@ from fedlora.federation.secure_client import (
     answer_unmask,
     require_masking,
 )
-from fedlora.federation.secure_handlers import owners_trusted, read_trusted_keys
-from fedlora.federation.secure_records import (
+from fedlora.federation.secure.handlers import owners_trusted, read_trusted_keys
+from fedlora.federation.secure.records import (
     PhaseOrder,
     keys_content,
     masked_record,

@@ -33,7 +33,7 @@ from fedlora.federation.client import (
     trained,
 )
 from fedlora.federation.device_state import DeviceState
-from fedlora.federation.secure_client import (
+from fedlora.federation.secure.client import (
     ContextSessions,
     answer_keys,
     answer_masked,
@@ -41,7 +41,7 @@ from fedlora.federation.secure_client import (
     answer_unmask,
     require_masking,
 )
-from fedlora.federation.secure_records import read_keys, training_records
+from fedlora.federation.secure.records import read_keys, training_records
 from fedlora.federation.tasks import TrainTask, read_query
 from fedlora.flat import pack
 from fedlora.privacy.local import NoiseLimits

@@ -24,7 +24,7 @@ from flwr.app import ConfigRecord, RecordDict
 from fedlora.adapter import Array
 from fedlora.errors import FederationError, PhaseOrderError, SecureTermsError
 from fedlora.federation.guard import check_advertised, check_masked, check_parts
-from fedlora.federation.secure_records import (
+from fedlora.federation.secure.records import (
     KEYS,
     MASKED,
     SHARES,

@@ -31,8 +31,8 @@ from fedlora.errors import (
 )
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.phases import PhaseClock
-from fedlora.federation.secure_phase import Member, Phase
-from fedlora.federation.secure_records import (
+from fedlora.federation.secure.phase import Member, Phase
+from fedlora.federation.secure.records import (
     KEYS,
     MASKED,
     SHARES,
