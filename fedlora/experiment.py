@@ -13,11 +13,10 @@ import functools
 import math
 import re
 import tomllib
-import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
 from fedlora.adapter import LoraConfig
 from fedlora.aggregation import (
@@ -32,7 +31,8 @@ from fedlora.aggregation.robust import fewest_updates
 from fedlora.conditions import FaultsConfig, QuorumConfig
 from fedlora.data import FederatedData, load_data
 from fedlora.data.text import TokenizerLike
-from fedlora.errors import ConfigError, MissingExtraError, nearest, unknown_name
+from fedlora.errors import ConfigError, MissingExtraError, unknown_name
+from fedlora.plain import field_names, from_plain, refuse_unknown, to_plain
 from fedlora.privacy import PrivacyConfig, SecureAggregationConfig
 from fedlora.training import TrainConfig, require_plain_sgd
 
@@ -45,11 +45,9 @@ __all__ = [
     "PersonalizationConfig",
     "app_root",
     "find_experiment",
-    "from_plain",
     "open_data",
     "parse_override",
     "read_table",
-    "to_plain",
 ]
 
 T = TypeVar("T")
@@ -410,16 +408,20 @@ class ExperimentConfig:
         if isinstance(federation, dict):
             names = [f.name for f in dataclasses.fields(TrainConfig)]
             train = {name: federation.pop(name) for name in names if name in federation}
-            _refuse_unknown(
-                "federation", federation, [*_names(FederationConfig, without="train"), *names]
+            refuse_unknown(
+                "federation", federation, [*field_names(FederationConfig, without="train"), *names]
             )
             federation["train"] = train
-        config: ExperimentConfig = _build(cls, merged, "")
-        return config
+        try:
+            return from_plain(cls, merged)
+        except ConfigError as error:
+            # The keys of `FederationConfig.train` stand in [federation] itself.
+            text = re.sub(r"^federation\.train(?=[.:])", "federation", str(error))
+            raise ConfigError(text) from None
 
     def to_table(self) -> dict[str, Any]:
         """Return nested tables of plain values, every default written out, None left out."""
-        table = _plain(self)
+        table = to_plain(self)
         table["federation"] |= table["federation"].pop("train")
         return dict(table)
 
@@ -483,19 +485,6 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
-def from_plain(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:
-    """Build the dataclass `cls` from plain values, each checked against its field's type.
-
-    Raises `ConfigError` on an unknown, missing or mistyped key; `where` opens its text.
-    """
-    return cast(T, _build(cls, table, where))
-
-
-def to_plain(value: Any) -> Any:
-    """Return a dataclass as nested tables of plain values; None is left out."""
-    return _plain(value)
-
-
 def _merge(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(dict(table))  # an override may go deeper than one table
     for dotted, value in overrides.items():
@@ -508,108 +497,6 @@ def _merge(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
             target = inner
         target[last] = value
     return merged
-
-
-def _build(cls: Any, table: Mapping[str, Any], where: str) -> Any:
-    """Build the dataclass `cls` from a table: known keys only, each value of its field's type."""
-    _refuse_unknown(where, table, _names(cls))
-    hints = _hints(cls)
-    values = {}
-    for item in dataclasses.fields(cls):
-        key = f"{where}.{item.name}" if where else item.name
-        key = _as_written(key)
-        if item.name in table:
-            values[item.name] = _convert(table[item.name], hints[item.name], key)
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{key}: this key is needed and is missing")
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        prefix = _as_written(where)
-        known = not prefix or str(error).startswith(f"{prefix}.")
-        raise ConfigError(str(error) if known else f"{prefix}: {error}") from None
-
-
-def _as_written(key: str) -> str:
-    """The keys of `FederationConfig.train` stand in [federation] itself."""
-    return re.sub(r"^federation\.train(?=\.|$)", "federation", key)
-
-
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return get_type_hints(cls)  # slow, and a message's values are read once a client and round
-
-
-def _convert(value: Any, hint: Any, key: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{key}: expected a table, found {value!r}")
-        return _build(hint, value, key)
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:  # TOML has no None; overrides and JSON do
-            return None
-        choices = [choice for choice in args if choice is not type(None)]
-        if len(choices) == 1:
-            return _convert(value, choices[0], key)
-        for choice in choices:
-            try:
-                return _convert(value, choice, key)
-            except ConfigError:
-                continue
-        raise _wrong_type(key, " or ".join(_type_name(choice) for choice in choices), value)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"{key}: expected one of {', '.join(args)}, found {value!r}")
-        return value
-    if origin in (tuple, frozenset):
-        if not isinstance(value, list | tuple):
-            raise _wrong_type(key, _type_name(hint), value)
-        return origin(_convert(item, args[0], key) for item in value)
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise _wrong_type(key, "a table", value)
-        return {name: _convert(item, args[1], f"{key}.{name}") for name, item in value.items()}
-    if hint is Any:
-        return value
-    accepted = (int, float) if hint is float else (hint,)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-        raise _wrong_type(key, _type_name(hint), value)
-    return hint(value)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {name: _plain(item) for name, item in items if item is not None}
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, frozenset):
-        return sorted(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _names(cls: Any, without: str = "") -> list[str]:
-    return [f.name for f in dataclasses.fields(cls) if f.name != without]
-
-
-def _refuse_unknown(where: str, table: Mapping[str, Any], known: Iterable[str]) -> None:
-    names = list(known)
-    for key in table:
-        if key not in names:
-            place = f"{where}.{key}" if where else key
-            raise ConfigError(f"{place}: unknown key{nearest(key, names)}")
-
-
-def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    if get_origin(hint) in (tuple, frozenset):
-        return "a list"
-    return names.get(hint, "a table")
-
-
-def _wrong_type(key: str, expected: str, value: Any) -> ConfigError:
-    return ConfigError(f"{key}: expected {expected}, found {value!r}")
 
 
 def _at_least(key: str, value: int | None, least: int) -> None:

@@ -13,10 +13,9 @@ from fedlora.experiment import (
     ExperimentConfig,
     app_root,
     find_experiment,
-    from_plain,
     parse_override,
-    to_plain,
 )
+from fedlora.plain import from_plain, to_plain
 from fedlora.training import LocalRule, TrainConfig
 from tests.federation.fakes import raises
 

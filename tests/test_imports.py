@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up; a module may import what is in a row below its own.
 ROWS = [
-    {"conditions", "errors", "files", "imports", "low_rank", "patterns", "randomness"},
+    {"conditions", "errors", "files", "imports", "low_rank", "patterns", "plain", "randomness"},
     {"adapter", "flat", "targets", "training"},
     {"aggregation", "privacy", "formats", "store", "metrics"},
     {

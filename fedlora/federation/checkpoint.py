@@ -30,9 +30,10 @@ from safetensors.numpy import save as save_arrays
 from fedlora.adapter import Adapter
 from fedlora.aggregation import ServerState
 from fedlora.errors import DigestMismatchError, FedloraError, RunError
-from fedlora.experiment import ExperimentConfig, from_plain
+from fedlora.experiment import ExperimentConfig
 from fedlora.files import write_atomic
 from fedlora.formats import load_adapter, save_adapter
+from fedlora.plain import from_plain
 from fedlora.privacy.central import PrivacyState
 
 __all__ = [

@@ -31,7 +31,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from fedlora.adapter import Adapter, LoraConfig, LoraLayer
 from fedlora.aggregation import Broadcast
 from fedlora.errors import ConfigError, FederationError, FedloraError
-from fedlora.experiment import BaseConfig, DataConfig, ExperimentConfig, from_plain, to_plain
+from fedlora.experiment import BaseConfig, DataConfig, ExperimentConfig
 from fedlora.federation.buffers import (
     BufferForm,
     FixedList,
@@ -43,6 +43,7 @@ from fedlora.federation.buffers import (
 from fedlora.federation.codecs import CODECS, FP32, Codec
 from fedlora.federation.layout import parse_segments, unpack
 from fedlora.flat import RowForm, Segment, pack, segments_of
+from fedlora.plain import from_plain, to_plain
 from fedlora.privacy.local import LocalNoise
 from fedlora.training import Factor, LocalRule, TrainConfig
 

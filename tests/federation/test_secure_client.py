@@ -21,7 +21,6 @@ from fedlora.errors import (
     RevealError,
     SecureTermsError,
 )
-from fedlora.experiment import to_plain
 from fedlora.federation.deploy.keys import make_node_key
 from fedlora.federation.guard import check_advertised, check_masked, check_parts
 from fedlora.federation.records import (
@@ -58,6 +57,7 @@ from fedlora.federation.secure.records import (
 )
 from fedlora.federation.tasks import TrainTask, read_task
 from fedlora.flat import pack
+from fedlora.plain import to_plain
 from fedlora.privacy.clipping import norm_of
 from fedlora.privacy.secure import Advertisement, Identity, ServerSession, Terms
 from tests.federation.fakes import experiment, raises, start_adapter

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora.errors import ConfigError, RunError
-from fedlora.experiment import from_plain, to_plain
 from fedlora.federation.deploy.certificates import Certificates
 from fedlora.federation.deploy.processes import Process
 from fedlora.files import write_atomic
+from fedlora.plain import from_plain, to_plain
 
 __all__ = ["Federation", "Link", "Node"]
 

@@ -28,10 +28,10 @@ from fedlora.experiment import (
     ExperimentConfig,
     find_experiment,
     read_table,
-    to_plain,
 )
 from fedlora.federation.folder import LOCK, free_folder, locked
 from fedlora.files import write_atomic
+from fedlora.plain import to_plain
 from fedlora.simulation.comparison.plan import (
     TUNING_SEED_DISTANCE,
     VALIDATION_SHARE,

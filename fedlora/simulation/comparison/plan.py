@@ -17,7 +17,8 @@ from itertools import product
 from typing import Any, Literal
 
 from fedlora.errors import ConfigError, nearest
-from fedlora.experiment import ExperimentConfig, from_plain, parse_override, to_plain
+from fedlora.experiment import ExperimentConfig, parse_override
+from fedlora.plain import from_plain, to_plain
 
 __all__ = [
     "LEARNING_RATE",

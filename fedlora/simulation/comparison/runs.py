@@ -30,12 +30,13 @@ from fedlora.errors import (
     RunError,
 )
 from fedlora.evaluation import Trial, evaluate_many
-from fedlora.experiment import ExperimentConfig, from_plain, to_plain
+from fedlora.experiment import ExperimentConfig
 from fedlora.federation import Checkpoint, RoundRecord, read_rounds
 from fedlora.federation.checkpoint import ClientRecord
 from fedlora.federation.folder import EXPERIMENT, locked, read_rows
 from fedlora.files import write_atomic
 from fedlora.nn.inject import kept_activations
+from fedlora.plain import from_plain, to_plain
 from fedlora.simulation.people import evaluate_clients
 from fedlora.simulation.rounds import run_rounds
 from fedlora.simulation.simulate import simulate
