@@ -74,7 +74,7 @@ def read_candidate(folder: Path, *, unevaluated: bool = False) -> Candidate:
         info = read_info(folder / "adapter.safetensors")
         try:
             summary = json.loads(path.read_bytes())
-            untold = summary["global"] is None
+            untold = summary.get("global", ...) is None
             facts = {"evaluated": None, **_promise(summary)} if untold else _facts(summary)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PublishError(

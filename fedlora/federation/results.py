@@ -38,13 +38,8 @@ Row = Mapping[str, Any]
 def results(rows: Sequence[Row], *, metric: str, higher_is_better: bool) -> dict[str, Any]:
     """Return the part of summary.json that the clients' rows decide.
 
-    Without any row, as when clients may tell nothing, all of it is None or zero.
+    Raises `DataError` without any row of a client that took part.
     """
-    if not rows:
-        return {
-            "metric": metric, "higher_is_better": higher_is_better, "clients": 0,
-            **dict.fromkeys(ADAPTERS), "held_out": None, "share_improved": None, "extra": {},
-        }  # fmt: skip
     taking_part = [row for row in rows if not row["held_out"]]
     held_out = [row for row in rows if row["held_out"]]
     pick = {name: _column(taking_part, name, metric) for name in ADAPTERS}
@@ -65,6 +60,14 @@ def results(rows: Sequence[Row], *, metric: str, higher_is_better: bool) -> dict
             **_kept(taking_part, held_out),
         },
     }
+
+
+def no_results(*, metric: str, higher_is_better: bool) -> dict[str, Any]:
+    """Return what stands in place of `results` where clients may tell nothing: None and zero."""
+    return {
+        "metric": metric, "higher_is_better": higher_is_better, "clients": 0,
+        **dict.fromkeys(ADAPTERS), "held_out": None, "share_improved": None, "extra": {},
+    }  # fmt: skip
 
 
 def codec_bytes(config: FederationConfig, rounds: Sequence[RoundRecord]) -> dict[str, Any]:
@@ -96,13 +99,18 @@ def run_summary(
 ) -> dict[str, Any]:
     """Return summary.json, all but its notes and seconds; rows of clients that failed count not.
 
+    No rows at all: nobody was to tell any.
     privacy: of `fedlora.federation.guarantee.privacy_summary`.
     """
-    scored = [row for row in rows if "scores" in row]
+    measured: dict[str, Any] = {"metric": metric, "higher_is_better": higher_is_better}
+    if rows:
+        measured = results([row for row in rows if "scores" in row], **measured)
+    else:
+        measured = no_results(**measured)
     found = {
         "name": config.name,
         "rounds": checkpoint.state.round,
-        **results(scored, metric=metric, higher_is_better=higher_is_better),
+        **measured,
         "bytes_up": checkpoint.bytes_up,
         "bytes_down": checkpoint.bytes_down,
         "seed": config.seed,
