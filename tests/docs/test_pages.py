@@ -36,7 +36,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "fedlora simulate watch --set federation.rounds=1 --out runs/watch",
         "mkdir runs/a runs/b && cp -r runs/watch/adapter runs/a && cp -r runs/watch/adapter runs/b",
         "cp runs/keyboard/adapter.safetensors global.safetensors",
-        "fedlora convert global.safetensors small.safetensors --codec int8",
         "for i in $(seq 60); do echo see you at the game number $i; done > messages.txt",
         "cp messages.txt my-messages.txt",
     ):
@@ -53,6 +52,11 @@ def shell(text: str, folder: Path) -> None:
         cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+
+
+def with_a_small_file(names: dict[str, Any]) -> None:
+    """What the page of file formats reads."""
+    shell("fedlora convert global.safetensors small.safetensors --codec int8", Path.cwd())
 
 
 def on_a_device(names: dict[str, Any]) -> None:
@@ -85,6 +89,7 @@ def in_torch(names: dict[str, Any]) -> None:
 PRELUDES: dict[str, Callable[[dict[str, Any]], None]] = {
     "docs/device.md": on_a_device,
     "docs/engine.md": in_torch,
+    "docs/file-formats.md": with_a_small_file,
     "README.md": in_torch,
 }
 
