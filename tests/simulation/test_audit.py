@@ -20,11 +20,28 @@ from fedlora.federation.folder import EXPERIMENT
 from fedlora.privacy.audit import Trace
 from fedlora.privacy.central import CentralMechanism
 from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.noise import derive
 from fedlora.simulation.inversion import audit_inversion
 from fedlora.simulation.rounds import run_rounds
 from simulations.studies.small_world import PEOPLE, experiment
 
 K = 40
+
+
+@pytest.fixture(autouse=True)
+def the_same_noise_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An estimate has a spread: with a new secret each time these tests would fail by chance.
+
+    Noise is keyed by the exact sum too, whose last bits are the processor's: not here.
+    """
+
+    def key(
+        self: CentralMechanism, purpose: str, total: Any, round: int, bits: int | None
+    ) -> bytes:
+        return derive(self.secret, "noise", purpose, round)
+
+    monkeypatch.setattr(CentralMechanism, "_key", key)
+    monkeypatch.setattr("fedlora.privacy.noise.fresh_key", lambda: bytes(range(32)))
 
 
 def audited(folder: Path, **overrides: Any) -> Path:
