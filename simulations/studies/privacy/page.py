@@ -93,6 +93,7 @@ def page(tasks: Mapping[str, Results], kept: Mapping[str, str], *, quick: bool =
             lines += _contrasts(found, users)
             lines += _given_back(found, users)
             lines += _noise(found, users)
+            lines += _product(found, users)
         lines += _section(name, kept)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -205,6 +206,32 @@ def _noise(found: Results, users: int) -> list[str]:
     title = (
         "length of the noise of a round's mean over C, the most that a cohort can move it "
         "(* C at the edge of its grid)"
+    )
+    return _table(title, found, [e for e in found.epsilons if e != NONE], cell)
+
+
+def _product(found: Results, users: int) -> list[str]:
+    """Say how much noise is in the product B A, and how much of it was multiplied by noise."""
+
+    def cell(method: str, epsilon: float) -> str:
+        rows = [
+            row
+            for row in found.finals
+            if (row["users"], row["method"], _epsilon(row)) == (users, method, epsilon)
+            and "noise_twice" in row
+        ]
+        if not rows:
+            return "–"
+        squared = [row["noise_once"] + row["noise_twice"] for row in rows]
+        ratio = interval(
+            [math.sqrt(n / row["adapter_squared"]) for n, row in zip(squared, rows, strict=True)]
+        ).mean
+        twice = interval([row["noise_twice"] / n for n, row in zip(squared, rows, strict=True)])
+        return f"{ratio:.2f} ({twice.mean:.0%})"
+
+    title = (
+        "expected length of all rounds' noise in the product B A over the length of the product "
+        "itself, noise included (of its square, the share that is noise multiplied by noise)"
     )
     return _table(title, found, [e for e in found.epsilons if e != NONE], cell)
 

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fedlora.adapter import Adapter
 from fedlora.aggregation import ServerState
 from fedlora.errors import DataError, FedloraError, NonFiniteError
 from fedlora.evaluation import Trial as Judged
@@ -32,7 +33,7 @@ from fedlora.simulation.threads import one_torch_thread
 from fedlora.world import World, shared_world
 from simulations.studies.privacy.plan import DELTA, NONE, Task, Trial
 
-__all__ = ["Multipliers", "carry_out", "config_of"]
+__all__ = ["Multipliers", "carry_out", "config_of", "product_noise"]
 
 WINDOW = 24  # people whose adapters are in memory at once
 
@@ -130,7 +131,7 @@ def _noise(config: ExperimentConfig, state: ServerState, folder: Path) -> dict[s
     """Return what the run has spent, and how long the noise of one round's mean is.
 
     Its length is z C sqrt(d) / cohort, the mean over the rounds; a cohort that agrees moves the
-    mean by C.
+    mean by C. Of the whole run: what noise there is in the product, see `product_noise`.
     """
     method = config.federation.build_method()
     rounds = range(1, config.federation.rounds + 1)
@@ -142,12 +143,38 @@ def _noise(config: ExperimentConfig, state: ServerState, folder: Path) -> dict[s
     if len(ledger.lines) != config.federation.rounds:
         raise DataError(f"expected {config.federation.rounds} releases, found {len(ledger.lines)}")
     multiplier = config.privacy.noise_multiplier or 0.0
-    length = sum(map(math.sqrt, sizes)) / len(sizes) * multiplier * config.privacy.clipping_norm
+    deviation = multiplier * config.privacy.clipping_norm / config.federation.cohort
+    length = sum(map(math.sqrt, sizes)) / len(sizes) * deviation
+    sent = {factor: sum(factor in method.uploaded(round) for round in rounds) for factor in "AB"}
+    once, twice = product_noise(state.adapter, {f: deviation**2 * sent[f] for f in sent})
     return row | {
         "noise_multiplier": round(multiplier, 5),
         "epsilon_of_ledger": round(_spent(ledger.events()), 4),
-        "noise_length": round(length / config.federation.cohort, 6),
+        "noise_length": round(length, 6),
+        "noise_once": float(f"{once:.5g}"),
+        "noise_twice": float(f"{twice:.5g}"),
+        "adapter_squared": float(
+            f"{sum(layer.norm() ** 2 for layer in state.adapter.layers.values()):.5g}"
+        ),
     }
+
+
+def product_noise(adapter: Adapter, variances: Mapping[str, float]) -> tuple[float, float]:
+    """Return the expected squared length of noise in scaling B A, summed over layers.
+
+    variances: of each number of A and of B, all rounds together. In (B + M)(A + N) the noise which
+    is there once is M A + B N, and that which is multiplied by noise is M N (arXiv:2403.12313):
+    scaling^2 (var_B out |A|^2 + var_A in |B|^2) and scaling^2 var_A var_B out in rank.
+    """
+    once = twice = 0.0
+    for path in adapter:
+        layer = adapter[path]
+        (rank, inputs), outputs = layer.A.shape, layer.out_features
+        squared_A, squared_B = float((layer.A**2).sum()), float((layer.B**2).sum())
+        of_A, of_B = variances["A"] * inputs, variances["B"] * outputs
+        once += layer.scaling**2 * (of_B * squared_A + of_A * squared_B)
+        twice += layer.scaling**2 * of_A * of_B * rank
+    return once, twice
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from fedlora.errors import DataError
 from fedlora.federation.folder import append_row, read_rows
-from simulations.studies.privacy.plan import NONE, TUNING_SEED, Settings, Task, Trial
+from simulations.studies.privacy.plan import NONE, Settings, Task, Trial
 from simulations.studies.privacy.runs import carry_out
 
 __all__ = ["OutOfTime", "Study", "best"]
@@ -42,11 +43,14 @@ class Study:
         task, most = self.task, max(self.task.users)
         for method in task.methods:
             for rate in task.rates:
-                yield Trial("rates", task.name, most, method, NONE, Settings(rate), TUNING_SEED)
+                for seed in task.tuning_seeds:
+                    yield Trial("rates", task.name, most, method, NONE, Settings(rate), seed)
         for users, epsilon in task.blocks():
             for method in task.methods if epsilon != NONE else ():
-                for settings in self._norms(method):
-                    yield Trial("norms", task.name, users, method, epsilon, settings, TUNING_SEED)
+                rate = self.settings(most, method, NONE).learning_rate
+                for settings in (Settings(rate, norm) for norm in task.norms):
+                    for seed in task.tuning_seeds:
+                        yield Trial("norms", task.name, users, method, epsilon, settings, seed)
             for size, method, budget, seed in task.finals(users, epsilon):
                 found = self.settings(size, method, budget)
                 yield Trial("final", task.name, size, method, budget, found, seed)
@@ -57,12 +61,6 @@ class Study:
             return best(self._found("rates", max(self.task.users), method, NONE))
         at, budget = self.task.tuning_of(users, epsilon)
         return best(self._found("norms", at, method, budget))
-
-    def _norms(self, method: str) -> list[Settings]:
-        rate = best(self._found("rates", max(self.task.users), method, NONE)).learning_rate
-        return [
-            Settings(rate * factor, norm) for factor in self.task.slower for norm in self.task.norms
-        ]
 
     def _found(self, stage: str, users: int, method: str, epsilon: float) -> list[Row]:
         told = None if epsilon == NONE else epsilon
@@ -87,12 +85,17 @@ class Study:
 
 
 def best(rows: Iterable[Row]) -> Settings:
-    """Return the settings of the row whose global adapter has the lowest loss.
+    """Return the settings whose global adapters have the lowest mean loss.
 
-    Raises `DataError` where every one of them has failed.
+    Settings with which a run has failed are out. Raises `DataError` where all are.
     """
-    done = [row for row in rows if "failed" not in row]
-    if not done:
-        raise DataError("a search: expected a run that is done, found none; widen its grid")
-    row = min(done, key=lambda row: float(row["scores"]["global"][1]))
-    return Settings(row["learning_rate"], row["clipping_norm"])
+    losses: dict[Settings, list[float]] = {}
+    for row in rows:
+        settings = Settings(row["learning_rate"], row["clipping_norm"])
+        loss = math.inf if "failed" in row else float(row["scores"]["global"][1])
+        losses.setdefault(settings, []).append(loss)
+    means = {settings: sum(found) / len(found) for settings, found in losses.items()}
+    settings = min(means, key=lambda at: means[at], default=None)
+    if settings is None or not math.isfinite(means[settings]):
+        raise DataError("a search: expected settings that do not fail, found none; widen its grid")
+    return settings
