@@ -139,7 +139,8 @@ def _about(found: Results) -> list[str]:
     for adapter in ("base", "own"):
         values = [r["scores"][adapter][0] for r in found.finals if "failed" not in r]
         means[adapter] = f"{adapter} {interval(values).mean:.4f}" if values else ""
-    return [f"Metric: {found.metric}, {better}. {', '.join(filter(None, means.values()))}.", ""]
+    told = f"Metric: {found.metric}, {better}. {', '.join(filter(None, means.values()))}."
+    return [TASKS[found.name].about, told, ""]
 
 
 def _utility(found: Results, users: int, adapter: str) -> list[str]:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fedlora.experiment import find_experiment, read_table
 from simulations.studies.methods.parts import WATCH
 
 __all__ = [
@@ -65,6 +64,7 @@ class Task:
     """A base, people, and what is searched for them."""
 
     name: str
+    about: str
     table: Mapping[str, Any]  # of the experiment
     overrides: Mapping[str, Any]
     rates: Sequence[float]  # of the clients, searched without privacy
@@ -134,11 +134,27 @@ _PRIVATE = {
     "personalization.save": False, "personalization.cross": 0,
 }  # fmt: skip
 
+CHITCHAT: Mapping[str, Any] = {
+    "name": "chitchat",
+    "base": {"id": "simulations.studies.privacy.endings:base"},
+    "data": {
+        "id": "simulations.studies.privacy.endings:data",
+        "task": "classification",
+        "validation_share": 0.15,  # the data bring their own parts; this says that there is one
+    },
+    # The head is nothing but its factors: the rank is to be at least the number of classes.
+    "lora": {"rank": 8, "lora_alpha": 16, "target_modules": ["hidden", "classifier"]},
+    "federation": {"batch_size": 16},
+}
+
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
         Task(
-            "watch", WATCH,
+            "watch",
+            "Seven exercises from a smartwatch that is worn upside down, so that the base knows "
+            "little: its two linear layers are adapted, at rank 4.",
+            WATCH,
             {
                 **_PRIVATE, "federation.rounds": 40, "federation.local_steps": 4,
                 # One rate for everyone's personal training, whatever the method's own is.
@@ -150,22 +166,20 @@ TASKS: Mapping[str, Task] = {
             cpu_seconds=5.0,
         ),
         Task(
-            "chitchat", read_table(find_experiment("keyboard")),
+            "chitchat",
+            "How a message ends (. ! ? … or none of them), of 117 people: a frozen layer and a new "
+            "head, adapted at rank 8, on what tiny-chat says of the message.",
+            CHITCHAT,
             {
-                **_PRIVATE, "federation.rounds": 12, "federation.local_steps": 2,
-                "federation.batch_size": 4, "data.max_length": 12, "data.held_out_clients": 0.0,
-                "data.test_share": 0.03, "data.validation_share": 0.03,
-                "lora.rank": 4, "lora.lora_alpha": 8, "lora.layers": "last:1",
-                "personalization.steps": 16, "personalization.learning_rate": 5e-3,
+                **_PRIVATE, "federation.rounds": 40, "federation.local_steps": 4,
+                "personalization.steps": 16, "personalization.learning_rate": 1e-2,
             },
-            rates=(5e-3, 1e-2),
-            norms=(0.1, 0.3, 1.0),
-            tuned=((10_000, 3.0), (1_000, 3.0)),
-            epsilons=(NONE, 8.0, 3.0, 1.0),
-            seeds=3,
+            rates=(1e-2, 2e-2, 5e-2, 1e-1),
+            norms=(0.3, 1.0, 3.0, 10.0),
+            tuned=((1_000, 3.0), (1_000, 1.0), (10_000, 3.0)),
+            epsilons=(NONE, 8.0, 6.0, 3.0, 1.0),
             tuning_seeds=TUNING_SEEDS[:2],
-            people=24,
-            cpu_seconds=30.0,
+            cpu_seconds=7.0,
         ),
     )
 }  # fmt: skip
