@@ -9,10 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedlora.adapter import Adapter, LoraConfig, LoraLayer
+from fedlora.data.chitchat import ending, read_messages
+from fedlora.data.text import load_tokenizer
 from fedlora.errors import DataError
 from fedlora.files import write_atomic
+from fedlora.nn import load_base
+from simulations.studies.privacy import endings
 from simulations.studies.privacy import study as module
 from simulations.studies.privacy.page import Results, page, write_page
 from simulations.studies.privacy.plan import (
@@ -191,3 +196,23 @@ def test_page_is_written_from_the_rows_and_keeps_what_is_by_hand(tmp_path: Path)
     place.write_text(place.read_text().replace(empty, empty.replace("\n", "\nMine.\n")))
     write_page(tmp_path)
     assert "Mine." in place.read_text()
+
+
+def test_an_ending_is_told_from_the_state_of_a_messages_last_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(endings, "MESSAGES", 10)
+    people = endings.data.__wrapped__()
+    assert len(people) == 117
+    name, mine = next(iter(people.items()))
+    found = load_base("tiny-chat", num_classes=5)
+    messages = read_messages("chitchat_117x1000.jsonl.gz")[name][:10]
+    text, label = ending(messages[0])  # the first one is trained on
+    ids = load_tokenizer(found.tokenizer).encode(text, add_special_tokens=False).ids
+    with torch.no_grad():
+        states = found.model.model(torch.tensor([[0, *ids]]))
+    # Beside other rows, padded, sums are taken in another order.
+    assert mine.train.inputs[0] == pytest.approx(states[0, -1].numpy(), abs=1e-4)
+    assert mine.train.targets[0] == label
+    with torch.no_grad():
+        assert not endings.base()(torch.from_numpy(mine.test.inputs.copy())).any()
