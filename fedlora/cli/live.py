@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +36,10 @@ class LiveTable(RunCallback):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
-        self._name, self._total = "", 0
+        self._name, self._total, self._since = "", 0, "in all"
         self._bytes = [0, 0]
-        self._rounds: deque[RoundRecord] = deque(maxlen=SHOWN)
+        # Replaced and never changed: the thread that draws may be reading it.
+        self._rounds: tuple[RoundRecord, ...] = ()
         self._bars = Progress(
             TextColumn("{task.description:<8}"),
             BarColumn(bar_width=30),
@@ -64,10 +64,12 @@ class LiveTable(RunCallback):
         """Put a name above the table."""
         self._name = f"{config.name}, {config.federation.method}, in {folder}"
         self._total = config.federation.rounds
+        if rounds_done:
+            self._since = f"since round {rounds_done + 1}"
 
     def on_round(self, record: RoundRecord) -> None:
         """Add a line."""
-        self._rounds.append(record)
+        self._rounds = (*self._rounds, record)[-SHOWN:]
         self._bytes[0] += record.bytes_up
         self._bytes[1] += record.bytes_down
 
@@ -83,24 +85,24 @@ class LiveTable(RunCallback):
         return Group(self._table(), self._bars) if self._rounds else self._bars
 
     def _table(self) -> Table:
-        private = any(_epsilon(record) is not None for record in self._rounds)
+        rounds = self._rounds
+        private = any(record.epsilon is not None for record in rounds)
         up, down = map(amount, self._bytes)
         table = Table(
             title=escape(self._name), title_justify="left", box=box.SIMPLE_HEAD,
-            caption=f"in all: {up} up, {down} down",
+            caption=f"{self._since}: {up} up, {down} down",
             caption_justify="left",
         )  # fmt: skip
         epsilon = ["epsilon"] if private else []
         for head in ("round", "loss", *epsilon, "clients", "up", "down", "time"):
             table.add_column(head, justify="right")
         table.add_column("")
-        for record in self._rounds:
+        for record in rounds:
             table.add_row(*_cells(record, self._total, private))
         return table
 
 
 def _cells(record: RoundRecord, total: int, private: bool) -> list[str]:
-    epsilon = _epsilon(record)
     counted = len(record.cohort) - len(record.dropped)
     lost = len(record.dropped) - len(record.declined)
     told = ((lost, "dropped"), (len(record.declined), "declined"), (record.late, "late"))
@@ -110,16 +112,10 @@ def _cells(record: RoundRecord, total: int, private: bool) -> list[str]:
     return [
         f"{record.round}/{total}",
         "" if record.loss is None else f"{record.loss:.4f}",
-        *([("" if epsilon is None else f"{epsilon:.2f}")] if private else []),
+        *([("" if record.epsilon is None else f"{record.epsilon:.2f}")] if private else []),
         f"{counted}/{len(record.cohort)}",
         amount(record.bytes_up),
         amount(record.bytes_down),
         f"{record.seconds:.1f} s",
         ", ".join(words),
     ]
-
-
-def _epsilon(record: RoundRecord) -> float | None:
-    """Return what a private run has spent until then."""
-    found: float | None = getattr(record, "epsilon", None)
-    return found
