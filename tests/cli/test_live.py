@@ -88,6 +88,20 @@ def test_a_round_that_ends_while_the_table_is_drawn_is_in_the_next_picture(
     assert "2/12" in shown(table)
 
 
+def test_on_a_narrow_terminal_all_numbers_that_are_there_are_whole() -> None:
+    config = ExperimentConfig.from_toml(find_experiment("watch"), {"federation.rounds": 120})
+    table = LiveTable(Console(file=io.StringIO(), width=40, record=True))
+    table.on_start(Path("runs/watch"), config, 0)
+    table.progress("rounds", 100, 120, "")
+    table.on_round(replace(record(100, 0.5), epsilon=1.25))
+    lines = shown(table).splitlines()
+    assert max(map(len, lines)) <= 40
+    assert ["round", "loss", "epsilon", "clients"] in [line.split() for line in lines]
+    assert ["100/120", "0.5000", "1.25", "1/3"] in [line.split()[:4] for line in lines]
+    assert lines[-1].split()[:2] == ["rounds", "100/120"]
+    assert "…" not in "".join(lines)
+
+
 def test_a_private_run_has_its_epsilon(table: LiveTable) -> None:
     table.on_round(replace(record(1, None), epsilon=1.25))
     words = shown(table).split()
