@@ -10,6 +10,8 @@ afterwards; the worker in which messages are read and learnt may never connect (
 
 from __future__ import annotations
 
+import socket
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -155,16 +157,17 @@ def server(
     class Handler(_Handler):
         pass
 
+    class Server(_Server):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
     Handler.site, Handler.seen = site, staticmethod(seen or (lambda path: None))
     Handler.hosts = LOOPBACK if host in LOOPBACK else frozenset()
     try:
-        found = ThreadingHTTPServer((host, port), Handler)
+        return Server((host, port), Handler)
     except OSError as error:
         raise ConfigError(
             f"{host}:{port}: cannot be served: {error.strerror or error}; take another --port"
         ) from None
-    found.daemon_threads = True
-    return found
 
 
 def stream_of(manifest: Manifest, client: str | None = None) -> bytes:
@@ -190,6 +193,15 @@ def stream_of(manifest: Manifest, client: str | None = None) -> bytes:
         tensors[f"{part}_inputs"] = examples.inputs
         tensors[f"{part}_targets"] = examples.targets.astype(np.uint8)
     return dump_tensors(tensors, {"about": about})
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that went away in the middle of an answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

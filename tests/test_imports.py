@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module may import what is in a row below its own.
 ROWS = [
     {"conditions", "errors", "files", "imports", "low_rank", "patterns", "plain", "randomness"},
-    {"adapter", "flat", "targets", "training"},
+    {"adapter", "flat", "lora_config", "targets", "training"},
     {"aggregation", "privacy", "formats", "store", "metrics"},
     {
         "experiment",
@@ -39,7 +39,7 @@ ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
 BESIDE: dict[str, set[str]] = {
     "conditions": {"errors"},
     "targets": {"adapter", "patterns"},
-    "adapter": {"patterns"},
+    "adapter": {"lora_config"},
     "flat": {"adapter", "training"},
     "training": {"adapter"},
     "store": {"formats"},

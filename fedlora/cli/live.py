@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["LiveTable"]
 
 SHOWN = 8  # rounds
+WIDE = 72  # columns of a terminal, from which there is room for bars, bytes, times and reasons
 
 
 class LiveTable(RunCallback):
@@ -37,12 +37,14 @@ class LiveTable(RunCallback):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
-        self._name, self._total = "", 0
+        self._wide = self.console.width >= WIDE
+        self._name, self._total, self._since = "", 0, "in all"
         self._bytes = [0, 0]
-        self._rounds: deque[RoundRecord] = deque(maxlen=SHOWN)
+        # Replaced and never changed: the thread that draws may be reading it.
+        self._rounds: tuple[RoundRecord, ...] = ()
         self._bars = Progress(
             TextColumn("{task.description:<8}"),
-            BarColumn(bar_width=30),
+            *([BarColumn(bar_width=30)] if self._wide else []),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -64,10 +66,12 @@ class LiveTable(RunCallback):
         """Put a name above the table."""
         self._name = f"{config.name}, {config.federation.method}, in {folder}"
         self._total = config.federation.rounds
+        if rounds_done:
+            self._since = f"since round {rounds_done + 1}"
 
     def on_round(self, record: RoundRecord) -> None:
         """Add a line."""
-        self._rounds.append(record)
+        self._rounds = (*self._rounds, record)[-SHOWN:]
         self._bytes[0] += record.bytes_up
         self._bytes[1] += record.bytes_down
 
@@ -83,43 +87,41 @@ class LiveTable(RunCallback):
         return Group(self._table(), self._bars) if self._rounds else self._bars
 
     def _table(self) -> Table:
-        private = any(_epsilon(record) is not None for record in self._rounds)
+        rounds = self._rounds
+        private = any(record.epsilon is not None for record in rounds)
         up, down = map(amount, self._bytes)
         table = Table(
             title=escape(self._name), title_justify="left", box=box.SIMPLE_HEAD,
-            caption=f"in all: {up} up, {down} down",
-            caption_justify="left",
+            caption=f"{self._since}: {up} up, {down} down",
+            caption_justify="left", pad_edge=self._wide, collapse_padding=not self._wide,
         )  # fmt: skip
-        epsilon = ["epsilon"] if private else []
-        for head in ("round", "loss", *epsilon, "clients", "up", "down", "time"):
-            table.add_column(head, justify="right")
-        table.add_column("")
-        for record in self._rounds:
-            table.add_row(*_cells(record, self._total, private))
+        cells = [_cells(record, self._total, private, self._wide) for record in rounds]
+        for head in cells[0]:
+            table.add_column(head, justify="right" if head else "left", no_wrap=bool(head))
+        for row in cells:
+            table.add_row(*row.values())
         return table
 
 
-def _cells(record: RoundRecord, total: int, private: bool) -> list[str]:
-    epsilon = _epsilon(record)
+def _cells(record: RoundRecord, total: int, private: bool, wide: bool) -> dict[str, str]:
+    """Return a round's line by the heads of its columns; the last one, of words, has none."""
     counted = len(record.cohort) - len(record.dropped)
     lost = len(record.dropped) - len(record.declined)
     told = ((lost, "dropped"), (len(record.declined), "declined"), (record.late, "late"))
-    words = [f"{number} {what}" for number, what in told if number]
+    words = [f"{number} {what}" for number, what in told if number and wide]
     if record.status != "updated":
         words.insert(0, record.status)
-    return [
-        f"{record.round}/{total}",
-        "" if record.loss is None else f"{record.loss:.4f}",
-        *([("" if epsilon is None else f"{epsilon:.2f}")] if private else []),
-        f"{counted}/{len(record.cohort)}",
-        amount(record.bytes_up),
-        amount(record.bytes_down),
-        f"{record.seconds:.1f} s",
-        ", ".join(words),
-    ]
-
-
-def _epsilon(record: RoundRecord) -> float | None:
-    """Return what a private run has spent until then."""
-    found: float | None = getattr(record, "epsilon", None)
-    return found
+    found = {
+        "round": f"{record.round}/{total}",
+        "loss": "" if record.loss is None else f"{record.loss:.4f}",
+    }
+    if private:
+        found["epsilon"] = "" if record.epsilon is None else f"{record.epsilon:.2f}"
+    found["clients"] = f"{counted}/{len(record.cohort)}"
+    if wide:
+        found |= {
+            "up": amount(record.bytes_up),
+            "down": amount(record.bytes_down),
+            "time": f"{record.seconds:.1f} s",
+        }
+    return found | {"": ", ".join(words)}

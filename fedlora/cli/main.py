@@ -27,6 +27,7 @@ from fedlora.cli import (
     web,
 )
 from fedlora.cli import agent as _agent  # noqa: F401 - adds commands to device
+from fedlora.cli import federation_hosts as _hosts  # noqa: F401 - adds commands to federation
 from fedlora.cli import stages as _stages  # noqa: F401 - adds commands to ota
 from fedlora.errors import FedloraError, MissingExtraError
 

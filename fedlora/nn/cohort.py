@@ -15,20 +15,16 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain, groupby, islice
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, islice
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
-from fedlora.adapter import Adapter, Array, LoraLayer
-from fedlora.data import Examples, draw_batches
-from fedlora.errors import ConfigError, FedloraError, NonFiniteError, ShapeMismatchError
-from fedlora.flat import segments_of
+from fedlora.adapter import Adapter, Array
+from fedlora.errors import ConfigError, FedloraError, NonFiniteError
 from fedlora.nn.batched import LayerStack, batched_layers, why_not_batched
 from fedlora.nn.inject import (
     findings_of,
@@ -37,19 +33,22 @@ from fedlora.nn.inject import (
     lora_modules,
     require_fitting,
 )
+from fedlora.nn.jobs import (
+    Job,
+    Trained,
+    client_job,
+    group_jobs,
+    outlined_job,
+    trained_factors,
+    usual_positions,
+)
 from fedlora.nn.local import evaluating, train_local
 from fedlora.nn.precision import Precision, computing_in
 from fedlora.nn.prefix import cached_prefix
 from fedlora.nn.probe import find_leak
-from fedlora.nn.tasks import Batch, Task, packs_texts
-from fedlora.training import (
-    Factor,
-    LocalRule,
-    TrainConfig,
-    TrainResult,
-    not_finite,
-    require_correction,
-)
+from fedlora.nn.stack_optimizer import StackOptimizer, settings_of
+from fedlora.nn.tasks import Batch, Task
+from fedlora.training import not_finite, require_correction
 
 __all__ = [
     "Job",
@@ -67,111 +66,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _PROBING = threading.Lock()
-
-# Positions (rows times their length) in one pass: below the least a step is overhead, above the
-# most nothing is gained. Measured on layers of 64 and 384 features, and on a watch's samples, of
-# which a hundred are one row.
-LEAST_POSITIONS, MOST_POSITIONS, FEATURE_POSITIONS = 512, 2048, 8192
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Job:
-    """One client's local training."""
-
-    client_id: str
-    start: Adapter  # the whole adapter to begin with
-    batches: Iterable[Batch]  # one optimizer step each
-    steps: int  # how many batches there are
-    config: TrainConfig
-    rule: LocalRule = LocalRule()  # noqa: RUF009 - frozen
-    positions: int = 1  # rows times length of a batch, for forming groups: a guess will do
-    num_examples: int = 0  # that the client has
-    shape: tuple[int, ...] = ()  # of one row of features, which a group shares; () for text
-    seed: int = 0  # drives dropout, where the client is trained alone
-    correction: Array | None = None  # with `rule.correction`: see `train_local`
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Trained:
-    """What one client's training gave."""
-
-    job: Job
-    row: Array  # (n,) the trained factors one after another, by path, A before B before magnitude
-    loss: float  # mean over the steps, each before its update; NaN when there was no step
-    steps: int
-    error: FedloraError | None = None  # its training diverged, which changes no other client
-
-    @property
-    def factors(self) -> dict[tuple[str, Factor], Array]:
-        """The trained factors by path and name, views of `row`, of the client's own rank."""
-        found: dict[tuple[str, Factor], Array] = {}
-        start = 0
-        for path, layer in self.job.start.layers.items():
-            for name in _trained(self.job):
-                like: Array = getattr(layer, name)
-                found[path, name] = self.row[start : start + like.size].reshape(like.shape)
-                start += like.size
-        return found
-
-    def adapter(self) -> Adapter:
-        """Return the whole adapter. Raises the client's error."""
-        if self.error is not None:
-            raise self.error
-        factors, layers = self.factors, {}
-        for path, layer in self.job.start.layers.items():
-            A, B = factors.get((path, "A"), layer.A), factors.get((path, "B"), layer.B)
-            magnitude = factors.get((path, "magnitude"), layer.magnitude)
-            layers[path] = LoraLayer(A, B, layer.scaling, magnitude, layer.kind)
-        return replace(self.job.start, layers=layers)
-
-    def result(self) -> TrainResult:
-        """Return the same as `train_local` does."""
-        return TrainResult(self.adapter(), self.job.num_examples, self.loss, self.steps)
-
-
-def _trained(job: Job) -> list[Factor]:
-    factors: tuple[Factor, ...] = ("A", "B")
-    if job.start.config.uses_dora:
-        factors = ("A", "B", "magnitude")
-    return [name for name in factors if name in job.rule.trained]
-
-
-def client_job(
-    examples: Examples,
-    client_id: str,
-    start: Adapter,
-    config: TrainConfig,
-    *,
-    seed: int,
-    round: int | str,
-    rule: LocalRule = LocalRule(),  # noqa: B008 - frozen
-) -> Job:
-    """Return the training of one client on its examples, in batches keyed by seed and round."""
-    job = outlined_job(examples, client_id, start, config, rule=rule)
-    return replace(job, batches=draw_batches(examples, config, seed, client_id, round))
-
-
-def outlined_job(
-    examples: Examples,
-    client_id: str,
-    start: Adapter,
-    config: TrainConfig,
-    *,
-    rule: LocalRule = LocalRule(),  # noqa: B008 - frozen
-) -> Job:
-    """Return `client_job` without its batches, which is enough for `group_jobs`."""
-    rows = min(config.batch_size, len(examples))
-    return Job(
-        client_id,
-        start,
-        (),
-        config.steps_for(len(examples)),
-        config,
-        rule,
-        positions=max(1, math.ceil(rows * examples.mean_length)),
-        num_examples=len(examples),
-        shape=() if examples.is_text else examples.inputs.shape[1:],
-    )
 
 
 def train_cohort(
@@ -268,49 +162,6 @@ def _first_batches(jobs: list[Job]) -> list[Batch]:
     return found
 
 
-def usual_positions(model: nn.Module, jobs: Sequence[Job]) -> int:
-    """Return how many positions a pass of these jobs should hold.
-
-    Nothing but the model and the jobs decides, so that groups are the same on every machine. There
-    are at least two groups where that leaves them large enough, for two cores.
-    """
-    total = sum(job.positions for job in jobs)
-    if any(job.shape for job in jobs):
-        most = FEATURE_POSITIONS
-    elif packs_texts(model):
-        most = LEAST_POSITIONS  # a row each, as long as the longest: more of them, more padding
-    else:
-        most = MOST_POSITIONS
-    return min(most, max(LEAST_POSITIONS, total // 2))
-
-
-def group_jobs(jobs: Sequence[Job], positions: int) -> list[list[int]]:
-    """Divide jobs into groups of one pass each; return their indices.
-
-    Padding costs as much as data. So jobs are sorted by length (in classes a quarter apart), then
-    by steps, and a group takes as many as fit into `positions`, its widest job's size each.
-    """
-
-    def rank(index: int) -> tuple[int, int, int]:
-        job = jobs[index]
-        return round(math.log(max(job.positions, 1), 1.25)), -job.steps, index
-
-    def same(job: Job) -> tuple[object, ...]:
-        return job.rule.trained, job.rule.correction, job.shape
-
-    groups: list[list[int]] = []
-    widest = 0
-    for index in sorted(range(len(jobs)), key=rank):
-        job = jobs[index]
-        widest = max(widest, job.positions)
-        fits = groups and (len(groups[-1]) + 1) * widest <= positions
-        if not fits or same(jobs[groups[-1][0]]) != same(job):
-            groups.append([])
-            widest = job.positions
-        groups[-1].append(index)
-    return groups
-
-
 def train_group(
     model: nn.Module, jobs: Sequence[Job], task: Task, *, precision: Precision = "fp32"
 ) -> list[Trained]:
@@ -326,7 +177,7 @@ def train_group(
     if not jobs:
         return []
     _check(model, jobs)
-    order = sorted(range(len(jobs)), key=lambda k: (-jobs[k].steps, _settings(jobs[k].config), k))
+    order = sorted(range(len(jobs)), key=lambda k: (-jobs[k].steps, settings_of(jobs[k].config), k))
     group = _Group(model, [jobs[index] for index in order], task)
     with computing_in(model, precision):
         results = dict(zip(order, group.train(), strict=True))
@@ -352,14 +203,14 @@ def train_alone(
         )
     except NonFiniteError as error:
         return Trained(job, np.zeros(0, np.float32), math.nan, 0, error)
-    layers, names = result.adapter.layers.values(), _trained(job)
+    layers, names = result.adapter.layers.values(), trained_factors(job)
     row = np.concatenate([getattr(layer, name).reshape(-1) for layer in layers for name in names])
     return Trained(job, row, result.loss, result.steps)
 
 
 def _check(model: nn.Module, jobs: Sequence[Job]) -> None:
     """Refuse what `train_local` and `load_adapter_into` would refuse; one look a start adapter."""
-    if not _trained(jobs[0]):
+    if not trained_factors(jobs[0]):
         raise ConfigError("train_cohort: the rule trains magnitude only, and the adapter has none")
     for job in jobs:
         if job.rule.trained != jobs[0].rule.trained:
@@ -391,7 +242,7 @@ class _Group:
             path: LayerStack([job.start[path] for job in jobs], trained, device)
             for path in sorted(self.modules)
         }
-        self.optimizer = _Optimizer(list(self.stacks.values()), jobs)
+        self.optimizer = StackOptimizer(list(self.stacks.values()), jobs)
         self.losses: list[list[float]] = [[] for _ in jobs]
         self.errors: list[FedloraError | None] = [None] * len(jobs)
 
@@ -478,140 +329,3 @@ class _Group:
                 "learning_rate, or set max_grad_norm"
             )
         return Trained(self.jobs[k], row, loss, len(losses), error)
-
-
-class _Optimizer:
-    """Steps the stacks of a group: one fused kernel for each run of clients with equal settings."""
-
-    def __init__(self, stacks: Sequence[LayerStack], jobs: Sequence[Job]) -> None:
-        self.factors = [(stack, name) for stack in stacks for name in stack.trained]
-        values = [stack.all(name) for stack, name in self.factors]
-        keyed = groupby(range(len(jobs)), key=lambda k: _settings(jobs[k].config))
-        runs = [list(run) for _, run in keyed]
-        self.runs = [_Run(jobs[run[0]].config, run[0], run[-1] + 1, values) for run in runs]
-        self.limits = _column([job.config.max_grad_norm or math.inf for job in jobs], values[0])
-        self.pulls = _column([job.rule.proximal_weight for job in jobs], values[0])
-        self.starts = [value.clone() for value in values] if self.pulls.any() else []
-        self.clips = bool(self.limits.isfinite().any())
-        self.shifts = _shifts(stacks, jobs) if jobs[0].rule.correction is not None else []
-
-    @torch.no_grad()
-    def step(self, clients: int) -> None:
-        """Move the first `clients` clients by their gradients."""
-        # A layer that this pass did not call has no gradient, and stays, as it would alone.
-        # With a correction its gradient is zero, and it is corrected, as it would be alone.
-        found = []
-        for i, (stack, name) in enumerate(self.factors):
-            if stack.has_gradient(name):
-                found.append(i)
-            elif self.shifts:
-                stack.gradients[name].zero_()
-                found.append(i)
-        values = [self.factors[i][0].values[self.factors[i][1]] for i in found]
-        gradients = [self.factors[i][0].gradients[self.factors[i][1]] for i in found]
-        if self.starts:
-            pulls = self.pulls[:clients].view(-1, 1, 1)
-            for i, value, gradient in zip(found, values, gradients, strict=True):
-                gradient += pulls * (value - self.starts[i][:clients])
-        if self.clips:
-            _clip(gradients, self.limits[:clients])
-        if self.shifts:
-            for i, gradient in zip(found, gradients, strict=True):
-                gradient += self.shifts[i][:clients]
-        for run in self.runs:
-            if run.start < clients:
-                run.step(found, values, gradients, min(run.stop, clients))
-
-
-class _Run:
-    """Neighbouring clients of a group with the same optimizer, and their moments."""
-
-    def __init__(self, config: TrainConfig, start: int, stop: int, values: list[Tensor]) -> None:
-        self.config, self.start, self.stop = config, start, stop
-        mine = [value[start:stop] for value in values]
-        self.first: list[Tensor] = []
-        self.second: list[Tensor] = []
-        if config.optimizer == "adamw" or config.momentum:
-            self.first = [torch.zeros_like(value) for value in mine]
-        if config.optimizer == "adamw":
-            self.second = [torch.zeros_like(value) for value in mine]
-        self.steps = [torch.zeros((), device=value.device) for value in mine]
-
-    def step(
-        self, which: list[int], values: list[Tensor], gradients: list[Tensor], stop: int
-    ) -> None:
-        config, count = self.config, stop - self.start
-        values = [value[self.start : stop] for value in values]
-        gradients = [gradient[self.start : stop] for gradient in gradients]
-        first = [self.first[i][:count] for i in which] if self.first else []
-        if config.optimizer == "sgd":
-            sgd(
-                values,
-                gradients,
-                [*first] if first else [None for _ in values],
-                fused=True,
-                lr=config.learning_rate,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-                dampening=0.0,
-                nesterov=False,
-                maximize=False,
-            )
-            return
-        adamw(
-            values,
-            gradients,
-            first,
-            [self.second[i][:count] for i in which],
-            [],
-            [self.steps[i] for i in which],
-            fused=True,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            eps=1e-8,
-            maximize=False,
-        )
-
-
-def _shifts(stacks: Sequence[LayerStack], jobs: Sequence[Job]) -> list[Tensor]:
-    """Return the jobs' corrections, a tensor a factor, as the factors lie in the stacks.
-
-    stacks: by path, as the numbers of a correction are. Padding has no correction and stays zero.
-    """
-    found = [torch.zeros_like(stack.all(name)) for stack in stacks for name in stack.trained]
-    for k, job in enumerate(jobs):
-        segments = segments_of(job.start, job.rule.trained)
-        row, start = job.correction, 0
-        expected = sum(segment.size for segment in segments)
-        if row is None or row.shape != (expected,):
-            shape = None if row is None else row.shape
-            raise ShapeMismatchError(
-                f"train_group, client {job.client_id!r}: expected a correction of ({expected},), "
-                f"found {shape}"
-            )
-        for into, segment in zip(found, segments, strict=True):
-            values = np.array(row[start : start + segment.size]).reshape(segment.shape)
-            start += segment.size
-            values = values if segment.factor == "A" else values.T
-            into[k, : len(values)] = torch.from_numpy(np.ascontiguousarray(values)).to(into.device)
-    return found
-
-
-def _settings(config: TrainConfig) -> tuple[str, float, float, float]:
-    return config.optimizer, config.learning_rate, config.weight_decay, config.momentum
-
-
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)
-
-
-def _clip(gradients: list[Tensor], limits: Tensor) -> None:
-    """Scale each client's gradients to its limit, as `torch.nn.utils.clip_grad_norm_` does."""
-    squares = [gradient.flatten(1).square().sum(1) for gradient in gradients]
-    norms = torch.stack(squares).sum(0).sqrt()
-    scales = (limits / (norms + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient *= scales.view(-1, 1, 1)

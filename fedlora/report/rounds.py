@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,7 +111,9 @@ def curve(
         by_round(axes, numbers, whole=whole)
         axes.set_ylabel(label)
         if from_zero:
-            top = max((v for _, values, _ in series for v in values if v is not None), default=0)
+            every = (v for _, values, _ in series for v in values)
+            # An epsilon without a bound is infinite, which no axis reaches.
+            top = max((v for v in every if v is not None and math.isfinite(v)), default=0)
             axes.set_ylim(0, 1.08 * top or 1)
 
     return Plot(title, caption, table, draw)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import RecordDict
 
-from fedlora.adapter import Adapter
+from fedlora.adapter import Adapter, Array
 from fedlora.aggregation import method, methods, with_rule
 from fedlora.aggregation.robust import RULES
 from fedlora.errors import ConfigError
@@ -90,27 +91,49 @@ def assert_finite(adapter: Adapter) -> None:
         assert np.isfinite(adapter.delta_weight(path)).all()
 
 
+def in_turn(attacks: Sequence[Attack]) -> Attack:
+    """Return an attacker each of whose answers is the next of these attacks."""
+    coming = iter(attacks)
+    content: list[Callable[[RecordDict], None]] = []
+
+    def row(trained: Array, sent: Array) -> Array:
+        attack = next(coming)
+        content[:] = [attack.content]
+        return attack.row(trained, sent)
+
+    return Attack(None, row=row, content=lambda answer: content[0](answer))
+
+
 @pytest.mark.parametrize(("name", "rule"), pairs())
 def test_malformed_updates_are_named_and_dropped_and_leave_no_trace(
     name: str, rule: str | None, without_them: Any, tmp_path: Path
 ) -> None:
-    expected = without_them(name, rule)
-    for attack, value in REFUSED.items():
-        out = tmp_path / attack
-        adapter, records = attacked(out, name, rule, value)
-        assert adapter == expected, attack
-        assert_finite(adapter)
-        assert [record.status for record in records] == ["updated"] * ROUNDS
-        if value.num_examples is not None:  # refused when it introduces itself, and never drawn
-            left_out = read_checkpoint(out).left_out
-            assert len(left_out) == len(BAD)
-            reasons = [dropped.reason for dropped in left_out]
-        else:
-            for record in records:
-                assert sorted(dropped.client for dropped in record.dropped) == sorted(NAMES)
-            reasons = [dropped.reason for record in records for dropped in record.dropped]
-            assert all(reason.startswith("client 'c") for reason in reasons)
-        assert all(str(value.refused) in reason for reason in reasons), (attack, reasons[0])
+    """Both attackers of every round try something else, so that each attack is made once."""
+    attacks = [attack for attack in REFUSED.values() if attack.num_examples is None]
+    assert len(attacks) == len(BAD) * ROUNDS
+    adapter, records = attacked(tmp_path, name, rule, in_turn(attacks))
+    assert adapter == without_them(name, rule)
+    assert_finite(adapter)
+    for record in records:
+        assert record.status == "updated"
+        assert sorted(dropped.client for dropped in record.dropped) == sorted(NAMES)
+    reasons = [dropped.reason for record in records for dropped in record.dropped]
+    for attack, reason in zip(attacks, reasons, strict=True):
+        assert reason.startswith("client 'c")
+        assert str(attack.refused) in reason
+
+
+@pytest.mark.parametrize(("name", "rule"), pairs())
+def test_who_claims_a_weight_that_is_none_is_never_drawn(
+    name: str, rule: str | None, without_them: Any, tmp_path: Path
+) -> None:
+    attack = REFUSED["weight -50"]
+    adapter, records = attacked(tmp_path, name, rule, attack)
+    assert adapter == without_them(name, rule)
+    assert [record.status for record in records] == ["updated"] * ROUNDS
+    left_out = read_checkpoint(tmp_path).left_out
+    assert len(left_out) == len(BAD)
+    assert all(str(attack.refused) in dropped.reason for dropped in left_out)
 
 
 @pytest.mark.parametrize(("name", "rule"), pairs())

@@ -17,7 +17,6 @@ import pytest
 
 import fedlora as fl
 from fedlora.agent.report import report_bytes
-from fedlora.cli.main import main
 from tests.agent.device import Fleet, make_fleet
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -37,23 +36,6 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
     monkeypatch.setenv("FEDLORA_OTA_KEYS", str(found.world.folder / "keys"))
     yield found
     found.web.close()
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Return a function from arguments to (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, arguments)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return int(str(code)), out, err
-
-    return call
 
 
 def test_a_device_is_updated_reverted_and_says_what_happened(run, fleet: Fleet) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.cli.main import main
 from fedlora.simulation import compare
 from tests.simulation.small import config
 
+COMMAND = ("compare",)
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = config(federation__rounds=2, personalization__steps=2)
 ARGUMENTS = ("--methods", "fedit,ffa-lora", "--seeds", "2")
@@ -48,20 +48,10 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def run(monkeypatch, capfd, tmp_path):
-    """Return a function from arguments to (exit code, stdout, stderr)."""
+@pytest.fixture(autouse=True)
+def here(monkeypatch, tmp_path) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedlora", "compare", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capfd.readouterr()
-        return caught.value.code or 0, out, err
-
-    return call
 
 
 @pytest.fixture

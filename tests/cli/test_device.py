@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,11 @@ import numpy as np
 import pytest
 
 import fedlora as fl
-from fedlora.cli.main import main
 from fedlora.device.session import Session
 from fedlora.store import Store
 from tests.device.hand_made import FEATURES, HandMade, write_classifier, write_language_model
+
+COMMAND = ("device",)
 
 
 @pytest.fixture(scope="module")
@@ -31,35 +30,6 @@ def language(tmp_path_factory: Any) -> HandMade:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEDLORA_STATE", "state")
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Return a function from arguments to (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedlora", "device", *map(str, arguments)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return int(str(code)), out, err
-
-    return call
-
-
-@pytest.fixture
-def ask(run):
-    """Return a function from arguments to the JSON on stdout of a command that is done."""
-
-    def call(*arguments: object) -> Any:
-        code, out, err = run(*arguments, "--json")
-        assert code == 0, err
-        return json.loads(out)
-
-    return call
 
 
 def write_windows(path: str, seed: int = 1) -> np.ndarray[Any, Any]:

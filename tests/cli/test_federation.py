@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fedlora.cli import federation as commands
-from fedlora.cli.federation import _node_values, _pythons
+from fedlora.cli.federation import _pythons
+from fedlora.cli.federation_hosts import _node_values
 from fedlora.cli.main import app
 from fedlora.errors import ConfigError, RunError, UsageError
 from fedlora.federation.deploy import local

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from rich.console import Console
 from fedlora.cli.live import SHOWN, LiveTable
 from fedlora.experiment import ExperimentConfig, find_experiment
 from fedlora.federation.checkpoint import Dropped, RoundRecord
+from fedlora.report.words import amount
 
 
 def record(number: int, loss: float | None = 0.5) -> RoundRecord:
@@ -63,9 +65,45 @@ def test_bars_have_the_stage_how_far_it_is_and_the_time_left(table: LiveTable) -
     assert "[red]a client" in text  # a client's name is no markup
 
 
-def test_a_private_run_has_its_epsilon(table: LiveTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedlora.cli.live._epsilon", lambda record: 1.25)
-    table.on_round(record(1, None))
+def test_bytes_of_a_resumed_run_are_those_since_then(table: LiveTable) -> None:
+    config = ExperimentConfig.from_toml(find_experiment("watch"), {"federation.rounds": 12})
+    table.on_start(Path("runs/watch"), config, 4)
+    table.on_round(record(5))
+    assert "since round 5: 1 MB up, 2 MB down" in shown(table)
+
+
+def test_a_round_that_ends_while_the_table_is_drawn_is_in_the_next_picture(
+    table: LiveTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table is drawn in a thread of its own, which an error would end."""
+    table.on_round(record(1))
+
+    def ends_a_round(count: float | None) -> str:
+        if count == 1_000_000 and len(table._rounds) < 3:
+            table.on_round(record(2))
+        return amount(count)
+
+    monkeypatch.setattr("fedlora.cli.live.amount", ends_a_round)
+    assert "2/12" not in shown(table)
+    assert "2/12" in shown(table)
+
+
+def test_on_a_narrow_terminal_all_numbers_that_are_there_are_whole() -> None:
+    config = ExperimentConfig.from_toml(find_experiment("watch"), {"federation.rounds": 120})
+    table = LiveTable(Console(file=io.StringIO(), width=40, record=True))
+    table.on_start(Path("runs/watch"), config, 0)
+    table.progress("rounds", 100, 120, "")
+    table.on_round(replace(record(100, 0.5), epsilon=1.25))
+    lines = shown(table).splitlines()
+    assert max(map(len, lines)) <= 40
+    assert ["round", "loss", "epsilon", "clients"] in [line.split() for line in lines]
+    assert ["100/120", "0.5000", "1.25", "1/3"] in [line.split()[:4] for line in lines]
+    assert lines[-1].split()[:2] == ["rounds", "100/120"]
+    assert "…" not in "".join(lines)
+
+
+def test_a_private_run_has_its_epsilon(table: LiveTable) -> None:
+    table.on_round(replace(record(1, None), epsilon=1.25))
     words = shown(table).split()
     assert "epsilon" in words
     assert "1.25" in words

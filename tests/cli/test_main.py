@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from fedlora import __version__
-from fedlora.cli.main import app, main
+from fedlora.cli.main import app
 
 SHORT = (
     "data.clients=2", "federation.rounds=1", "federation.cohort=2", "federation.local_steps=1",
@@ -54,20 +54,6 @@ def _empty_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("FEDLORA_HOME", str(tmp_path / "home"))
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Return a function from arguments to (exit code, stdout, stderr)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedlora", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capfd.readouterr()
-        return caught.value.code or 0, out, err
-
-    return call
 
 
 @pytest.mark.parametrize(("arguments", "code", "texts"), REFUSED.values(), ids=REFUSED.keys())

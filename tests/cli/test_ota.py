@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import fedlora as fl
-from fedlora.cli.main import main
 from tests.ota.folder import URL, read_from
 from tests.ota.world import make_bundle
 from tests.store.states import adapter
+
+COMMAND = ("ota",)
 
 
 @pytest.fixture(autouse=True)
@@ -23,35 +21,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDLORA_OTA_KEYS", "keys")
     for seed in (1, 2):
         fl.save_adapter(adapter(seed), f"{seed}.safetensors", provenance={"round": seed})
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Return a function from arguments to (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedlora", "ota", *map(str, arguments)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return int(str(code)), out, err
-
-    return call
-
-
-@pytest.fixture
-def ask(run):
-    """Return a function from arguments to the JSON on stdout of a command that is done."""
-
-    def call(*arguments: object) -> Any:
-        code, out, err = run(*arguments, "--json")
-        assert code == 0, err
-        return json.loads(out)
-
-    return call
 
 
 def test_from_init_to_a_device(run, ask, monkeypatch) -> None:

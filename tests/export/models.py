@@ -51,9 +51,9 @@ def bert() -> nn.Module:
     return classifier
 
 
-def gpt2() -> nn.Module:
+def gpt2(layers: int = 2) -> nn.Module:
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    config = GPT2Config(vocab_size=40, n_embd=16, n_layer=layers, n_head=2, n_positions=64)
     model = GPT2LMHeadModel(config)
     model.config.use_cache = False
     return model

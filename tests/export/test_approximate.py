@@ -16,7 +16,7 @@ from fedlora.device.manifest import read_manifest
 from fedlora.errors import FormatError, UnsupportedError
 from fedlora.export.bundle import export_bundle
 from tests.export.test_bundle import small
-from tests.export.test_emit import QUANTIZED, rounded_weights
+from tests.export.test_emit import QUANTIZED, quantized_training, rounded_weights
 from tests.export.traces import drawn_factors, emitted, factors, session, step_of, traced_step
 from tests.nn.models import Mlp, seeded
 
@@ -25,11 +25,8 @@ Rows = npt.NDArray[np.float32]
 
 def step_with(name: str, folder: Path, **options: Any) -> tuple[float, Rows, float, Rows, Path]:
     """Loss and gradients, as one row, of ONNX Runtime and of torch on the same numbers."""
-    case = QUANTIZED[name]
-    model = case.model()
-    inputs = case.inputs(2, 6)
-    targets = case.labels(model, inputs)
-    path = emitted(model, traced_step(model, inputs, targets), folder, **options)
+    model, inputs, targets, traced = quantized_training(name)
+    path = emitted(model, traced, folder, **options)
     if options.get("precision") == "int8":
         rounded_weights(model, stored(path))
     given = drawn_factors(model, 8)
@@ -103,15 +100,11 @@ def test_the_head_stays_as_it_is(tmp_path: Path) -> None:
 def test_rows_whose_gradient_is_zero_or_tiny_keep_their_digits(tmp_path: Path) -> None:
     # One counted target: other texts' rows are zeros, earlier tokens' get what attention gives
     # them. One scale for all rows would leave those few of its 255 steps.
-    case = QUANTIZED["llama"]
-    model = case.model()
-    inputs = case.inputs(2, 6)
-    targets = case.labels(model, inputs)
+    model, inputs, targets, traced = quantized_training("llama")
     last = int((targets.flatten() != -100).nonzero()[-1])
     only = torch.full_like(targets, -100)
     only.view(-1)[last] = targets.flatten()[last]
     given = drawn_factors(model, 8)
-    traced = traced_step(model, inputs, targets)
     running = session(emitted(model, traced, tmp_path, train_precision="int8-backward"))
     feed = {"inputs": inputs.numpy(), "targets": only.numpy(), **given}
     _, *gradients = running.run(None, feed)

@@ -129,8 +129,11 @@ def forward_of(name: str) -> tuple[nn.Module, Traced]:
     return model, traced_forward(model, case.inputs(3, 5), case.free)
 
 
+Training = tuple[nn.Module, Tensor, Tensor, Traced]
+
+
 @cache
-def training_of(name: str) -> tuple[nn.Module, Tensor, Tensor, Traced]:
+def training_of(name: str) -> Training:
     case = CASES[name]
     model = case.model()
     inputs = case.inputs(2, 6)
@@ -265,6 +268,30 @@ QUANTIZED = {
 }
 
 
+@cache
+def _quantized_once(name: str) -> tuple[Training, Traced, dict[str, Tensor]]:
+    case = QUANTIZED[name]
+    model = case.model()
+    inputs = case.inputs(2, 6)
+    targets = case.labels(model, inputs)
+    training = model, inputs, targets, traced_step(model, inputs, targets)
+    first = {key: value.clone() for key, value in model.state_dict().items()}
+    return training, traced_forward(model, case.inputs(3, 5), case.free), first
+
+
+def quantized_training(name: str) -> Training:
+    """A model, inputs, targets and the trace of a step; the model's numbers are as at first."""
+    training, _, first = _quantized_once(name)
+    training[0].load_state_dict(first)  # into the same memory, which the traces read
+    return training
+
+
+def quantized_forward(name: str) -> tuple[nn.Module, Traced]:
+    """The same model and the trace of its forward pass."""
+    model = quantized_training(name)[0]
+    return model, _quantized_once(name)[1]
+
+
 def rounded_weights(model: nn.Module, stored: set[str]) -> None:
     """The slow twin: put the numbers that the integers stand for into torch's model."""
     for name, weight in base(model).items():
@@ -282,11 +309,8 @@ def rounded_weights(model: nn.Module, stored: set[str]) -> None:
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_training_on_int8_is_training_on_the_rounded_base(name: str, tmp_path: Path) -> None:
-    case = QUANTIZED[name]
-    model = case.model()
-    inputs = case.inputs(2, 6)
-    targets = case.labels(model, inputs)
-    path = emitted(model, traced_step(model, inputs, targets), tmp_path, precision="int8")
+    model, inputs, targets, traced = quantized_training(name)
+    path = emitted(model, traced, tmp_path, precision="int8")
     names = {tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer}
     assert any(name.endswith(".int8") for name in names)
     running = session(path)
@@ -305,8 +329,7 @@ def test_training_on_int8_is_training_on_the_rounded_base(name: str, tmp_path: P
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_inference_on_int8_is_near_the_base(name: str, tmp_path: Path) -> None:
     case = QUANTIZED[name]
-    model = case.model()
-    traced = traced_forward(model, case.inputs(3, 5), case.free)
+    model, traced = quantized_forward(name)
     weights = base_weights(model)
     path = emitted(model, traced, tmp_path, precision="int8")
     running = session(path)

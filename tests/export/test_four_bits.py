@@ -13,7 +13,13 @@ from torch import nn
 from fedlora.errors import UnsupportedError
 from fedlora.export.emit import emit
 from fedlora.export.four_bits import packed_blocks
-from tests.export.test_emit import GRADIENT, QUANTIZED, torch_logits
+from tests.export.test_emit import (
+    GRADIENT,
+    QUANTIZED,
+    quantized_forward,
+    quantized_training,
+    torch_logits,
+)
 from tests.export.traces import (
     base,
     base_weights,
@@ -22,8 +28,6 @@ from tests.export.traces import (
     factors,
     session,
     step_of,
-    traced_forward,
-    traced_step,
 )
 
 
@@ -66,11 +70,8 @@ def rounded_base(model: nn.Module, path: Path) -> None:
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_training_is_training_on_the_rounded_base(name: str, tmp_path: Path) -> None:
-    case = QUANTIZED[name]
-    model = case.model()
-    inputs = case.inputs(2, 6)
-    targets = case.labels(model, inputs)
-    path = emitted(model, traced_step(model, inputs, targets), tmp_path, precision="int4")
+    model, inputs, targets, traced = quantized_training(name)
+    path = emitted(model, traced, tmp_path, precision="int4")
     running = session(path)
     rounded_base(model, path)
     given = drawn_factors(model, 8)
@@ -88,8 +89,7 @@ def test_training_is_training_on_the_rounded_base(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_inference_is_that_of_the_rounded_base(name: str, tmp_path: Path) -> None:
     case = QUANTIZED[name]
-    model = case.model()
-    traced = traced_forward(model, case.inputs(3, 5), case.free)
+    model, traced = quantized_forward(name)
     path = emitted(model, traced, tmp_path, precision="int4")
     running = session(path)
     given, inputs = drawn_factors(model, 4), case.inputs(4, 7)
@@ -101,23 +101,17 @@ def test_inference_is_that_of_the_rounded_base(name: str, tmp_path: Path) -> Non
 
 
 def test_both_kinds_of_graph_share_the_bytes(tmp_path: Path) -> None:
-    case = QUANTIZED["llama"]
-    model = case.model()
-    inputs = case.inputs(2, 6)
+    model, _, _, step = quantized_training("llama")
     weights = base_weights(model)
-    step = traced_step(model, inputs, case.labels(model, inputs))
     emit(step, weights, precision="int4")
     weights.write(tmp_path)
     before = (tmp_path / "base.onnx.data").stat().st_size
-    emit(traced_forward(model, inputs, case.free), weights, precision="int4")
+    emit(quantized_forward("llama")[1], weights, precision="int4")
     weights.write(tmp_path)
     assert (tmp_path / "base.onnx.data").stat().st_size == before
 
 
 def test_approximate_training_on_it_is_refused() -> None:
-    case = QUANTIZED["llama"]
-    model = case.model()
-    inputs = case.inputs(2, 6)
-    step = traced_step(model, inputs, case.labels(model, inputs))
+    model, _, _, step = quantized_training("llama")
     with pytest.raises(UnsupportedError, match="expected exact training on an int4 base"):
         emit(step, base_weights(model), precision="int4", train_precision="int8")

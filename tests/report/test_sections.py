@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
+from fedlora.report import write_report
 from fedlora.report.blocks import Notes, Plot, Report, Section, Table, Words
 from fedlora.report.people import worst_tenth
 from fedlora.report.run import build_report
@@ -150,6 +152,15 @@ def test_the_run_can_be_made_again_by_what_the_report_says(tmp_path: Path) -> No
     codes = [b.text for b in found.blocks if hasattr(b, "text")]
     assert codes[0] == f"fedlora simulate '{folder}/experiment.toml' --out runs/again"
     assert codes[1] == (folder / "experiment.toml").read_text()
+
+
+def test_an_epsilon_without_a_bound_is_in_no_plot_s_way(tmp_path: Path) -> None:
+    lines = [line | {"epsilon": math.inf} for line in round_lines(2, "abcd")]
+    folder = write_run(tmp_path / "run", lines=lines)
+    assert ("Epsilon", ((1, math.inf), (2, math.inf))) in [
+        (plot.title, plot.table.rows) for plot in build_report(folder).plots()
+    ]
+    assert "<h3" in write_report(folder).read_text(encoding="utf-8")
 
 
 def test_a_large_epsilon_and_another_relation_have_other_words(tmp_path: Path) -> None:

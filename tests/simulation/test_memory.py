@@ -27,8 +27,12 @@ def run(out: Path, **more: Any) -> Run:
     return simulate("keyboard", overrides=overrides, out=out)
 
 
-def test_checkpointing_changes_no_bit_of_a_run(tmp_path: Path) -> None:
-    plain = run(tmp_path / "plain")
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(tmp_path_factory.mktemp("runs") / "plain")
+
+
+def test_checkpointing_changes_no_bit_of_a_run(plain: Run, tmp_path: Path) -> None:
     twice = run(tmp_path / "twice", engine__checkpointing=True)
     assert twice.adapter == plain.adapter
     for name in ("base", "own", "global", "personal"):
@@ -36,8 +40,9 @@ def test_checkpointing_changes_no_bit_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantized_run_is_for_the_base_that_everyone_has(kind: str, tmp_path: Path) -> None:
-    plain = run(tmp_path / "plain")
+def test_a_quantized_run_is_for_the_base_that_everyone_has(
+    kind: str, plain: Run, tmp_path: Path
+) -> None:
     small = run(tmp_path / "small", base__quantize=kind)
     assert small.adapter.base == plain.adapter.base == load_card("tiny-chat").fingerprint
     assert small.adapter != plain.adapter

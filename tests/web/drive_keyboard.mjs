@@ -108,6 +108,24 @@ try {
   await page.waitForSelector("body[data-state=ready]", { timeout: 240000 });
   await page.waitForSelector("#words-yours button");
   seen.offline = await page.textContent("#status");
+
+  // What is kept may fit no more. The page is of use all the same, and it can be forgotten.
+  await page.evaluate(() => new Promise((resolve) => {
+    const opening = indexedDB.open("fedlora", 1);
+    opening.onsuccess = () => {
+      const store = opening.result.transaction("adapters", "readwrite").objectStore("adapters");
+      store.openCursor().onsuccess = (event) => {
+        const asked = event.target.result.update(new Uint8Array([1, 2, 3]));
+        asked.transaction.oncomplete = () => { opening.result.close(); resolve(); };
+      };
+    };
+  }));
+  await page.reload();
+  await page.waitForSelector("#words-base button");
+  seen.unfit = await page.textContent("#yours-state");
+  await page.click("#forget");
+  await page.waitForSelector("#status >> text=Forgotten");
+  seen.trainable = await page.isEnabled("#train");
   seen.errors = errors.filter((line) => !/Content Security Policy|Failed to (load|fetch)|ERR_/.test(line));
   console.log(JSON.stringify(seen));
 } finally {

@@ -161,6 +161,11 @@ def test_two_hundred_typed_messages_teach_the_page_what_they_teach_python(
 
     assert seen["forgotten"] == 0
     assert seen["offline"].startswith("Ready: tiny-chat")
+    assert seen["unfit"] == (
+        "the adapter kept here: expected a safetensors file, found 3 bytes. Forget it, or train "
+        "another in its place."
+    )
+    assert seen["trainable"]
     assert seen["errors"] == []
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import struct
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -75,6 +77,9 @@ class World:
         self.seen: list[str] = []
         self.server = server(self.site, port=0, seen=self.seen.append)
         self.port = self.server.server_address[1]
+        self.thread = threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}
+        )
 
     def get(self, path: str, method: str = "GET", host: str | None = None) -> HTTPResponse:
         connection = HTTPConnection("127.0.0.1", self.port, timeout=10)
@@ -90,11 +95,10 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     world = World(tmp_path_factory.mktemp("web"))
-    thread = threading.Thread(target=world.server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
+    world.thread.start()
     yield world
     world.server.shutdown()
-    thread.join()
+    world.thread.join()
     world.server.server_close()
 
 
@@ -165,6 +169,32 @@ def test_another_site_s_name_for_this_address_is_not_answered(world: World) -> N
         assert world.get("/", host=host).status == 200
     for host in ("rebound.example", "rebound.example:80", "127.0.0.1.rebound.example", "["):
         assert world.get("/", host=host).status == 421
+
+
+def test_a_browser_that_goes_away_is_no_error(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The largest file is asked for and the connection is torn after its first bytes."""
+    gone = socket.create_connection(("127.0.0.1", world.port))
+    path = "/vendor/ort-wasm-simd-threaded.wasm"
+    gone.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    assert gone.recv(12) == b"HTTP/1.1 200"
+    before = set(threading.enumerate())
+    gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+    gone.close()
+    for thread in before - {threading.current_thread(), world.thread}:
+        thread.join(timeout=30)
+    assert capfd.readouterr().err == ""
+
+
+def test_another_version_of_ip_is_an_address_too(world: World) -> None:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            pass
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with server(world.site, "::1", 0) as found:
+        assert found.server_address[0] == "::1"
 
 
 def test_only_get_and_head_are_understood(world: World) -> None:

@@ -13,10 +13,8 @@ const messages = () => messagesOf($("messages").value);
 async function start() {
   bundle = await open("next-token");
   for (const name of ["text", "add", "messages"]) $(name).disabled = false;
-  const ready = $("status").textContent;
   await trainingPanel(bundle, { messages, unit: "nats per token", changed: refresh });
   await refresh();
-  say(ready);
   $("text").addEventListener("input", refresh);
   $("compose").addEventListener("submit", add);
   $("messages").addEventListener("input", count);

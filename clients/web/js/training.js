@@ -16,19 +16,19 @@ const COLUMNS = {
 /** Wire the training panel; `messages()` gives what is trained on, `changed()` is told of adapters. */
 export async function trainingPanel(bundle, { messages, unit, changed }) {
   const { manifest, call } = bundle;
-  const state = { training: false, yours: false };
+  const state = { training: false, yours: false, kept: false }; // kept: in this browser
 
   const enable = () => {
     $("train").disabled = state.training || !bundle.canTrain;
     $("stop").disabled = !state.training;
     $("compare").disabled = state.training;
     $("export").disabled = state.training || !state.yours;
-    $("forget").disabled = state.training || !state.yours;
+    $("forget").disabled = state.training || !state.kept;
     $("import").disabled = state.training;
     $("import-global").disabled = state.training;
   };
-  const setYours = (is) => {
-    state.yours = is;
+  const setYours = (is, kept = is) => {
+    Object.assign(state, { yours: is, kept });
     $("yours-state").textContent = is
       ? "There is one. It is also kept in this browser (IndexedDB), and in no other place."
       : "There is none yet: train one, or import a file.";
@@ -134,8 +134,13 @@ export async function trainingPanel(bundle, { messages, unit, changed }) {
   }));
 
   const kept = await keptAdapter(manifest.base).catch(() => undefined);
-  if (kept) await call("load", { which: "yours", bytes: kept, name: "the adapter kept here" });
-  setYours(Boolean(kept));
+  try {
+    if (kept) await call("load", { which: "yours", bytes: kept, name: "the adapter kept here" });
+    setYours(Boolean(kept));
+  } catch (error) { // a bundle of the same base with other layers, say: the page is of use all the same
+    setYours(false, true);
+    $("yours-state").textContent = `${error.message}. Forget it, or train another in its place.`;
+  }
   if (!bundle.canTrain) say("This bundle has no train graph: export it with --train 8x32.", true);
 }
 

@@ -17,10 +17,8 @@ async function start() {
     `the end of each exercise. Training sees the ${person.train} windows before them.`;
   $("position").max = person.test - 1;
   for (const name of ["play", "next", "position"]) $(name).disabled = false;
-  const ready = $("status").textContent;
   await trainingPanel(bundle, { messages: () => [], unit: "nats per window", changed });
   await show(0);
-  say(ready);
   $("play").addEventListener("click", toggle);
   $("next").addEventListener("click", () => show(Number($("position").value) + 1));
   $("position").addEventListener("input", () => show(Number($("position").value)));
