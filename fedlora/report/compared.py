@@ -150,8 +150,8 @@ def _tests(numbers: Row, points: Sequence[str], label: str) -> tuple[Block, ...]
     if rows:
         head = ("method", "adapter", "over seeds", "low", "high", "effect size", "verdict")
         words = (
-            "Intervals are not adjusted for their number: of "
-            f"{len(rows)} without any truth, {len(rows) / 20:.1f} are expected to leave out 0."
+            "Intervals are not adjusted for their number: were there no difference at all, "
+            f"{len(rows) / 20:g} of {len(rows)} would leave out 0 by chance."
         )
         blocks.append(Table(head, tuple(rows), words))
     return tuple(blocks)
