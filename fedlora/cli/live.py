@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,12 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedlora.federation.callbacks import RunCallback
 from fedlora.report.words import amount
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["LiveTable"]
 
 SHOWN = 8  # rounds
+WIDE = 72  # columns of the terminal that the whole table asks for
 
 
 class LiveTable(RunCallback):
@@ -40,16 +43,7 @@ class LiveTable(RunCallback):
         self._name, self._total = "", 0
         self._bytes = [0, 0]
         self._rounds: deque[RoundRecord] = deque(maxlen=SHOWN)
-        self._bars = Progress(
-            TextColumn("{task.description:<8}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[words]}"),
-            console=self.console,
-        )
+        self._bars = Progress(*_bar_columns(self.console.width), console=self.console)
         self._tasks: dict[str, Any] = {}
         self._live = Live(get_renderable=self.picture, console=self.console, refresh_per_second=4)
 
@@ -83,40 +77,72 @@ class LiveTable(RunCallback):
         return Group(self._table(), self._bars) if self._rounds else self._bars
 
     def _table(self) -> Table:
-        private = any(_epsilon(record) is not None for record in self._rounds)
         up, down = map(amount, self._bytes)
         table = Table(
             title=escape(self._name), title_justify="left", box=box.SIMPLE_HEAD,
             caption=f"in all: {up} up, {down} down",
             caption_justify="left",
         )  # fmt: skip
-        epsilon = ["epsilon"] if private else []
-        for head in ("round", "loss", *epsilon, "clients", "up", "down", "time"):
-            table.add_column(head, justify="right")
-        table.add_column("")
-        for record in self._rounds:
-            table.add_row(*_cells(record, self._total, private))
+        heads = _heads(self._rounds, self.console.width)
+        rows = [_cells(record, self._total) for record in self._rounds]
+        used = 3  # columns of the terminal: a border, and 3 beside the cells of each column
+        for head in heads:
+            table.add_column(head, justify="right", no_wrap=True)
+            used += 3 + max(len(head), *(len(cells[head]) for cells in rows))
+        # Where there is no room for its words, a round keeps to its line: the table stays in place.
+        narrow = self.console.width < WIDE
+        room = max(self.console.width - used, 1) if narrow else None
+        table.add_column("", no_wrap=narrow, overflow="ellipsis", max_width=room)
+        for record, cells in zip(self._rounds, rows, strict=True):
+            table.add_row(*(cells[head] for head in heads), _words(record))
         return table
 
 
-def _cells(record: RoundRecord, total: int, private: bool) -> list[str]:
+def _bar_columns(width: int) -> list[ProgressColumn]:
+    """Return the parts of a stage's line that a terminal of so many columns has room for."""
+    wide = width >= WIDE
+    left = TextColumn("left"), TimeRemainingColumn()
+    known = (TimeElapsedColumn(), *left) if wide else left
+    room = width - (71 if wide else 40)  # what the parts before the last one take
+    last = Column(no_wrap=True, overflow="ellipsis", max_width=max(room, 1))
+    return [
+        TextColumn("{task.description:<8}"),
+        BarColumn(bar_width=30 if wide else 8),
+        MofNCompleteColumn(),
+        *known,
+        TextColumn("{task.fields[words]}", table_column=last),
+    ]
+
+
+def _heads(rounds: Iterable[RoundRecord], width: int) -> list[str]:
+    """Return the columns: without losses in a private run, and bytes only where there is room."""
+    private = any(_epsilon(record) is not None for record in rounds)
+    told = not private or any(record.loss is not None for record in rounds)
+    heads = ["round", *(["loss"] if told else []), *(["epsilon"] if private else []), "clients"]
+    return [*heads, *(["up", "down"] if width >= WIDE else []), "time"]
+
+
+def _cells(record: RoundRecord, total: int) -> dict[str, str]:
     epsilon = _epsilon(record)
     counted = len(record.cohort) - len(record.dropped)
+    return {
+        "round": f"{record.round}/{total}",
+        "loss": "" if record.loss is None else f"{record.loss:.4f}",
+        "epsilon": "" if epsilon is None else f"{epsilon:.2f}",
+        "clients": f"{counted}/{len(record.cohort)}",
+        "up": amount(record.bytes_up),
+        "down": amount(record.bytes_down),
+        "time": f"{record.seconds:.1f} s",
+    }
+
+
+def _words(record: RoundRecord) -> str:
     lost = len(record.dropped) - len(record.declined)
     told = ((lost, "dropped"), (len(record.declined), "declined"), (record.late, "late"))
     words = [f"{number} {what}" for number, what in told if number]
     if record.status != "updated":
         words.insert(0, record.status)
-    return [
-        f"{record.round}/{total}",
-        "" if record.loss is None else f"{record.loss:.4f}",
-        *([("" if epsilon is None else f"{epsilon:.2f}")] if private else []),
-        f"{counted}/{len(record.cohort)}",
-        amount(record.bytes_up),
-        amount(record.bytes_down),
-        f"{record.seconds:.1f} s",
-        ", ".join(words),
-    ]
+    return ", ".join(words)
 
 
 def _epsilon(record: RoundRecord) -> float | None:
