@@ -148,7 +148,7 @@ def _require_certificates(federation: Federation) -> None:
 
 
 def _refusal(federation: Federation, output: str) -> str:
-    """Return why a device was not registered. Without a SuperLink flwr prints many lines of JSON."""
+    """Return why a device was not registered. Without a SuperLink flwr prints lines of JSON."""
     link = federation.link
     if link is not None and not answers(link.address, federation.certificates.ca):
         return f"no SuperLink answers at {link.address}: start it, or try again when it is up"
