@@ -106,7 +106,10 @@ def _results(numbers: Row, points: Sequence[str], label: str) -> tuple[Block, ..
         for name in names:
             row.append(_mean(cell["adapters"].get(name)))
         rows.append((*row, f"{cell['done']} of {cell['runs']}"))
-    words = f"{label}: mean over clients, then over seeds, ± half of the 95 % interval over seeds."
+    words = (
+        f"{label[:1].upper()}{label[1:]}: mean over clients, then over seeds, ± half of the 95 % "
+        "interval over seeds."
+    )
     table = Table((*head, "runs done"), tuple(rows), words)
     plots: list[Block] = [table]
     for name in (n for n in COMPARED if n in names):
