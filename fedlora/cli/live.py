@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,12 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedlora.federation.callbacks import RunCallback
 from fedlora.report.words import amount
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["LiveTable"]
 
 SHOWN = 8  # rounds
-WIDE = 72  # columns of a terminal, from which there is room for bars, bytes, times and reasons
+WIDE = 72  # columns of the terminal that the whole table asks for
+SMALL = 48  # those from which there is room for times and bars
 
 
 class LiveTable(RunCallback):
@@ -37,21 +40,11 @@ class LiveTable(RunCallback):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
-        self._wide = self.console.width >= WIDE
         self._name, self._total, self._since = "", 0, "in all"
         self._bytes = [0, 0]
         # Replaced and never changed: the thread that draws may be reading it.
         self._rounds: tuple[RoundRecord, ...] = ()
-        self._bars = Progress(
-            TextColumn("{task.description:<8}"),
-            *([BarColumn(bar_width=30)] if self._wide else []),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[words]}"),
-            console=self.console,
-        )
+        self._bars = Progress(*_bar_columns(self.console.width), console=self.console)
         self._tasks: dict[str, Any] = {}
         self._live = Live(get_renderable=self.picture, console=self.console, refresh_per_second=4)
 
@@ -87,41 +80,73 @@ class LiveTable(RunCallback):
         return Group(self._table(), self._bars) if self._rounds else self._bars
 
     def _table(self) -> Table:
-        rounds = self._rounds
-        private = any(record.epsilon is not None for record in rounds)
+        rounds, width = self._rounds, self.console.width
         up, down = map(amount, self._bytes)
         table = Table(
             title=escape(self._name), title_justify="left", box=box.SIMPLE_HEAD,
             caption=f"{self._since}: {up} up, {down} down",
-            caption_justify="left", pad_edge=self._wide, collapse_padding=not self._wide,
+            caption_justify="left", pad_edge=width >= SMALL, collapse_padding=width < SMALL,
         )  # fmt: skip
-        cells = [_cells(record, self._total, private, self._wide) for record in rounds]
-        for head in cells[0]:
-            table.add_column(head, justify="right" if head else "left", no_wrap=bool(head))
-        for row in cells:
-            table.add_row(*row.values())
+        heads = _heads(rounds, width)
+        rows = [_cells(record, self._total) for record in rounds]
+        used = 3  # columns of the terminal: a border, and 3 beside the cells of each column
+        for head in heads:
+            table.add_column(head, justify="right", no_wrap=True)
+            used += 3 + max(len(head), *(len(cells[head]) for cells in rows))
+        # Where there is no room for its words, a round keeps to its line: the table stays in place.
+        narrow = width < WIDE
+        room = max(width - used, 1) if narrow else None
+        table.add_column("", no_wrap=narrow, overflow="ellipsis", max_width=room)
+        for record, cells in zip(rounds, rows, strict=True):
+            table.add_row(*(cells[head] for head in heads), _words(record))
         return table
 
 
-def _cells(record: RoundRecord, total: int, private: bool, wide: bool) -> dict[str, str]:
-    """Return a round's line by the heads of its columns; the last one, of words, has none."""
+def _bar_columns(width: int) -> list[ProgressColumn]:
+    """Return the parts of a stage's line that a terminal of so many columns has room for."""
+    wide = width >= WIDE
+    left = TextColumn("left"), TimeRemainingColumn()
+    known = (TimeElapsedColumn(), *left) if wide else left
+    room = width - (71 if wide else 40)  # what the parts before the last one take
+    last = Column(no_wrap=True, overflow="ellipsis", max_width=max(room, 1))
+    return [
+        TextColumn("{task.description:<8}"),
+        *([BarColumn(bar_width=30 if wide else 8)] if width >= SMALL else []),
+        MofNCompleteColumn(),
+        *known,
+        TextColumn("{task.fields[words]}", table_column=last),
+    ]
+
+
+def _heads(rounds: Iterable[RoundRecord], width: int) -> list[str]:
+    """Return the columns: without losses in a private run; bytes and times where there is room."""
+    private = any(record.epsilon is not None for record in rounds)
+    told = not private or any(record.loss is not None for record in rounds)
+    heads = ["round", *(["loss"] if told else []), *(["epsilon"] if private else []), "clients"]
+    return [
+        *heads,
+        *(["up", "down"] if width >= WIDE else []),
+        *(["time"] if width >= SMALL else []),
+    ]
+
+
+def _cells(record: RoundRecord, total: int) -> dict[str, str]:
     counted = len(record.cohort) - len(record.dropped)
-    lost = len(record.dropped) - len(record.declined)
-    told = ((lost, "dropped"), (len(record.declined), "declined"), (record.late, "late"))
-    words = [f"{number} {what}" for number, what in told if number and wide]
-    if record.status != "updated":
-        words.insert(0, record.status)
-    found = {
+    return {
         "round": f"{record.round}/{total}",
         "loss": "" if record.loss is None else f"{record.loss:.4f}",
+        "epsilon": "" if record.epsilon is None else f"{record.epsilon:.2f}",
+        "clients": f"{counted}/{len(record.cohort)}",
+        "up": amount(record.bytes_up),
+        "down": amount(record.bytes_down),
+        "time": f"{record.seconds:.1f} s",
     }
-    if private:
-        found["epsilon"] = "" if record.epsilon is None else f"{record.epsilon:.2f}"
-    found["clients"] = f"{counted}/{len(record.cohort)}"
-    if wide:
-        found |= {
-            "up": amount(record.bytes_up),
-            "down": amount(record.bytes_down),
-            "time": f"{record.seconds:.1f} s",
-        }
-    return found | {"": ", ".join(words)}
+
+
+def _words(record: RoundRecord) -> str:
+    lost = len(record.dropped) - len(record.declined)
+    told = ((lost, "dropped"), (len(record.declined), "declined"), (record.late, "late"))
+    words = [f"{number} {what}" for number, what in told if number]
+    if record.status != "updated":
+        words.insert(0, record.status)
+    return ", ".join(words)

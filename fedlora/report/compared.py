@@ -106,7 +106,10 @@ def _results(numbers: Row, points: Sequence[str], label: str) -> tuple[Block, ..
         for name in names:
             row.append(_mean(cell["adapters"].get(name)))
         rows.append((*row, f"{cell['done']} of {cell['runs']}"))
-    words = f"{label}: mean over clients, then over seeds, ± half of the 95 % interval over seeds."
+    words = (
+        f"{label[:1].upper()}{label[1:]}: mean over clients, then over seeds, ± half of the 95 % "
+        "interval over seeds."
+    )
     table = Table((*head, "runs done"), tuple(rows), words)
     plots: list[Block] = [table]
     for name in (n for n in COMPARED if n in names):
@@ -150,8 +153,8 @@ def _tests(numbers: Row, points: Sequence[str], label: str) -> tuple[Block, ...]
     if rows:
         head = ("method", "adapter", "over seeds", "low", "high", "effect size", "verdict")
         words = (
-            "Intervals are not adjusted for their number: of "
-            f"{len(rows)} without any truth, {len(rows) / 20:.1f} are expected to leave out 0."
+            "Intervals are not adjusted for their number: were there no difference at all, "
+            f"{len(rows) / 20:g} of {len(rows)} would leave out 0 by chance."
         )
         blocks.append(Table(head, tuple(rows), words))
     return tuple(blocks)

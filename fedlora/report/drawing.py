@@ -99,11 +99,13 @@ def boxes(
     colors: Sequence[str],
     *,
     label: str = "",
+    sample: str | None = None,
     alphas: Sequence[float] | None = None,
     filled: bool = True,
 ) -> None:
     """Draw rectangles, each (left, bottom, right, top), as one artist.
 
+    sample: the colour that stands for `label` in the legend; default that of the first one.
     `Axes.bar` makes an artist a bar, and a hundred of those take ten times as long to draw.
     """
     from matplotlib.collections import PolyCollection
@@ -122,8 +124,9 @@ def boxes(
     axes.add_collection(found)
     axes.autoscale_view()
     if label:  # a collection has no picture in a legend; this stands for it
-        face = colors[0] if filled else "none"
-        axes.add_patch(Rectangle((0, 0), 0, 0, fc=face, ec=colors[0], lw=0.8, label=label))
+        sample = sample or colors[0]
+        face = sample if filled else "none"
+        axes.add_patch(Rectangle((0, 0), 0, 0, fc=face, ec=sample, lw=0.8, label=label))
 
 
 def _themed(picture: str, name: str, plot: Plot) -> str:

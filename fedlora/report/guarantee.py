@@ -28,7 +28,7 @@ def privacy_section(run: RunFolder) -> Section:
         rows: list[tuple[Cell, ...]] = [
             (one_line(key).replace("_", " "), _value(value))
             for key, value in privacy.items()
-            if key != "notes"
+            if key != "notes" and value is not None  # as "stopped" is of a run that was not
         ]
         blocks.append(Table(("part of the guarantee", "value"), tuple(rows)))
         if notes := privacy.get("notes"):

@@ -219,7 +219,7 @@ def _gains(
                     continue
                 colors = [ADAPTER_COLORS[after] if found[i][0] >= 0 else BAD for i in chosen]
                 corners = [(i + 0.6, 0.0, i + 1.4, found[i][0]) for i in chosen]
-                boxes(axes, corners, colors, label=words, filled=not is_held)
+                boxes(axes, corners, colors, label=words, sample=MUTED, filled=not is_held)
         if between is not None and between["low"] is not None:
             axes.axhspan(between["low"], between["high"], color=MUTED, alpha=0.25, lw=0, zorder=0.6)
         if between is not None:
@@ -286,10 +286,10 @@ def cross_section(run: RunFolder, metric: str, higher_is_better: bool) -> Sectio
         axes.set_ylabel("whose own adapter")
 
     caption = (
-        f"{metric} of everyone's own adapter (row) on everyone's data (column). The stronger "
-        "the colour, the better within a column; the framed diagonal is a person's own. "
-        "Where own adapters win, what was learned is the person; where all of a column is alike, "
-        "it is the domain."
+        f"{metric.capitalize()} of everyone's own adapter (row) on everyone's data (column). "
+        "The stronger the colour, the better within a column; the framed diagonal is a person's "
+        "own. Where own adapters win, what was learned is the person; where all of a column is "
+        "alike, it is the domain."
     )
     words = (
         f"A person's own adapter is better than the mean of the others' on "

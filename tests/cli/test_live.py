@@ -52,6 +52,38 @@ def test_the_last_rounds_are_shown_and_the_bytes_of_all(table: LiveTable) -> Non
     assert "in all: 12 MB up, 24 MB down" in text
 
 
+@pytest.mark.parametrize("width", [48, 80, 120])
+def test_numbers_are_whole_at_any_width(width: int) -> None:
+    """Where there is no room, the bytes of single rounds and the end of the words are left out."""
+    config = ExperimentConfig.from_toml(find_experiment("watch"), {"federation.rounds": 120})
+    found = LiveTable(Console(file=io.StringIO(), width=width, record=True))
+    found.on_start(Path("runs/watch"), config, 0)
+    found.progress("rounds", 103, 120, "")
+    found.progress("clients", 12, 117, "somebody with a long name of many words")
+    found.on_round(record(103))
+    text = shown(found)
+    lines = [line for line in text.splitlines() if line.startswith("  103/120")]
+    assert len(lines) == 1
+    words = " ".join(lines[0].split())
+    assert words.startswith(
+        "103/120 0.5000 1/3 1 MB 2 MB" if width > 48 else "103/120 0.5000 1/3 2.2"
+    )
+    heads = next(line for line in text.splitlines() if "round" in line and "time" in line).split()
+    assert heads == ["round", "loss", "clients", *(["up", "down"] if width > 48 else []), "time"]
+    bar = text.splitlines()[-1]
+    assert "12/117" in bar
+    assert "left -:--:--" in bar
+    assert "…" in bar or width == 120
+    assert len(bar.rstrip()) <= width
+
+
+def test_a_private_run_has_epsilon_in_place_of_losses(table: LiveTable) -> None:
+    table.on_round(replace(record(1, None), epsilon=1.234))
+    text = " ".join(shown(table).split())
+    assert "round epsilon clients" in text
+    assert "1/12 1.23 1/3" in text
+
+
 def test_bars_have_the_stage_how_far_it_is_and_the_time_left(table: LiveTable) -> None:
     table.progress("rounds", 0, 12, "")
     table.progress("rounds", 3, 12, "loss 0.5 2.2 s")

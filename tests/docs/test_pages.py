@@ -75,7 +75,7 @@ def on_a_device(names: dict[str, Any]) -> None:
 
 
 def in_torch(names: dict[str, Any]) -> None:
-    """What the README and the page of the engine take as given: a model and batches for it."""
+    """What the page of the engine takes as given: a model and batches for it."""
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -90,7 +90,6 @@ PRELUDES: dict[str, Callable[[dict[str, Any]], None]] = {
     "docs/device.md": on_a_device,
     "docs/engine.md": in_torch,
     "docs/file-formats.md": with_a_small_file,
-    "README.md": in_torch,
 }
 
 

@@ -113,7 +113,7 @@ def register(federation: Federation, public: Path) -> str:
     )
     found = re.search(r'"node-id":\s*"?(\d+)', output)
     if found is None:
-        raise FederationError(f"{public}: not registered: {_reason(output)}")
+        raise FederationError(f"{public}: not registered: {_refusal(federation, output)}")
     return found.group(1)
 
 
@@ -145,6 +145,14 @@ def _require_certificates(federation: Federation) -> None:
     for file in (federation.certificates.server, federation.certificates.server_key):
         if not file.is_file():
             raise RunError(f"{file}: no certificate; make one with fedlora federation certs")
+
+
+def _refusal(federation: Federation, output: str) -> str:
+    """Return why a device was not registered. Without a SuperLink flwr prints lines of JSON."""
+    link = federation.link
+    if link is not None and not answers(link.address, federation.certificates.ca):
+        return f"no SuperLink answers at {link.address}: start it, or try again when it is up"
+    return _reason(output)
 
 
 def _reason(output: str) -> str:

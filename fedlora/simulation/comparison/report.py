@@ -127,8 +127,8 @@ def _tests(plan: Plan, differences: Sequence[Difference], metric: str) -> Table:
         "of paired differences, over seeds (another run) and over clients (another person); "
         "effect: mean over standard deviation of the pairs",
         "no evidence: the interval over seeds includes 0. Intervals are not adjusted for their "
-        f"number; of {len(rows)} claims without any truth, {len(rows) / 20:.1f} are expected to "
-        "leave out 0",
+        f"number: were there no difference at all, {len(rows) / 20:g} of {len(rows)} would leave "
+        "out 0 by chance",
     )
     return Table(f"Against {plan.against}", tuple(head), tuple(rows), notes)
 
