@@ -32,7 +32,7 @@ __all__ = ["LiveTable"]
 
 SHOWN = 8  # rounds
 WIDE = 72  # columns of the terminal that the whole table asks for
-SMALL = 48  # those from which there is room for times and bars
+SMALL = 48  # those from which there is room for times, bars and reasons
 
 
 class LiveTable(RunCallback):
@@ -98,7 +98,7 @@ class LiveTable(RunCallback):
         room = max(width - used, 1) if narrow else None
         table.add_column("", no_wrap=narrow, overflow="ellipsis", max_width=room)
         for record, cells in zip(rounds, rows, strict=True):
-            table.add_row(*(cells[head] for head in heads), _words(record))
+            table.add_row(*(cells[head] for head in heads), _words(record, width))
         return table
 
 
@@ -143,10 +143,11 @@ def _cells(record: RoundRecord, total: int) -> dict[str, str]:
     }
 
 
-def _words(record: RoundRecord) -> str:
+def _words(record: RoundRecord, width: int) -> str:
+    """Return how a round ended, and where there is room for it who was not in it."""
     lost = len(record.dropped) - len(record.declined)
     told = ((lost, "dropped"), (len(record.declined), "declined"), (record.late, "late"))
-    words = [f"{number} {what}" for number, what in told if number]
+    words = [f"{number} {what}" for number, what in told if number and width >= SMALL]
     if record.status != "updated":
         words.insert(0, record.status)
     return ", ".join(words)
