@@ -36,6 +36,7 @@ LIMITS = (
     ("train-smollm2", "low", "memory", 0.65),
     ("train-smollm2", "int8-backward", "time", 0.8),
     ("train-smollm2", "int8-training", "time", 0.6),
+    ("train-smollm2", "int8-training-low", "time", 0.6),
     ("train-smollm2", "int8-training-low", "memory", 0.5),
 )
 
