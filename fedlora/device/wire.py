@@ -45,7 +45,7 @@ _DTYPES = {
     1: np.float32, 2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np.int64,
     9: np.bool_, 10: np.float16, 11: np.float64, 12: np.uint32, 13: np.uint64,
 }  # fmt: skip  # TensorProto.DataType
-_ONNX_TYPES = {np.dtype(kind): number for number, kind in _DTYPES.items()}
+_ONNX_TYPES: dict[np.dtype[np.generic], int] = {np.dtype(t): n for n, t in _DTYPES.items()}
 # ONNX Runtime's products of integers: operator → which input is the matrix.
 _INTEGER_PRODUCTS = {"DynamicQuantizeMatMul": 1, "QGemm": 3}
 
