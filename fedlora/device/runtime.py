@@ -10,7 +10,10 @@ constant expression is computed by ONNX Runtime while it loads, which reads the 
 folder for it; exported graphs have none.)
 
 In fast mode ONNX Runtime keeps copies of weights, laid out for its kernels ("prepacked"): a copy
-for each session that uses them. `low_memory` computes from the mapping itself.
+for each session that uses them. `low_memory` computes from the mapping itself; but for the large
+int8 matrices of a train graph. Products of integers would turn and lay them out anew at every step,
+which takes a fifth of its time, and need the mapped ones no more once there are copies: those pages
+are given back to the system.
 """
 
 from __future__ import annotations
@@ -22,12 +25,11 @@ import os
 import stat
 import threading
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fedlora.data.text import load_tokenizer
 from fedlora.device.manifest import (
@@ -38,7 +40,13 @@ from fedlora.device.manifest import (
     factor_names,
     read_manifest,
 )
-from fedlora.device.wire import external_weights, keeping_outputs
+from fedlora.device.wire import (
+    ExternalWeight,
+    external_weights,
+    integer_factors,
+    keeping_outputs,
+    with_inputs,
+)
 from fedlora.errors import (
     ConfigError,
     DataError,
@@ -58,6 +66,10 @@ if TYPE_CHECKING:
 __all__ = ["OpenBundle", "one_line", "open_bundle", "ort", "run_graph"]
 
 _FLOAT, _INT64 = "tensor(float)", "tensor(int64)"
+# Bytes of an int8 matrix of which a copy is worth it in low-memory mode. A training step reads it
+# both ways, so there are two copies for one that is given back; smaller ones would cost as much
+# memory a byte and save less time.
+LARGE = 1 << 19
 
 
 class OpenBundle:
@@ -124,9 +136,18 @@ class OpenBundle:
             model, location=BASE_DATA, num_bytes=data.nbytes, where=str(path)
         )
         values = {w.name: ort.OrtValue.ortvalue_from_numpy(w.view(data)) for w in weights}
-        options = _options(self.folder, self.threads, self.low_memory)
         if outputs is not None:
             model = keeping_outputs(model, outputs, where=str(path))
+        packed: tuple[ExternalWeight, ...] = ()
+        defaults: frozenset[str] = frozenset()
+        if self.low_memory and self.manifest.graphs[name].kind == "train":
+            factors = integer_factors(model, where=str(path))
+            packed = tuple(w for w in weights if w.name in factors and w.num_bytes >= LARGE)
+        if packed:  # and nothing else: of what may be overridden no copy is made
+            rest = [w for w in weights if w not in packed and len(w.shape) > 1]
+            model = with_inputs(model, rest, where=str(path))
+            defaults = frozenset(w.name for w in rest)
+        options = _options(self.folder, self.threads, self.low_memory, bool(packed))
         try:
             for weight_name, value in values.items():
                 options.add_initializer(weight_name, value)
@@ -137,7 +158,8 @@ class OpenBundle:
             raise FormatError(f"{path}: ONNX Runtime cannot load it: {one_line(error)}") from None
         # ONNX Runtime keeps pointers only: what they point to must live as long as the session.
         session.fedlora_keeps = (self._base, values)
-        _check_ends(session, self.manifest, name, str(path), outputs)
+        _check_ends(session, self.manifest, name, str(path), outputs, defaults)
+        self._base.release(packed)
         return session
 
 
@@ -151,7 +173,8 @@ def open_bundle(
     """Open a bundle; one that is open already comes back as it is.
 
     threads: of one operator; None lets ONNX Runtime take one for each core. low_memory: no
-    prepacked copies of weights, no memory arena and no memory plan. verify: compare base.onnx.data
+    prepacked copies of weights, no memory arena and no memory plan; where a train graph multiplies
+    integers, copies of its large matrices and an arena after all. verify: compare base.onnx.data
     with its SHA-256; False is for who has just done so. Graphs are always compared.
 
     Raises `FormatError` and `DigestMismatchError`.
@@ -188,9 +211,20 @@ def one_line(error: BaseException) -> str:
 class _Base:
     """The mapped bytes of a base.onnx.data; they stay while anyone has it."""
 
-    def __init__(self, data: npt.NDArray[np.uint8]) -> None:
-        self.data = data
+    def __init__(self, mapping: mmap.mmap | None) -> None:
+        self._mapping = mapping
+        self.data = np.frombuffer(mapping or b"", np.uint8)
         self.sha256: str | None = None  # once it was computed
+
+    def release(self, weights: Iterable[ExternalWeight]) -> None:
+        """Give the pages of weights back to the system; who reads them gets them from the file."""
+        if self._mapping is None or not hasattr(mmap, "MADV_DONTNEED"):  # Windows has none
+            return
+        for weight in weights:
+            start = -(-weight.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = weight.offset + weight.num_bytes - start
+            if length > 0:
+                self._mapping.madvise(mmap.MADV_DONTNEED, start, length)
 
 
 _mapped: weakref.WeakValueDictionary[tuple[int, ...], _Base] = weakref.WeakValueDictionary()
@@ -204,12 +238,10 @@ def _open_base(path: Path, info: FileInfo, verify: bool) -> _Base:
         key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
         base = _mapped.get(key)
         if base is None:
+            mapping = None  # an empty file cannot be mapped
             if about.st_size:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                base = _Base(np.frombuffer(mapping, np.uint8))
-            else:  # an empty file cannot be mapped
-                base = _Base(np.zeros(0, np.uint8))
-            _mapped[key] = base
+            base = _mapped[key] = _Base(mapping)
         if verify and base.sha256 is None:
             # Read, not taken from the mapping: its pages would all become this process's memory.
             base.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -263,7 +295,10 @@ def _parse_tokenizer(data: bytes, path: Path) -> Tokenizer:
         raise FormatError(f"{path}: expected a tokenizer: {one_line(error)}") from None
 
 
-def _options(folder: Path, threads: int | None, low_memory: bool) -> ort.SessionOptions:
+def _options(
+    folder: Path, threads: int | None, low_memory: bool, packing: bool
+) -> ort.SessionOptions:
+    """packing: copies of all weights that are constants of the graph, low_memory or not."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
@@ -274,8 +309,13 @@ def _options(folder: Path, threads: int | None, low_memory: bool) -> ort.Session
         "session.model_external_initializers_file_folder_path", str(folder.resolve())
     )
     if low_memory:
-        options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_mem_pattern = False
+    if low_memory and packing:
+        # Without an arena the heap behind the copies is given back and asked for again at every
+        # step. Of the copies themselves an arena would set aside twice as much as they need.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    elif low_memory:
+        options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
     return options
 
@@ -286,8 +326,12 @@ def _check_ends(
     name: str,
     where: str,
     kept: frozenset[str] | None,
+    added: frozenset[str],
 ) -> None:
-    """Compare a graph's inputs and outputs with what the manifest's docstring says of its kind."""
+    """Compare a graph's inputs and outputs with what the manifest's docstring says of its kind.
+
+    added: optional inputs that it got here, its weights.
+    """
     kind = manifest.graphs[name].kind
     data = _INT64 if manifest.input_dtype == "int64" else _FLOAT
     required: dict[str, str] = {"inputs": data}
@@ -304,7 +348,8 @@ def _check_ends(
     if manifest.web:
         required, optional = required | optional, {}
     inputs = {value.name: value for value in session.get_inputs()}
-    defaults = {value.name: value for value in session.get_overridable_initializers()}
+    overridable = session.get_overridable_initializers()
+    defaults = {value.name: value for value in overridable if value.name not in added}
     outputs = {value.name for value in session.get_outputs()}
     if kind == "decode":
         for found, word, ends in ((inputs, "past_key_values", required), (outputs, "present", {})):

@@ -12,7 +12,7 @@ is refused: what is read here must be what ONNX Runtime sees.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 from fedlora.errors import FormatError
 
-__all__ = ["ExternalWeight", "external_weights", "keeping_outputs"]
+__all__ = [
+    "ExternalWeight", "external_weights", "integer_factors", "keeping_outputs", "with_inputs",
+]  # fmt: skip
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 MAX_DEPTH = 64  # of messages in messages; protobuf itself stops at 100
@@ -43,6 +45,9 @@ _DTYPES = {
     1: np.float32, 2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np.int64,
     9: np.bool_, 10: np.float16, 11: np.float64, 12: np.uint32, 13: np.uint64,
 }  # fmt: skip  # TensorProto.DataType
+_ONNX_TYPES: dict[np.dtype[np.generic], int] = {np.dtype(t): n for n, t in _DTYPES.items()}
+# ONNX Runtime's products of integers: operator → which input is the matrix.
+_INTEGER_PRODUCTS = {"DynamicQuantizeMatMul": 1, "QGemm": 3}
 
 _Field = tuple[int, int, int, memoryview]  # number, wire type, its value if a number, else bytes
 _NOTHING = memoryview(b"")
@@ -136,6 +141,57 @@ def _read_names(node: memoryview, where: str, depth: int) -> set[str]:
     return names
 
 
+def integer_factors(model: bytes, *, where: str) -> frozenset[str]:
+    """Return the names of values that products of integers read as their matrix, and nothing else.
+
+    Raises `FormatError` on what is not a model.
+    """
+    factors: set[str] = set()
+    others: set[str] = set()
+    for number, wire, _, body in _fields(memoryview(model), where):
+        if number != 7:
+            continue
+        for kind, kind_wire, _, node in _fields(_message(body, wire, where), where):
+            if kind != 1:
+                continue
+            node = _message(node, kind_wire, where)
+            place = _INTEGER_PRODUCTS.get(next(iter(_texts(node, 4, where)), ""))
+            if place is None:
+                others |= _read_names(node, where, depth=2)
+                continue
+            for index, name in enumerate(_texts(node, 1, where)):
+                (factors if index == place else others).add(name)
+    return frozenset(factors - others)
+
+
+def with_inputs(model: bytes, weights: Iterable[ExternalWeight], *, where: str) -> bytes:
+    """Return a serialized ModelProto that may be given these initializers as inputs.
+
+    They are then defaults and no constants, of which ONNX Runtime prepares no copies. Raises
+    `FormatError` on what is not a model.
+    """
+    inputs = b"".join(_record(11, _value_info(weight)) for weight in weights)
+    parts = []
+    for number, wire, value, body in _fields(memoryview(model), where):
+        if number == 7:
+            body = memoryview(bytes(_message(body, wire, where)) + inputs)
+        parts.append(_written(number, wire, value, body, where))
+    return b"".join(parts)
+
+
+def _value_info(weight: ExternalWeight) -> bytes:
+    """Return a ValueInfoProto: name, and type with its tensor's elements and shape."""
+    sizes = (_varint_bytes(1 << 3) + _varint_bytes(size) for size in weight.shape)
+    shape = b"".join(_record(1, size) for size in sizes)
+    elements = _varint_bytes(1 << 3) + _varint_bytes(_ONNX_TYPES[weight.dtype])
+    tensor = elements + _record(2, shape)
+    return _record(1, weight.name.encode()) + _record(2, _record(1, tensor))
+
+
+def _record(number: int, data: bytes) -> bytes:
+    return _varint_bytes(number << 3 | BYTES) + _varint_bytes(len(data)) + data
+
+
 def _texts(message: memoryview, wanted: int, where: str) -> list[str]:
     return [
         _text(_message(body, wire, where), where)
@@ -154,8 +210,7 @@ def _written(number: int, wire: int, value: int, body: memoryview, where: str) -
     tag = _varint_bytes(number << 3 | wire)
     if wire == VARINT:
         return tag + _varint_bytes(value)
-    data = _message(body, wire, where)
-    return tag + _varint_bytes(len(data)) + bytes(data)
+    return _record(number, bytes(_message(body, wire, where)))
 
 
 def _varint_bytes(value: int) -> bytes:

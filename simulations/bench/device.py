@@ -2,11 +2,12 @@
 
     python -m simulations.bench device                     all usual cases, about half an hour
     python -m simulations.bench device --case train-minilm infer-minilm --json device.json
-    python -m simulations.bench device --quick
+    python -m simulations.bench device --quick             tiny-chat, under half a minute
     python -m simulations.bench device --profile train-minilm
 
 `simulations.bench.device_cases` says what a case is. Times are of all sides in turns in one
-process; memory is of a process of its own for each side. Bundles are exported once and kept in
+process (in the quick run one for all cases: starting torch is most of what it costs); memory is of
+a process of its own for each side. Bundles are exported once and kept in
 fedlora's cache folder.
 """
 
@@ -56,18 +57,26 @@ def run_device(options: argparse.Namespace) -> tuple[list[Result], list[str]]:
     Raises `ConfigError` for a name that is no case.
     """
     if options.profile is not None:
-        done = _child("device_profile", device_case(options.profile).name, last=False)
-        return [], [] if done else [options.profile]
+        done = _child("device_profile", device_case(options.profile).name, parse=False)
+        return [], [options.profile] if done is None else []
     names = QUICK if options.quick else options.case
     turns = 2 if options.quick else options.turns
     results: list[Result] = []
     failed: list[str] = []
+    here: list[DeviceCase] = []
     for case in [device_case(name) for name in names]:
-        if not is_here(case.base):
+        if is_here(case.base):
+            here.append(case)
+        else:
             print(f"{case.name}: left out: run fedlora models fetch {case.base.id}")
-            continue
+    together: dict[str, Result] = {}
+    if options.quick:
+        bundle_of(here[0].base_name, "fp32")
+        timed = _times(here, turns, options.threads, "--only")
+        together = {result["case"]: result for result in timed}
+    for case in here:
         bundle_of(case.base_name, "fp32")
-        result = _measured(case, turns, options.threads, options.quick)
+        result = _measured(case, turns, options.threads, together if options.quick else None)
         if result is None:
             failed.append(case.name)
         elif result.get("skipped"):
@@ -80,43 +89,54 @@ def run_device(options: argparse.Namespace) -> tuple[list[Result], list[str]]:
     return results, failed
 
 
-def _measured(case: DeviceCase, turns: int, threads: int, quick: bool) -> Result | None:
+def _measured(
+    case: DeviceCase, turns: int, threads: int, together: dict[str, Result] | None
+) -> Result | None:
     """Times by one process, memory by one for each side; None if one of them failed.
 
-    quick: only what needs no bundle but the fp32 one.
+    together: of the quick run, which needs no bundle but the fp32 one: its times by case.
     """
-    more = ("--threads", str(threads))
+    quick = together is not None
     result: Result = {
         "case": case.name, "kind": case.kind, "base": case.base_name, "threads": threads,
         "load": os.getloadavg()[0],
     }  # fmt: skip
     if case.kind != "mapping":
-        only = ("--only",) if quick else ()
-        times = _child("device_measure", case.name, "--turns", str(turns), *more, *only)
-        if times is None or times.get("skipped"):
-            return times
-        result = times
+        found = together.get(case.name) if together is not None else None
+        times = [found] if found else [] if quick else _times([case], turns, threads)
+        if not times or times[0].get("skipped"):
+            return times[0] if times else None
+        result = times[0]
     sides = {"train": TRAIN_SIDES, "mapping": MAPPING_SIDES}.get(case.kind, ())
     result["memory"] = {}
     for side in (side for side in sides if not (quick and "int8" in side)):
-        memory = _child("device_memory", case.name, side, *more)
-        if memory is None:
+        memory = _child("device_memory", case.name, side, "--threads", str(threads))
+        if not memory:
             return None
-        if not memory.get("skipped"):
-            result["memory"][side] = memory
+        if not memory[-1].get("skipped"):
+            result["memory"][side] = memory[-1]
     return result
 
 
-def _child(module: str, *arguments: str, last: bool = True) -> Result | None:
-    """Run a module; return the JSON of its last line, or {} where its output is for people."""
+def _times(cases: list[DeviceCase], turns: int, threads: int, *more: str) -> list[Result]:
+    """Return the times of some cases, measured in one process; none if it failed."""
+    names = [case.name for case in cases]
+    options = ("--turns", str(turns), "--threads", str(threads), *more)
+    return _child("device_measure", *names, *options) or []
+
+
+def _child(module: str, *arguments: str, parse: bool = True) -> list[Result] | None:
+    """Run a module; return the JSON of its lines, or nothing where its output is for people.
+
+    None: it failed.
+    """
     command = [sys.executable, "-m", f"simulations.bench.{module}", *arguments]
     print(f"== {' '.join(command[2:])}", file=sys.stderr, flush=True)
-    stdout = subprocess.PIPE if last else None
+    stdout = subprocess.PIPE if parse else None
     try:
         done = subprocess.run(command, stdout=stdout, text=True, timeout=CASE_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return None
     if done.returncode != 0:
         return None
-    found: Result = json.loads(done.stdout.splitlines()[-1]) if last else {}
-    return found
+    return [json.loads(line) for line in done.stdout.splitlines()] if parse else []

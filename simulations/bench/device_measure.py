@@ -1,4 +1,4 @@
-"""One case of `simulations.bench.device`, in this process; prints one line of JSON.
+"""Cases of `simulations.bench.device`, in this process; prints a line of JSON for each.
 
     python -m simulations.bench.device_measure train-tiny-chat --turns 5
 
@@ -19,11 +19,15 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from fedlora.adapter import Array
 from fedlora.data import draw_batches, load_data
 from fedlora.device.manifest import read_manifest
 from fedlora.device.scoring import evaluate
+from fedlora.device.session import Session
 from fedlora.device.trainer import Trainer
+from fedlora.randomness import rng
 from fedlora.training import TrainConfig
 from simulations.bench.device_adapters import measure_adapters
 from simulations.bench.device_bundles import Variant, bundle_of, export_seconds, skipped
@@ -37,13 +41,14 @@ from simulations.bench.device_sides import (
 )
 from simulations.bench.spent import Spent, spent
 
-__all__ = ["by_turns", "main", "measure"]
+__all__ = ["by_turns", "main", "measure", "paired"]
 
 Result = dict[str, Any]
 Variants = Sequence[Variant]
 VARIANTS: Variants = ("merged", "int8", "int8-backward", "int8-training")
 TURN_SECONDS = 0.2  # of one side; short calls are repeated
-LOSS_STEPS, METRIC_STEPS = 20, 60
+LOSS_STEPS = 20
+METRIC_STEPS, METRIC_EXAMPLES = 600, 10_000
 
 
 def measure(case: DeviceCase, turns: int, threads: int, only: Variants = VARIANTS) -> Result:
@@ -178,26 +183,70 @@ def _loss(case: DeviceCase, fp32: Path, turns: int, threads: int, only: Variants
 
 
 def _metric(case: DeviceCase, fp32: Path, turns: int, threads: int, only: Variants) -> Result:
-    """Train on the fp32 bundle, then score its held-out examples on either."""
+    """Train on many persons' examples on the fp32 bundle; score held-out ones on either base."""
     int8 = _other(case, "int8", only)
     if int8 is None:
         return {"skipped": skipped(case.base_name, "int8")}
     manifest = read_manifest(fp32)
-    tokenizer = fp32 / "tokenizer.json"
-    data = load_data(case.base.data, tokenizer=tokenizer, max_length=case.base.bucket[1])
-    client = data.client(data.client_ids[0])
+    data = load_data(
+        case.base.data, tokenizer=fp32 / "tokenizer.json", max_length=case.base.bucket[1],
+        partition="iid", clients=1,
+    )  # fmt: skip
+    (everyone,) = data.clients()
     config = TrainConfig(
         local_steps=METRIC_STEPS, batch_size=case.base.bucket[0], learning_rate=2e-3
     )
-    batches = draw_batches(client.train, config, 0, client.client_id, 1)
+    batches = draw_batches(everyone.train, config, 0, everyone.client_id, 1)
     trainer = Trainer(fp32, threads=threads)
     trained = trainer.fit(batches, config, init=start_for(manifest)).adapter
-    scores = {}
+    chosen = rng(0, "bench device metric").permutation(len(everyone.test))[:METRIC_EXAMPLES]
+    test = everyone.test.take(np.sort(chosen))
+    scores, found = {}, {}
     for name, folder in (("fp32", fp32), ("int8", int8)):
         session = device_session(folder, threads)
         session.swap(trained)
-        scores[name] = evaluate(session, client.test)
-    return {"scores": scores, "examples": len(client.test), "steps": METRIC_STEPS}
+        noted = _Noted(session)
+        scores[name], found[name] = evaluate(noted, test), noted.likeliest
+    result: Result = {"scores": scores, "examples": len(test), "steps": METRIC_STEPS}
+    if case.base.classes:
+        # `evaluate` takes rows in the order of their lengths.
+        targets = test.targets[np.argsort(test.lengths, kind="stable")]
+        result["paired"] = paired(
+            np.concatenate(found["fp32"]), np.concatenate(found["int8"]), targets
+        )
+        result["most_frequent"] = float(np.bincount(targets).max() / len(targets))
+    return result
+
+
+class _Noted:
+    """A session that keeps the likeliest class of every row that it was asked for."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self.manifest = session, session.manifest
+        self.likeliest: list[npt.NDArray[np.int64]] = []
+
+    def run(self, inputs: npt.NDArray[Any]) -> Array:
+        logits = self._session.run(inputs)
+        self.likeliest.append(logits.argmax(-1))
+        return logits
+
+
+def paired(
+    one: npt.NDArray[np.int64], other: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]
+) -> dict[str, float]:
+    """Return how predictions (n,) of the same rows differ, and the standard error of the change.
+
+    The error is of the change of accuracy as a share: each row's change is -1, 0 or 1, so its
+    variance is (better + worse) / n - change ** 2.
+    """
+    better = int(((one != targets) & (other == targets)).sum())
+    worse = int(((one == targets) & (other != targets)).sum())
+    change = (better - worse) / len(targets)
+    variance = (better + worse) / len(targets) - change**2
+    return {
+        "changed": int((one != other).sum()), "better": better, "worse": worse,
+        "error": float(np.sqrt(variance / len(targets))),
+    }  # fmt: skip
 
 
 def _adapters(case: DeviceCase, fp32: Path, turns: int, threads: int, only: Variants) -> Result:
@@ -222,15 +271,16 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure the named case."""
+    """Measure the named cases."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("case")
+    parser.add_argument("case", nargs="+")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=VARIANTS)
     options = parser.parse_args(arguments)
-    case = device_case(options.case)
-    print(json.dumps(measure(case, options.turns, options.threads, options.only)))
+    for case in map(device_case, options.case):
+        found = measure(case, options.turns, options.threads, options.only)
+        print(json.dumps(found), flush=True)
     return 0
 
 

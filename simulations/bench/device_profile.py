@@ -27,7 +27,7 @@ from simulations.bench.tables import table
 
 __all__ = ["main", "operator_times"]
 
-VARIANTS: tuple[Variant, ...] = ("fp32", "merged", "int8")
+VARIANTS: tuple[Variant, ...] = ("fp32", "merged", "int8", "int8-training")
 ROWS = 8  # of a batch that is inferred
 RUNS = 5
 SHOWN = 14  # operators
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     case = device_case(options.case)
     columns: dict[str, tuple[Counter[str], int]] = {}
     for variant in VARIANTS:
-        if variant == "merged" and case.kind == "train":
+        if variant == ("merged" if case.kind == "train" else "int8-training"):
             continue
         if (folder := bundle_of(case.base_name, variant)) is not None:
             read_manifest(folder)

@@ -36,6 +36,7 @@ LIMITS = (
     ("train-smollm2", "low", "memory", 0.65),
     ("train-smollm2", "int8-backward", "time", 0.8),
     ("train-smollm2", "int8-training", "time", 0.6),
+    ("train-smollm2", "int8-training-low", "time", 0.6),
     ("train-smollm2", "int8-training-low", "memory", 0.5),
 )
 
@@ -199,7 +200,7 @@ def _loss_table(results: Iterable[Result]) -> str:
 
 
 def _metric_table(results: Iterable[Result]) -> str:
-    rows = []
+    rows, notes = [], []
     for result in results:
         scores = result["scores"]
         for measure in scores["fp32"]:
@@ -207,7 +208,20 @@ def _metric_table(results: Iterable[Result]) -> str:
             rows.append(
                 (result["base"], measure, f"{one:.4f}", f"{other:.4f}", f"{other - one:+.4f}")
             )
-    return table(("base", "measure", "fp32", "int8", "change"), rows)
+        note = (
+            f"{result['base']}: {result['steps']:,} steps on many persons' messages, "
+            f"{result['examples']:,} held-out messages of all of them"
+        )
+        if changed := result.get("paired"):
+            note += (
+                f"; the most frequent class is {result['most_frequent']:.4f} of them; int8 changed "
+                f"{changed['changed']:,} predictions, {changed['better']:,} to right and "
+                f"{changed['worse']:,} to wrong; standard error of the change of accuracy "
+                f"{changed['error']:.4f}"
+            )
+        notes.append(f"{note}.")
+    metrics = table(("base", "measure", "fp32", "int8", "change"), rows)
+    return "\n".join([metrics, "", *notes])
 
 
 def _required(results: Sequence[Result]) -> Iterable[tuple[str, str, str, str]]:

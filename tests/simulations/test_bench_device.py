@@ -16,7 +16,7 @@ from fedlora.adapter import LoraConfig
 from fedlora.errors import ConfigError
 from fedlora.targets import LayerSpec
 from simulations.bench.device_cases import BASES, DEFAULT, QUICK, device_case, random_adapter
-from simulations.bench.device_measure import by_turns
+from simulations.bench.device_measure import by_turns, paired
 from simulations.bench.device_tables import device_tables, ratio
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +81,30 @@ def test_what_is_not_reached_is_said() -> None:
     (memory,) = [line for line in lines if "low memory: peak RSS / torch's" in line]
     assert memory.endswith("| ≤ 0.6 | 0.5 |  |")
     assert any("Load average while measuring: 7.0 to 7.0" in line for line in lines)
+
+
+def test_changed_predictions_are_counted_pair_by_pair() -> None:
+    targets = np.array([0, 0, 0, 0, 0, 0, 0, 0])
+    one = np.array([0, 0, 0, 0, 1, 1, 1, 2])
+    other = np.array([0, 0, 0, 1, 0, 0, 2, 2])
+    found = paired(one, other, targets)
+    assert (found["changed"], found["better"], found["worse"]) == (4, 2, 1)
+    # The changes of single rows: two of +1, one of -1, five of 0, around their mean 1/8.
+    changes = np.array([0, 0, 0, -1, 1, 1, 0, 0])
+    assert found["error"] == pytest.approx(changes.std() / np.sqrt(8), rel=1e-12)
+
+
+def test_a_comparison_of_bases_says_on_how_much_it_rests() -> None:
+    result: dict[str, Any] = {
+        "case": "metric-minilm", "kind": "metric", "base": "minilm", "threads": 1,
+        "scores": {"fp32": {"accuracy": 0.66}, "int8": {"accuracy": 0.653}},
+        "steps": 600, "examples": 10_000, "most_frequent": 0.57,
+        "paired": {"changed": 150, "better": 20, "worse": 90, "error": 0.001},
+    }  # fmt: skip
+    text = device_tables([result])
+    assert "600 steps on many persons' messages, 10,000 held-out messages" in text
+    assert "0.5700 of them; int8 changed 150 predictions, 20 to right and 90 to wrong" in text
+    assert "| metric-minilm: change of accuracy, points | ≤ 0.5 | 0.7 | **not reached** |" in text
 
 
 @pytest.mark.slow
