@@ -65,6 +65,12 @@ def masked(message: Message, context: Context) -> Message:
     return _if_allowed(message, context, _secure().handle_masked)
 
 
+@app.train("agree")
+def agree(message: Message, context: Context) -> Message:
+    """Make sure that all were told the same of who is left, whatever the limits say by now."""
+    return _secure().handle_agree(message, context.state)
+
+
 @app.train("unmask")
 def unmask(message: Message, context: Context) -> Message:
     """Help to take the masks off a sum, whatever this device's limits say by now."""

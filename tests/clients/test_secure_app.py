@@ -85,7 +85,7 @@ def test_torch_and_onnx_clients_add_up_to_what_they_do_in_the_open(
     # A step off, and each of the two rounded to float32 once.
     bound = step + 2 * np.spacing(np.abs(expected).astype(np.float32))
     assert (np.abs(row(secure) - expected) <= bound).all()
-    for phase in ("keys", "shares", "masked", "unmask"):
+    for phase in ("keys", "shares", "masked", "agree", "unmask"):
         found = {kind: trained[f"{kind} train.{phase}"] for kind in ("torch", "onnx")}
         assert sum(found.values()) == 6
         assert min(found.values()) > 0

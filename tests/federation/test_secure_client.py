@@ -35,6 +35,7 @@ from fedlora.federation.secure.client import (
     ContextSessions,
     Kept,
     MemorySessions,
+    answer_agree,
     answer_keys,
     answer_masked,
     answer_shares,
@@ -130,8 +131,12 @@ class Round:
         length, bits = self.terms.size + 1, self.terms.bits
         self.server.add_masked(place, read_masked(reply, length, bits, "client"))
 
-    def unmask(self, place: int, survivors: tuple[int, ...], dropouts: tuple[int, ...]) -> Any:
+    def agree(self, place: int, survivors: tuple[int, ...], dropouts: tuple[int, ...]) -> Any:
         content = RecordDict({"secure": order(self.terms, survivors=survivors, dropouts=dropouts)})
+        return read_parts(answer_agree(content, self.sessions(place)), "tags", "client")
+
+    def unmask(self, place: int, tags: dict[int, bytes]) -> Any:
+        content = RecordDict({"secure": order(self.terms), "tags": parts_record(tags)})
         return answer_unmask(content, self.sessions(place))
 
 
@@ -152,7 +157,9 @@ def masked_round() -> Round:
 def test_a_round_by_hand_gives_the_sum_of_the_changes() -> None:
     found = masked_round()
     for place in range(4):
-        reply = found.unmask(place, (0, 1, 2, 3), ())
+        found.server.add_agreement(place, found.agree(place, (0, 1, 2, 3), ()))
+    for place in range(4):
+        reply = found.unmask(place, found.server.tags_for(place))
         found.server.add_reveal(place, read_parts(reply, "revealed", "client"))
     total = found.server.total()
     sent = pack(TASK.reply.sent, TASK.reply.segments).astype(np.float64)
@@ -183,8 +190,12 @@ OUT_OF_ORDER: dict[str, tuple[Callable[[Round], Any], type[Exception], str]] = {
         lambda r: answer_keys(keys_content(replace(TERMS, round=0), 0, SETUP), r.sessions(0)),
         FederationError, "message from the server: expected a round after 1, found 0",
     ),
-    "unmasking another round": (
-        lambda r: answer_unmask(
+    "unmasking before the others agree": (
+        lambda r: r.unmask(0, {}), PhaseOrderError,
+        "client 0: expected to be after the phase 'agreed', found it after 'masked'",
+    ),
+    "lists of another round": (
+        lambda r: answer_agree(
             RecordDict({"secure": order(replace(TERMS, round=2), survivors=(0, 1, 2, 3))}),
             r.sessions(0),
         ),
@@ -192,8 +203,8 @@ OUT_OF_ORDER: dict[str, tuple[Callable[[Round], Any], type[Exception], str]] = {
         "message from the server: expected a phase of a round that this client has begun, which is "
         "round 1 of 'run', found one of round 2 of 'run'",
     ),
-    "unmasking another run": (
-        lambda r: answer_unmask(
+    "lists of another run": (
+        lambda r: answer_agree(
             RecordDict({"secure": order(replace(TERMS, run="x"), survivors=(0, 1, 2, 3))}),
             r.sessions(0),
         ),
@@ -202,11 +213,11 @@ OUT_OF_ORDER: dict[str, tuple[Callable[[Round], Any], type[Exception], str]] = {
         "round 1 of 'run', found one of round 1 of 'x'",
     ),
     "a client on both lists": (
-        lambda r: r.unmask(0, (0, 1, 2, 3), (3,)), RevealError, "",
+        lambda r: r.agree(0, (0, 1, 2, 3), (3,)), RevealError, "",
     ),
-    "a client on neither list": (lambda r: r.unmask(0, (0, 1, 2), ()), RevealError, ""),
-    "too few survivors": (lambda r: r.unmask(0, (0, 1), (2, 3)), FederationError, ""),
-    "itself as a dropout": (lambda r: r.unmask(0, (1, 2, 3), (0,)), RevealError, ""),
+    "a client on neither list": (lambda r: r.agree(0, (0, 1, 2), ()), RevealError, ""),
+    "too few survivors": (lambda r: r.agree(0, (0, 1), (2, 3)), FederationError, ""),
+    "itself as a dropout": (lambda r: r.agree(0, (1, 2, 3), (0,)), RevealError, ""),
 }  # fmt: skip
 
 
@@ -221,16 +232,26 @@ def test_what_is_out_of_order_is_refused_and_changes_nothing(name: str) -> None:
     assert dict(found.states[0]["secure-session"]) == before  # type: ignore[arg-type]
 
 
-def test_a_second_unmask_is_refused_even_with_the_same_lists() -> None:
+def test_other_lists_and_a_second_unmask_are_refused() -> None:
     found = masked_round()
-    found.unmask(0, (0, 1, 2), (3,))
-    for lists in (((0, 1, 2), (3,)), ((0, 1, 2, 3), ())):
+    tags = {place: found.agree(place, (0, 1, 2), (3,)) for place in range(3)}
+    with raises(
+        PhaseOrderError,
+        "client 0: expected to be after the phase 'masked', found it after 'agreed'; the phases "
+        "are keys, shares, masked, agreed, revealed, each once",
+    ):
+        found.agree(0, (0, 1, 2, 3), ())
+    mine = {place: tags[place][0] for place in (1, 2)}
+    with pytest.raises(RevealError, match="expected 3 or more clients that were told the same"):
+        found.unmask(0, {1: mine[1]})
+    found.unmask(0, mine)
+    for again in (mine, {}):
         with raises(
             PhaseOrderError,
             "message from the server: expected nothing more of round 1, in which this client has "
             "revealed its shares, found another phase",
         ):
-            found.unmask(0, *lists)
+            found.unmask(0, again)
 
 
 def test_a_client_that_has_begun_nothing_answers_nothing() -> None:
@@ -239,7 +260,7 @@ def test_a_client_that_has_begun_nothing_answers_nothing() -> None:
         "message from the server: expected a phase of a round that this client has begun, which is "
         "no round, found one of round 1 of 'run'",
     ):
-        answer_unmask(
+        answer_agree(
             RecordDict({"secure": order(survivors=(0, 1, 2))}), ContextSessions(RecordDict())
         )
 

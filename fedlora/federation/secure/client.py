@@ -1,4 +1,4 @@
-"""A client's part of a secure sum: its answers in the four phases of a round.
+"""A client's part of a secure sum: its answers in the five phases of a round.
 
 Between two messages a client's secrets lie in its `Sessions`: `Context.state` on a device, which is
 in the memory of its SuperNode and ends with the run, or a dictionary for virtual clients. They are
@@ -25,6 +25,7 @@ from fedlora.adapter import Array
 from fedlora.errors import FederationError, PhaseOrderError, SecureTermsError
 from fedlora.federation.guard import check_advertised, check_masked, check_parts
 from fedlora.federation.secure.records import (
+    AGREE,
     KEYS,
     MASKED,
     SHARES,
@@ -48,6 +49,7 @@ __all__ = [
     "Kept",
     "MemorySessions",
     "Sessions",
+    "answer_agree",
     "answer_keys",
     "answer_masked",
     "answer_phase",
@@ -219,17 +221,31 @@ def answer_masked(
     return reply
 
 
-def answer_unmask(content: RecordDict, sessions: Sessions) -> RecordDict:
-    """Tell what removes the masks from the sum, and forget the round's secrets.
+def answer_agree(content: RecordDict, sessions: Sessions) -> RecordDict:
+    """Tell the neighbors, by tags that the server cannot make, who this client was told is left.
 
     Raises `FederationError` out of order, and what the session raises for lists of survivors and
     dropouts that would uncover a single update.
     """
     order = read_phase(content)
     kept, session = _kept(sessions, order)
-    revealed = session.reveal(order.survivors, order.dropouts)
+    reply = RecordDict({"tags": parts_record(session.agree(order.survivors, order.dropouts))})
+    check_parts(reply, "tags", order.survivors)
+    sessions.write(kept)
+    return reply
+
+
+def answer_unmask(content: RecordDict, sessions: Sessions) -> RecordDict:
+    """Tell what removes the masks from the sum, and forget the round's secrets.
+
+    Raises `FederationError` out of order, and what the session raises where too few others were
+    told what this client was told.
+    """
+    order = read_phase(content)
+    kept, session = _kept(sessions, order)
+    revealed = session.reveal(read_parts(content, "tags", _SERVER))
     reply = RecordDict({"revealed": parts_record(revealed)})
-    check_parts(reply, "revealed", (*order.survivors, *order.dropouts))
+    check_parts(reply, "revealed", session.terms.holders_of(session.index))
     sessions.write(replace(kept, session=None))
     return reply
 
@@ -239,9 +255,8 @@ def answer_phase(kind: str, content: RecordDict, sessions: Sessions) -> RecordDi
 
     Virtual clients are all the caller's own, and need no identities.
     """
-    if kind == KEYS:
-        return answer_keys(content, sessions)
-    return answer_shares(content, sessions) if kind == SHARES else answer_unmask(content, sessions)
+    answers = {KEYS: answer_keys, SHARES: answer_shares, AGREE: answer_agree}
+    return answers.get(kind, answer_unmask)(content, sessions)
 
 
 def _kept(sessions: Sessions, order: PhaseOrder) -> tuple[Kept, ClientSession]:

@@ -35,6 +35,7 @@ from fedlora.federation.client import (
 from fedlora.federation.device_state import DeviceState
 from fedlora.federation.secure.client import (
     ContextSessions,
+    answer_agree,
     answer_keys,
     answer_masked,
     answer_shares,
@@ -49,6 +50,7 @@ from fedlora.privacy.secure import Identity
 from fedlora.training import TrainResult
 
 __all__ = [
+    "handle_agree",
     "handle_keys",
     "handle_masked",
     "handle_plain",
@@ -129,6 +131,11 @@ def handle_masked(
         return trained(content, open_trainer, state, device, min_examples, NoiseLimits(), answer)
 
     return reply_with(message, build)
+
+
+def handle_agree(message: Message, state: RecordDict) -> Message:
+    """Tell the others who this client was told is left, whatever its limits say by now."""
+    return reply_with(message, lambda: answer_agree(message.content, ContextSessions(state)))
 
 
 def handle_unmask(message: Message, state: RecordDict) -> Message:
