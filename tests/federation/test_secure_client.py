@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlora.aggregation import ServerState
 from fedlora.errors import (
@@ -42,7 +43,8 @@ from fedlora.federation.secure.client import (
     answer_unmask,
     require_masking,
 )
-from fedlora.federation.secure.handlers import owners_trusted, read_trusted_keys
+from fedlora.federation.secure.handlers import handle_keys, owners_trusted, read_trusted_keys
+from fedlora.federation.secure.once import answer_once, answers_of
 from fedlora.federation.secure.records import (
     PhaseOrder,
     keys_content,
@@ -61,7 +63,7 @@ from fedlora.flat import pack
 from fedlora.plain import to_plain
 from fedlora.privacy.clipping import norm_of
 from fedlora.privacy.secure import Advertisement, Identity, ServerSession, Terms
-from tests.federation.fakes import experiment, raises, start_adapter
+from tests.federation.fakes import FakeTrainer, experiment, raises, start_adapter
 
 CONFIG = experiment(federation__weights="equal", secure_aggregation__clipping_range=4.0)
 SETUP = to_record(ClientSetup.of(CONFIG))
@@ -310,6 +312,57 @@ def test_a_norm_without_room_for_rounding_is_refused() -> None:
         answer_masked(
             found.masking(0, clipping_norm=1e-12), found.sessions(0), TASK, rows()[0], "c0"
         )
+
+
+def test_processes_at_the_same_time_answer_one_phase_once(tmp_path: Path) -> None:
+    # A server sends two messages at once: each process has a copy of the context of before.
+    folder = tmp_path / "user" / "device"
+    found = masked_round()
+    reply = "found it answered by another process of this device"
+
+    def copy(state: RecordDict) -> ContextSessions:
+        return ContextSessions(RecordDict(dict(state)), folder)
+
+    before = found.states[0]
+    lists = [RecordDict({"secure": order(survivors=(0, 1, 2), dropouts=(3,))}),
+             RecordDict({"secure": order(survivors=(0, 1, 2, 3))})]  # fmt: skip
+    answer_agree(lists[0], copy(before))
+    with pytest.raises(PhaseOrderError, match=reply):
+        answer_agree(lists[1], copy(before))
+    other = Round()
+    other.share()
+    before, ask = other.states[1], other.masking(1)
+    for number, row in enumerate(rows()[:2]):
+        if number == 0:
+            answer_masked(ask, ContextSessions(RecordDict(dict(before)), folder), TASK, row, "c1")
+        else:
+            with pytest.raises(PhaseOrderError, match=reply):
+                answer_masked(ask, copy(before), TASK, row, "c1")
+    # Nothing is in the files; another round, and another device, are others.
+    assert [path.read_bytes() for path in folder.iterdir()] == [b"", b""]
+    answer_once(folder, "run", 2, "masked")
+    answer_once(tmp_path / "user" / "other", "run", 1, "masked")
+
+
+def test_notes_of_a_week_ago_are_deleted_and_a_strangers_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "user" / "device"
+    answer_once(folder, "run", 1, "keys")
+    (old,) = folder.iterdir()
+    os.utime(old, (0, 0))
+    answer_once(folder, "run", 2, "keys")
+    assert old not in folder.iterdir()
+    folder.parent.chmod(0o755)
+    with pytest.raises(ConfigError, match="expected a folder of this user alone"):
+        answer_once(folder, "run", 3, "keys")
+    assert answers_of(Path("/a")) != answers_of(Path("/b"))
+
+
+def test_a_device_whose_owner_demands_noise_takes_no_part_in_a_secure_sum() -> None:
+    message = Message(keys_content(TERMS, 0, SETUP), 1001, "train.keys")
+    reply = handle_keys(
+        message, lambda setup: FakeTrainer(0), RecordDict(), node_config={"min-noise-multiplier": 1}
+    )
+    assert "this device's owner demands local noise" in reply.error.reason
 
 
 # Identities: who has signed an advertisement, and whom a device trusts.

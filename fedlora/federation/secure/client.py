@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol, cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from flwr.app import ConfigRecord, RecordDict
 from fedlora.adapter import Array
 from fedlora.errors import FederationError, PhaseOrderError, SecureTermsError
 from fedlora.federation.guard import check_advertised, check_masked, check_parts
+from fedlora.federation.secure.once import answer_once
 from fedlora.federation.secure.records import (
     AGREE,
     KEYS,
@@ -82,10 +84,14 @@ class Sessions(Protocol):
 
 
 class ContextSessions:
-    """`Sessions` in a `Context.state`."""
+    """`Sessions` in a `Context.state`.
 
-    def __init__(self, state: RecordDict) -> None:
-        self._state = state
+    answers: where a device notes each phase that it has answered (`answer_once`), since the state
+    may be an old copy; None: it notes nothing.
+    """
+
+    def __init__(self, state: RecordDict, answers: Path | None = None) -> None:
+        self._state, self._answers = state, answers
 
     def read(self) -> Kept | None:
         """See `Sessions`."""
@@ -100,7 +106,10 @@ class ContextSessions:
         )
 
     def write(self, kept: Kept) -> None:
-        """See `Sessions`."""
+        """See `Sessions`. Raises `PhaseOrderError` for a phase that another process has done."""
+        if self._answers is not None:
+            phase = "revealed" if kept.session is None else kept.session.phase
+            answer_once(self._answers, kept.run, kept.round, phase)
         data = b"" if kept.session is None else kept.session.to_bytes()
         self._state[_RECORD] = ConfigRecord({"run": kept.run, "round": kept.round, "session": data})
 
@@ -255,7 +264,11 @@ def answer_phase(kind: str, content: RecordDict, sessions: Sessions) -> RecordDi
 
     Virtual clients are all the caller's own, and need no identities.
     """
-    answers = {KEYS: answer_keys, SHARES: answer_shares, AGREE: answer_agree}
+    answers: Mapping[str, Callable[[RecordDict, Sessions], RecordDict]] = {
+        KEYS: answer_keys,
+        SHARES: answer_shares,
+        AGREE: answer_agree,
+    }
     return answers.get(kind, answer_unmask)(content, sessions)
 
 
