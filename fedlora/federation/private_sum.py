@@ -123,13 +123,13 @@ class PrivateRounds:
                 )
         else:
             asked = read_asked(out)
-            if (bool(asked) != bool(ledger.lines)) or max(asked.values(), default=0) > _paid(
-                ledger
-            ):
+            most, paid = max(asked.values(), default=0), _paid(ledger)
+            # In its first round a run may have been cut off between the two files.
+            if most > paid or (round and paid and not most):
                 raise RunError(
-                    f"{ledger.path}: expected lines for {max(asked.values(), default=0)} releases "
-                    f"of one device as in {ASKED}, found {_paid(ledger)}; one of the files was "
-                    "changed, what devices have sent is not known, and the run cannot go on"
+                    f"{ledger.path}: expected lines for {most} releases of one device as in "
+                    f"{ASKED}, found {paid}; one of the files was changed, what devices have sent "
+                    "is not known, and the run cannot go on"
                 )
         return cls(config, privacy, state, ledger, secret, asked)
 
