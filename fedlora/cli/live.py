@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fedlora.federation.callbacks import RunCallback
+from fedlora.privacy.accounting import rounded_up
 from fedlora.report.words import amount
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _cells(record: RoundRecord, total: int, private: bool) -> list[str]:
     return [
         f"{record.round}/{total}",
         "" if record.loss is None else f"{record.loss:.4f}",
-        *([("" if epsilon is None else f"{epsilon:.2f}")] if private else []),
+        *([("" if epsilon is None else f"{rounded_up(epsilon, 2):.2f}")] if private else []),
         f"{counted}/{len(record.cohort)}",
         amount(record.bytes_up),
         amount(record.bytes_down),

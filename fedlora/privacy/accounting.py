@@ -49,6 +49,7 @@ __all__ = [
     "epsilon_of",
     "grouped",
     "neighboring_relation",
+    "rounded_up",
 ]
 
 Accountant = Literal["pld", "rdp", "exact"]
@@ -108,6 +109,15 @@ def neighboring_relation(events: Iterable[PrivacyEvent]) -> str:
             "(fixed cohorts beside others), which do not add up; account for them apart"
         )
     return found.pop() if found else "add-or-remove-one"
+
+
+def rounded_up(epsilon: float, decimals: int) -> float:
+    """Return an ε to show, with so many decimals: never less than what it is.
+
+    >>> rounded_up(8.0001, 2)
+    8.01
+    """
+    return math.ceil(epsilon * 10**decimals) / 10**decimals if math.isfinite(epsilon) else epsilon
 
 
 def grouped(events: Iterable[PrivacyEvent]) -> tuple[PrivacyEvent, ...]:
