@@ -162,5 +162,5 @@ def test_a_device_that_declines_does_so_before_it_costs_the_others_anything(
         ("c03", "declined: examples"),
         ("c04", "declined: metered"),
     ]
-    assert [phase["clients"] for phase in record.secure.values()] == [10] * 4
+    assert [phase["clients"] for phase in record.secure.values()] == [10] * 5
     assert sum(trained[f"{kind} train.shares"] for kind in ("torch", "onnx")) == 10
