@@ -364,9 +364,9 @@ def test_summary_table_and_adapter_say_the_guarantee(tmp_path: Path) -> None:
         key: found[key] for key in ("epsilon", "delta", "unit", "neighboring_relation")
     }
     table = run_table(tmp_path)
+    shown = math.ceil(100 * found["epsilon"]) / 100  # never less than what it is
     assert (
-        # Up: never less than what it is.
-        f"privacy: (epsilon {math.ceil(100 * found['epsilon']) / 100:.2f}, delta 1e-05) for each person (user), "
+        f"privacy: (epsilon {shown:.2f}, delta 1e-05) for each person (user), "
         "add-or-remove-one, by pld; noise by the server, multiplier 1.5, clipping norm 0.5, "
         "Poisson 0.5; 3 rounds"
     ) in table
