@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -25,7 +26,7 @@ from fedlora.federation.client import (
     handle_train,
 )
 from fedlora.federation.device_state import owners_state
-from fedlora.federation.limits import owners_limits, reason_to_decline
+from fedlora.federation.limits import owners_limits, reason_to_decline, tells_nothing
 from fedlora.federation.records import ClientSetup
 
 app = ClientApp()
@@ -35,7 +36,11 @@ app = ClientApp()
 def query(message: Message, context: Context) -> Message:
     """Say who this client is; also when it could not train now: it stays one of the run's."""
     device = owners_state(context.node_config)
-    return handle_query(message, lambda setup: _open(setup, context), device)
+    try:
+        quiet = tells_nothing(context.node_config)
+    except Exception as error:  # as in `_if_allowed`
+        return error_reply(message, error)
+    return handle_query(message, lambda setup: _open(setup, context), device, quiet=quiet)
 
 
 @app.train()
@@ -62,19 +67,30 @@ def shares(message: Message, context: Context) -> Message:
 @app.train("masked")
 def masked(message: Message, context: Context) -> Message:
     """Train for one round of secure sums; a device that may not by now falls out of the sum."""
-    return _if_allowed(message, context, _secure().handle_masked)
+    handle = partial(_secure().handle_masked, node_config=context.node_config)
+    return _if_allowed(message, context, handle)
+
+
+@app.train("agree")
+def agree(message: Message, context: Context) -> Message:
+    """Make sure that all were told the same of who is left, whatever the limits say by now."""
+    return _secure().handle_agree(message, context.state, context.node_config)
 
 
 @app.train("unmask")
 def unmask(message: Message, context: Context) -> Message:
     """Help to take the masks off a sum, whatever this device's limits say by now."""
-    return _secure().handle_unmask(message, context.state)
+    return _secure().handle_unmask(message, context.state, context.node_config)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Personalize the global adapter, evaluate, and keep both; under the same limits."""
-    return _if_allowed(message, context, handle_evaluate)
+
+    def handle(*given: Any, **more: Any) -> Message:
+        return handle_evaluate(*given, **more, quiet=tells_nothing(context.node_config))
+
+    return _if_allowed(message, context, handle)
 
 
 def _secure() -> ModuleType:

@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from fedlora.federation.callbacks import RunCallback
+from fedlora.privacy.accounting import rounded_up
 from fedlora.report.words import amount
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _cells(record: RoundRecord, total: int) -> dict[str, str]:
     return {
         "round": f"{record.round}/{total}",
         "loss": "" if record.loss is None else f"{record.loss:.4f}",
-        "epsilon": "" if record.epsilon is None else f"{record.epsilon:.2f}",
+        "epsilon": "" if record.epsilon is None else f"{rounded_up(record.epsilon, 2):.2f}",
         "clients": f"{counted}/{len(record.cohort)}",
         "up": amount(record.bytes_up),
         "down": amount(record.bytes_down),

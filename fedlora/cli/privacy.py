@@ -18,7 +18,13 @@ from fedlora.cli import privacy_audit
 from fedlora.errors import ConfigError, RunError
 from fedlora.experiment import ExperimentConfig
 from fedlora.privacy import PrivacyConfig, PrivacyEvent
-from fedlora.privacy.accounting import accountant_used, calibrate, epsilon_of, neighboring_relation
+from fedlora.privacy.accounting import (
+    accountant_used,
+    calibrate,
+    epsilon_of,
+    neighboring_relation,
+    rounded_up,
+)
 from fedlora.privacy.ledger import LEDGER, Ledger
 
 __all__ = ["app"]
@@ -244,8 +250,7 @@ def _guarantee(
 def _words(result: dict[str, Any]) -> str:
     if result["epsilon"] is None:
         return f"no bound on epsilon at delta {result['delta']:g}"
-    rounded = math.ceil(result["epsilon"] * 1e4) / 1e4  # up: never less than what it is
-    return f"epsilon {rounded:.4f} at delta {result['delta']:g}"
+    return f"epsilon {rounded_up(result['epsilon'], 4):.4f} at delta {result['delta']:g}"
 
 
 def _explain(result: dict[str, Any]) -> None:

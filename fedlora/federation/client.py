@@ -121,10 +121,17 @@ Answer = Callable[[TrainTask, Trainer, TrainResult, float], RecordDict]
 
 
 def handle_query(
-    message: Message, open_trainer: OpenTrainer, device: DeviceState | None = None
+    message: Message,
+    open_trainer: OpenTrainer,
+    device: DeviceState | None = None,
+    *,
+    quiet: bool = False,
 ) -> Message:
-    """Say who this client is: its id, its rank, and its num_examples where weights need it."""
-    return reply_with(message, lambda: _query(message.content, open_trainer, device))
+    """Say who this client is: its id, its rank, and its num_examples where weights need it.
+
+    quiet: its owner lets no count leave (`limits.tells_nothing`); a run that needs one is refused.
+    """
+    return reply_with(message, lambda: _query(message.content, open_trainer, device, quiet))
 
 
 def handle_train(
@@ -157,14 +164,16 @@ def handle_evaluate(
     device: DeviceState | None = None,
     *,
     min_examples: int = 0,
+    quiet: bool = False,
 ) -> Message:
     """Train this client's own and personal adapter; the reply holds their declared measures.
 
     The arguments are those of `handle_train`. The device keeps the global and the personal adapter.
+    quiet: its owner lets no score leave, whatever is asked.
     """
 
     def build() -> RecordDict:
-        return _evaluate(message.content, open_trainer, state, device, min_examples)
+        return _evaluate(message.content, open_trainer, state, device, min_examples, quiet)
 
     return reply_with(message, build)
 
@@ -202,9 +211,14 @@ def _short(fingerprint: str | None) -> str:
 
 
 def _query(
-    content: RecordDict, open_trainer: OpenTrainer, device: DeviceState | None
+    content: RecordDict, open_trainer: OpenTrainer, device: DeviceState | None, quiet: bool
 ) -> RecordDict:
     setup = read_query(content)
+    if quiet and setup.share_num_examples:
+        raise FederationError(
+            "this device's owner lets no count of examples leave it: expected equal weights, found "
+            "a run that weights by examples"
+        )
     trainer = open_trainer(setup)
     # Not asked where it is not shared: it may mean to read the data.
     count = trainer.num_examples if setup.share_num_examples else 0
@@ -274,6 +288,7 @@ def _evaluate(
     state: RecordDict | None,
     device: DeviceState | None,
     min_examples: int,
+    quiet: bool,
 ) -> RecordDict:
     task = read_evaluate(content)
     trainer = open_trainer(task.setup)
@@ -283,7 +298,7 @@ def _evaluate(
     if device is not None:
         device.open(trainer.initial.base)  # what is wrong with it is said before the training
     person = compare_adapters(task, trainer, rows)
-    told = task.order.tell
+    told = task.order.tell and not quiet
     reply = answer_scores(*((person.scores, person.kept_global) if told else (None, None)))
     if device is not None:
         device.keep(person, trainer.initial.base, provenance_of(task))
@@ -291,8 +306,17 @@ def _evaluate(
 
 
 def _limited(task: TrainTask, limits: NoiseLimits) -> TrainTask:
-    """Return the task with the noise that the device's owner agrees to; raises where none is."""
-    noise = limits.agreed(task.order.noise)
+    """Return the task with the noise that the device's owner agrees to; raises where none is.
+
+    What is not noised does not leave beside what is.
+    """
+    noise, setup = limits.agreed(task.order.noise), task.setup
+    open_too = setup.share_metrics or setup.share_num_examples
+    if noise is not None and (open_too or task.order.rule.correction is not None):
+        raise FederationError(
+            "message from the server: expected nothing beside an update with local noise, found an "
+            "order for metrics, a count of examples or a control variate"
+        )
     if noise == task.order.noise:
         return task
     return replace(task, order=replace(task.order, noise=noise))

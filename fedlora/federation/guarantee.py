@@ -9,7 +9,7 @@ from typing import Any
 from fedlora.experiment import ExperimentConfig
 from fedlora.federation.checkpoint import Checkpoint
 from fedlora.privacy import PrivacyConfig
-from fedlora.privacy.accounting import accountant_used, neighboring_relation
+from fedlora.privacy.accounting import accountant_used, neighboring_relation, rounded_up
 from fedlora.privacy.ledger import Ledger
 
 __all__ = ["guarantee", "privacy_line", "privacy_summary"]
@@ -71,8 +71,9 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
         "none": "no amplification",
     }.get(privacy["sampling"], privacy["sampling"])
     ended = "; ended early by max_epsilon" if privacy["stopped"] else ""
+    epsilon = rounded_up(privacy["epsilon"], 2)
     return (
-        f"privacy: (epsilon {privacy['epsilon']:.2f}, delta {privacy['delta']:g}) for each person "
+        f"privacy: (epsilon {epsilon:.2f}, delta {privacy['delta']:g}) for each person "
         f"({privacy['unit']}), {privacy['neighboring_relation']}, by {privacy['accountant']}; "
         f"noise {by}, multiplier {privacy['noise_multiplier']:.3g}, clipping norm "
         f"{privacy['clipping_norm']:.3g}, {drawn}; {privacy['rounds']} rounds{ended}"

@@ -49,6 +49,7 @@ __all__ = [
     "read_declined",
     "read_power",
     "reason_to_decline",
+    "tells_nothing",
 ]
 
 REASONS = ("battery", "power", "metered", "hours", "examples")  # all that a device tells
@@ -118,6 +119,15 @@ def reason_to_decline(
             _say_unread("unmetered", metered, str(where))
             return "metered"
     return None
+
+
+def tells_nothing(node_config: Mapping[str, object]) -> bool:
+    """Whether the owner lets nothing of this device alone leave it: neither counts nor scores.
+
+    So it is with trusted-keys, and with a demand for local noise. Raises `ConfigError` as
+    `owners_limits` does.
+    """
+    return bool(node_config.get("trusted-keys")) or owners_limits(node_config).noise != NO_LIMITS
 
 
 def declined_content(reason: str) -> RecordDict:

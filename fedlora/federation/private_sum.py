@@ -9,6 +9,7 @@ is a plain sum over the expected cohort.
 
     OUT/privacy.jsonl          the ledger (`fedlora.privacy.ledger`)
     OUT/checkpoint/noise.key   the secret of a run of central privacy (0600)
+    OUT/checkpoint/asked.jsonl whom a run of local privacy has asked (`fedlora.federation.asked`)
 
 The ledger's line is on the disk before the checkpoint that releases what it stands for. What is
 newer than the checkpoint was never released, and is dropped on resume: with the same replies, the
@@ -33,7 +34,8 @@ import numpy as np
 from fedlora.aggregation import Method, ServerState, Update
 from fedlora.errors import RunError
 from fedlora.experiment import ExperimentConfig, FederationConfig
-from fedlora.federation.checkpoint import Checkpoint, read_rounds
+from fedlora.federation.asked import ASKED, append_asked, read_asked
+from fedlora.federation.checkpoint import Checkpoint
 from fedlora.federation.replies import require_answerable
 from fedlora.federation.sampling import draw_cohort
 from fedlora.federation.summed import aggregate_mean, sent_row
@@ -79,14 +81,12 @@ class PrivateRounds:
         ledger: Ledger,
         secret: bytes,
         asked: Counter[str] | None = None,
-        cut_off: int = 0,
     ) -> None:
         self.state = state
         self._config, self._privacy = config, privacy
         self._ledger, self._secret = ledger, secret
         self._event: PrivacyEvent | None = None  # of the round that has begun
-        # Local: how often each client was asked, and rounds that were cut off after they had been.
-        self._asked, self._cut_off = asked or Counter(), cut_off
+        self._asked = asked or Counter()  # local: how often each client was
         self.canaries = canaries_of(privacy, secret)
         self._drawn: tuple[str, ...] = ()  # the canaries of the round that has begun
         self.epsilon = self._epsilon(ledger.events())
@@ -104,21 +104,14 @@ class PrivateRounds:
             raise RunError(f"{out}: expected an experiment with [privacy], found none")
         local = privacy.mechanism == "local"
         state, ledger, path = checkpoint.privacy, Ledger.read(out), out / NOISE_KEY
-        round, cut_off = checkpoint.state.round, 0
-        asked: Counter[str] = Counter()
+        round, secret, asked = checkpoint.state.round, b"", Counter[str]()
         if state is None:
             people = len(checkpoint.client_ids)
             state = PrivacyState(_multiplier(config, privacy, people), privacy.clipping_norm)
             # Before the first checkpoint a run starts anew, with the key that it may have made.
-            fresh = local or not path.exists()
-            secret = b"" if local else make_key(path) if fresh else read_key(path)
-        elif local:
-            secret = b""
-            for record in read_rounds(out):
-                asked.update(record.cohort)
-            # Whether a round was under way when the run ended is not known: it counts as if.
-            cut_off = _paid(ledger) - max(asked.values(), default=0) + 1
-        else:
+            if not local:
+                secret = read_key(path) if path.exists() else make_key(path)
+        elif not local:
             secret = read_key(path)
         if not local:
             ledger = ledger.drop_after(round)
@@ -128,13 +121,17 @@ class PrivateRounds:
                     f"{ledger.path}: expected lines of all {round} rounds, found {len(found)} of "
                     "them; what the others cost is not known, and the run cannot go on"
                 )
-        elif asked and cut_off < 1:
-            raise RunError(
-                f"{ledger.path}: expected lines for {max(asked.values())} releases of one device, "
-                f"found {_paid(ledger)}; what the others cost is not known, and the run cannot go "
-                "on"
-            )
-        return cls(config, privacy, state, ledger, secret, asked, cut_off)
+        else:
+            asked = read_asked(out)
+            most, paid = max(asked.values(), default=0), _paid(ledger)
+            # In its first round a run may have been cut off between the two files.
+            if most > paid or (round and paid and not most):
+                raise RunError(
+                    f"{ledger.path}: expected lines for {most} releases of one device as in "
+                    f"{ASKED}, found {paid}; one of the files was changed, what devices have sent "
+                    "is not known, and the run cannot go on"
+                )
+        return cls(config, privacy, state, ledger, secret, asked)
 
     @property
     def local_noise(self) -> LocalNoise | None:
@@ -177,6 +174,7 @@ class PrivateRounds:
         if local:
             self._asked.update(cohort)
             self._charge_local(round, event)
+            append_asked(self._ledger.path.parent, round, cohort)
             return cohort
         places = draw_members(self._secret, round, population, size, federation.sampling)
         self._drawn = tuple(
@@ -277,7 +275,7 @@ class PrivateRounds:
         """Return what is new of the most that any one client has sent, if all of these answer."""
         after = self._asked.copy()
         after.update(cohort)
-        most = max(after.values(), default=0) + self._cut_off
+        most = max(after.values(), default=0)
         return local_event(self.state.noise_multiplier, max(0, most - _paid(self._ledger)))
 
     def _epsilon(self, events: Sequence[PrivacyEvent]) -> float:

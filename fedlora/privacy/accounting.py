@@ -1,4 +1,4 @@
-"""What a list of `PrivacyEvent` costs: ε at a δ, noise for an ε, and how many rounds fit.
+"""What a list of `PrivacyEvent` costs: ε at a δ, and the noise for an ε.
 
 Three accountants:
 
@@ -44,13 +44,12 @@ __all__ = [
     "ACCOUNTANTS",
     "Accountant",
     "accountant_used",
-    "another_round_fits",
     "calibrate",
     "delta_of",
     "epsilon_of",
     "grouped",
-    "most_rounds",
     "neighboring_relation",
+    "rounded_up",
 ]
 
 Accountant = Literal["pld", "rdp", "exact"]
@@ -112,6 +111,15 @@ def neighboring_relation(events: Iterable[PrivacyEvent]) -> str:
     return found.pop() if found else "add-or-remove-one"
 
 
+def rounded_up(epsilon: float, decimals: int) -> float:
+    """Return an ε to show, with so many decimals: never less than what it is.
+
+    >>> rounded_up(8.0001, 2)
+    8.01
+    """
+    return math.ceil(epsilon * 10**decimals) / 10**decimals if math.isfinite(epsilon) else epsilon
+
+
 def grouped(events: Iterable[PrivacyEvent]) -> tuple[PrivacyEvent, ...]:
     """Return the events with equal ones merged into one `count`, in an order of their own.
 
@@ -158,46 +166,6 @@ def calibrate(
     return _least(cost, epsilon, start, step)
 
 
-def most_rounds(
-    event: PrivacyEvent,
-    max_epsilon: float,
-    delta: float,
-    *,
-    limit: int,
-    spent: Iterable[PrivacyEvent] = (),
-    accountant: str = "pld",
-) -> int:
-    """Return how many more of `event` fit into `max_epsilon` after `spent`, `limit` at the most.
-
-    event: of one round. The first thing tried is `limit`, so where the whole run fits this is one
-    composition; otherwise it takes log2(limit) of them. Raises as `epsilon_of` does.
-    """
-    return _most_rounds(grouped(spent), event, max_epsilon, delta, limit, accountant)
-
-
-def another_round_fits(
-    event: PrivacyEvent,
-    max_epsilon: float,
-    delta: float,
-    *,
-    spent: Iterable[PrivacyEvent],
-    rounds: int,
-    accountant: str = "pld",
-) -> bool:
-    """Whether `spent` and one more of `event` cost at most `max_epsilon`.
-
-    For asking before every round: what is computed (`most_rounds`, for up to `rounds` of `event` in
-    all) is kept, so that only the first of a run of equal rounds takes longer than a dictionary.
-    Raises as `epsilon_of` does.
-    """
-    once = replace(event, count=1)
-    groups = grouped(spent)
-    others = tuple(group for group in groups if replace(group, count=1) != once)
-    done = sum(group.count for group in groups) - sum(group.count for group in others)
-    need = done + event.count
-    return need <= _most_rounds(others, once, max_epsilon, delta, max(need, rounds), accountant)
-
-
 def _least(cost: Callable[[float], float], epsilon: float, start: float, step: float) -> float:
     """Return the least multiplier of a cost <= epsilon, to RELATIVE and from above.
 
@@ -226,28 +194,6 @@ def _least(cost: Callable[[float], float], epsilon: float, start: float, step: f
         low, high = (found, high) if found[1] > epsilon else (low, found)
         wide = wide + 1 if math.log(high[0] / low[0]) > before / 2 else 0
     return high[0]
-
-
-@functools.lru_cache(maxsize=64)
-def _most_rounds(
-    spent: tuple[PrivacyEvent, ...],
-    event: PrivacyEvent,
-    max_epsilon: float,
-    delta: float,
-    limit: int,
-    accountant: str,
-) -> int:
-    def fits(rounds: int) -> bool:
-        more = replace(event, count=event.count * rounds)
-        return epsilon_of([*spent, more], delta, accountant) <= max_epsilon
-
-    if limit <= 0 or fits(limit):
-        return max(limit, 0)
-    low, high = 0, limit  # low fits (or is none at all), high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def _epsilon(

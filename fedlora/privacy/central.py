@@ -13,7 +13,7 @@ function of the run's secret, the round, and the exact sum (`fedlora.privacy.noi
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -48,7 +48,7 @@ class PrivacyState:
 class CentralMechanism:
     """Clip, add up, add noise, divide by what is fixed."""
 
-    secret: bytes  # of the run, 32 bytes
+    secret: bytes = field(repr=False)  # of the run, 32 bytes
     noise_multiplier: float  # z: the whole release costs this, the count of an adaptive norm too
     clipping_norm: float  # C of this round
     denominator: int  # the expected cohort

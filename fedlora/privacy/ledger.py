@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, Literal, get_args
 
 from fedlora.errors import ConfigError, RunError
 from fedlora.files import sync_folder, write_atomic
-from fedlora.privacy.accounting import another_round_fits, epsilon_of, grouped
+from fedlora.privacy.accounting import epsilon_of, grouped
 from fedlora.privacy.events import PrivacyEvent
 
 __all__ = ["LEDGER", "Ledger", "LedgerLine", "Mechanism", "released_together"]
@@ -170,24 +170,6 @@ class Ledger:
     def spent(self, delta: float, accountant: str = "pld") -> float:
         """Return ε of everything so far at `delta`. Raises `ConfigError` as `epsilon_of` does."""
         return epsilon_of(self.events(), delta, accountant)
-
-    def fits(
-        self,
-        event: PrivacyEvent,
-        max_epsilon: float,
-        delta: float,
-        *,
-        rounds: int,
-        accountant: str = "pld",
-    ) -> bool:
-        """Whether one more round may be begun: what is spent and `event` are within `max_epsilon`.
-
-        event: all that the round releases, `released_together`. rounds: that the run plans in all;
-        the answers for them are computed at once, and asking every round costs next to nothing.
-        """
-        return another_round_fits(
-            event, max_epsilon, delta, spent=self.events(), rounds=rounds, accountant=accountant
-        )
 
 
 def released_together(events: Sequence[PrivacyEvent]) -> PrivacyEvent:

@@ -10,6 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from fedlora.privacy.accounting import rounded_up
+
 __all__ = ["Facts", "Threat", "threats"]
 
 
@@ -123,5 +125,7 @@ def _read_off(facts: Facts) -> str:
 
 
 def _budget(facts: Facts) -> str:
-    epsilon = "its epsilon" if facts.epsilon is None else f"epsilon {facts.epsilon:.3g}"
+    epsilon = (
+        "its epsilon" if facts.epsilon is None else f"epsilon {rounded_up(facts.epsilon, 2):.6g}"
+    )
     return epsilon if facts.delta is None else f"{epsilon} at delta {facts.delta:g}"

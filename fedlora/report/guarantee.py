@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from fedlora.errors import FedloraError
 from fedlora.experiment import ExperimentConfig
+from fedlora.privacy.accounting import rounded_up
 from fedlora.privacy.threats import Facts, threats
 from fedlora.report.blocks import Block, Cell, Notes, Plot, Section, Table, Words
 from fedlora.report.drawing import SERIES
@@ -53,7 +54,8 @@ def privacy_words(run: RunFolder) -> str:
         stopped = ""
         if privacy.get("stopped"):
             stopped = f" The run was ended early by {one_line(privacy['stopped'])}."
-        epsilon, relation = privacy["epsilon"], one_line(privacy.get("neighboring_relation", ""))
+        epsilon = rounded_up(privacy["epsilon"], 3)
+        relation = one_line(privacy.get("neighboring_relation", ""))
         apart = (
             "with other data of one of them"
             if "replace" in relation
@@ -63,10 +65,10 @@ def privacy_words(run: RunFolder) -> str:
         if epsilon > WEAK:
             weak = " An epsilon of this size rules out little: what holds is what audits find."
         return (
-            f"The global adapter is ({epsilon:.4g}, {privacy['delta']:g})-"
+            f"The global adapter is ({epsilon:.6g}, {privacy['delta']:g})-"
             f"differentially private for each {one_line(privacy.get('unit', 'user'))} "
             f"({relation}; {one_line(privacy.get('mechanism', 'central'))} noise): {apart}, "
-            f"no outcome is more than e^{epsilon:.3g} times as likely, but for a "
+            f"no outcome is more than e^{epsilon:.6g} times as likely, but for a "
             f"chance of {privacy['delta']:g}.{weak}{stopped}{sum_words}"
         )
     if table is not None and run.summary is None:

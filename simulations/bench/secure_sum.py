@@ -27,7 +27,7 @@ from simulations.bench.spent import spent
 from simulations.bench.tables import spread, table
 
 Vector = npt.NDArray[np.float64]
-PHASES = ("keys", "shares", "masked", "unmask")
+PHASES = ("keys", "shares", "masked", "agree", "unmask")
 INDEX_BYTES = 4
 MEGABYTE = 1e6
 
@@ -81,12 +81,24 @@ def run_round(terms: Terms, lost: int) -> Costs:
     lists = server.survivors, server.dropouts
     for index in server.survivors:
         with spent() as work:
-            revealed = clients[index].reveal(*lists)
+            tags = clients[index].agree(*lists)
+        costs.client["agree"].append(work.cpu)
+        with spent() as work:
+            server.add_agreement(index, tags)
+        costs.server["agree"] += work.cpu
+        costs.sent("agree", sum(map(len, tags.values())), INDEX_BYTES * terms.clients)
+    for index in server.survivors:
+        with spent() as work:
+            received = server.tags_for(index)
+        costs.server["unmask"] += work.cpu
+        with spent() as work:
+            revealed = clients[index].reveal(received)
         costs.client["unmask"].append(work.cpu)
         with spent() as work:
             server.add_reveal(index, revealed)
         costs.server["unmask"] += work.cpu
-        costs.sent("unmask", sum(map(len, revealed.values())), INDEX_BYTES * terms.clients)
+        down = sum(map(len, received.values()))
+        costs.sent("unmask", sum(map(len, revealed.values())), down)
     with spent() as work:
         total = server.total()
     costs.server["total"] = work.cpu

@@ -85,7 +85,7 @@ def test_torch_and_onnx_clients_add_up_to_what_they_do_in_the_open(
     # A step off, and each of the two rounded to float32 once.
     bound = step + 2 * np.spacing(np.abs(expected).astype(np.float32))
     assert (np.abs(row(secure) - expected) <= bound).all()
-    for phase in ("keys", "shares", "masked", "unmask"):
+    for phase in ("keys", "shares", "masked", "agree", "unmask"):
         found = {kind: trained[f"{kind} train.{phase}"] for kind in ("torch", "onnx")}
         assert sum(found.values()) == 6
         assert min(found.values()) > 0
@@ -162,5 +162,5 @@ def test_a_device_that_declines_does_so_before_it_costs_the_others_anything(
         ("c03", "declined: examples"),
         ("c04", "declined: metered"),
     ]
-    assert [phase["clients"] for phase in record.secure.values()] == [10] * 4
+    assert [phase["clients"] for phase in record.secure.values()] == [10] * 5
     assert sum(trained[f"{kind} train.shares"] for kind in ("torch", "onnx")) == 10

@@ -48,7 +48,7 @@ def test_devices_add_up_what_the_simulation_adds_up(device: Path, tmp_path: Path
         assert record.dropped == ()
         assert record.loss is None
         print({name: dict(phase) for name, phase in record.secure.items()}, dict(record.phases))
-        assert [phase["clients"] for phase in record.secure.values()] == [NODES] * 4
+        assert [phase["clients"] for phase in record.secure.values()] == [NODES] * 5
     for node in Federation.read(folder).nodes:
         # People personalize all the same, and nothing of it is told.
         assert node_store(folder, node.number).status().commits == 1

@@ -26,6 +26,7 @@ from fedlora.federation import (
 from fedlora.federation.device_state import DeviceState, owners_state
 from fedlora.federation.records import ClientSetup
 from fedlora.federation.secure.handlers import (
+    handle_agree,
     handle_keys,
     handle_masked,
     handle_shares,
@@ -139,6 +140,10 @@ def fake_app(
     @app.train("masked")
     def masked(message: Message, context: Context) -> Message:
         return handle_masked(message, opener(context), context.state, device(context))
+
+    @app.train("agree")
+    def agree(message: Message, context: Context) -> Message:
+        return handle_agree(message, context.state)
 
     @app.train("unmask")
     def unmask(message: Message, context: Context) -> Message:

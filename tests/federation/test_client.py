@@ -19,6 +19,7 @@ from fedlora.federation.buffers import BufferForm
 from fedlora.federation.client import one_line
 from fedlora.federation.codecs import CODECS
 from fedlora.federation.guard import check_answer, check_reply
+from fedlora.federation.limits import tells_nothing
 from fedlora.federation.records import (
     BOTH,
     TrainOrder,
@@ -70,6 +71,22 @@ def test_with_equal_weights_no_count_leaves_the_client() -> None:
     assert dict(reply.content["client"]) == {"client_id": "c1", "codecs": list(CODECS)}
     reply = handle_train(train_message(**equal), lambda setup: trainer())
     assert set(reply.content["metrics"]) == {"loss", "seconds", "steps"}
+
+
+def test_a_quiet_device_tells_no_count_whatever_the_run_weights_by() -> None:
+    refused = handle_query(query_message(), lambda setup: trainer(), quiet=True)
+    assert "lets no count of examples leave it" in refused.error.reason
+    equal = {"federation__weights": "equal"}
+    reply = handle_query(query_message(**equal), lambda setup: trainer(), quiet=True)
+    assert "num_examples" not in reply.content["client"]
+
+
+def test_an_owner_of_trusted_keys_or_noise_has_a_quiet_device() -> None:
+    assert not tells_nothing({})
+    assert not tells_nothing({"identity": "key", "min-examples": 3})
+    assert tells_nothing({"identity": "key", "trusted-keys": "keys"})
+    assert tells_nothing({"min-noise-multiplier": 1})
+    assert tells_nothing({"max-clipping-norm": 0.5})
 
 
 def test_a_reply_holds_the_shared_factors_and_the_declared_metrics_only() -> None:

@@ -144,6 +144,18 @@ def test_nothing_that_the_server_sends_names_a_path(name: str, tmp_path: Path) -
     assert status.installed.provenance["run"] == name
 
 
+def test_a_quiet_device_keeps_its_adapters_and_tells_no_score(tmp_path: Path) -> None:
+    replies = {}
+    for quiet in (False, True):
+        device = DeviceState(tmp_path / str(quiet))
+        replies[quiet] = handle_evaluate(
+            message(), lambda setup: FakeTrainer(1), None, device, quiet=quiet
+        )
+        assert Store.open(device.folder).status().installed is not None
+    assert "personal.loss" in replies[False].content["scores"]
+    assert dict(replies[True].content["scores"]) == {}
+
+
 def test_a_state_of_another_base_is_refused_before_the_training(tmp_path: Path) -> None:
     Store.create_without_bundle(tmp_path / "state", "ab" * 32)
     trainer = FakeTrainer(1)

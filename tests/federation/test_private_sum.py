@@ -22,7 +22,8 @@ from fedlora.adapter import Adapter
 from fedlora.aggregation import ServerState, Update, method
 from fedlora.errors import ConfigError, FederationError, RunError
 from fedlora.experiment import ExperimentConfig
-from fedlora.federation import read_checkpoint, read_rounds, server
+from fedlora.federation import private_sum, read_checkpoint, read_rounds, server
+from fedlora.federation.asked import ASKED, read_asked
 from fedlora.federation.checkpoint import Checkpoint, ClientRecord
 from fedlora.federation.private_sum import NOISE_KEY, CohortSum, PrivateRounds
 from fedlora.federation.results import run_table
@@ -363,8 +364,9 @@ def test_summary_table_and_adapter_say_the_guarantee(tmp_path: Path) -> None:
         key: found[key] for key in ("epsilon", "delta", "unit", "neighboring_relation")
     }
     table = run_table(tmp_path)
+    shown = math.ceil(100 * found["epsilon"]) / 100  # never less than what it is
     assert (
-        f"privacy: (epsilon {found['epsilon']:.2f}, delta 1e-05) for each person (user), "
+        f"privacy: (epsilon {shown:.2f}, delta 1e-05) for each person (user), "
         "add-or-remove-one, by pld; noise by the server, multiplier 1.5, clipping norm 0.5, "
         "Poisson 0.5; 3 rounds"
     ) in table
@@ -552,7 +554,7 @@ def test_local_noise_is_never_the_same_twice(tmp_path: Path) -> None:
     )
 
 
-def test_a_local_round_that_was_cut_off_is_charged_twice(
+def test_a_local_round_that_was_cut_off_is_charged_twice_and_a_resume_alone_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = private(privacy={"mechanism": "local"}, federation__rounds=2, federation__cohort=8)
@@ -566,10 +568,45 @@ def test_a_local_round_that_was_cut_off_is_charged_twice(
         with pytest.raises(_Stop):
             run(config, tmp_path)
     run(config, tmp_path)
-    # Devices have sent in round 1, once more in round 1, and in round 2. One more is charged:
-    # that the last one had not begun to send again when it was cut off is not known.
+    # Devices have sent in round 1, once more in round 1, and in round 2.
     lines = Ledger.read(tmp_path).lines
-    assert [(line.round, line.event.count) for line in lines] == [(1, 3), (2, 1)]
+    assert [(line.round, line.event.count) for line in lines] == [(1, 2), (2, 1)]
+    for rounds in (2, 3):
+        run(replace(config, federation=replace(config.federation, rounds=rounds)), tmp_path)
+    lines = Ledger.read(tmp_path).lines
+    assert [(line.round, line.event.count) for line in lines] == [(1, 2), (2, 1), (3, 1)]
+
+
+def test_a_cut_off_local_round_of_others_than_the_busiest_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = private(privacy={"mechanism": "local"}, federation__rounds=3, federation__cohort=8)
+    cohorts = iter([["c0"], ["c1"], ["c1"], ["c1"]])  # the second and third are of one round
+
+    with monkeypatch.context() as patch:
+        patch.setattr(private_sum, "draw_cohort", lambda *_: tuple(next(cohorts)))
+        with monkeypatch.context() as inner:
+            append = server.append_round
+
+            def cut(out: Path, record: Any) -> None:
+                if record.round == 2:
+                    raise _Stop
+                append(out, record)
+
+            inner.setattr(server, "append_round", cut)
+            with pytest.raises(_Stop):
+                run(config, tmp_path)
+        # Of a line that was begun nobody was asked.
+        with open(tmp_path / ASKED, "ab") as file:
+            file.write(b'{"round": 2, "coh')
+        run(config, tmp_path)
+    # c1 has sent three times, c0 once.
+    assert read_asked(tmp_path) == {"c0": 1, "c1": 3}
+    lines = Ledger.read(tmp_path).lines
+    assert [(line.round, line.event.count) for line in lines] == [(1, 1), (2, 1), (3, 1)]
+    (tmp_path / ASKED).unlink()
+    with raises(RunError, "what devices have sent is not known"):
+        run(config, tmp_path)
 
 
 def test_a_device_keeps_its_own_ledger_and_its_owners_limits(tmp_path: Path) -> None:
@@ -602,6 +639,14 @@ def test_a_device_keeps_its_own_ledger_and_its_owners_limits(tmp_path: Path) -> 
     told = reply.content["factors"]["factors"].numpy()
     # Its deviation is 1000 times 0.4, where the server ordered 1.5 times 0.5.
     assert 200 < told.std() < 600
+    # Nothing that has no noise leaves beside what has.
+    for key in ("share_metrics", "share_num_examples"):
+        content: Any = local.content
+        before, content["setup"][key] = content["setup"][key], True
+        open_too = handle_train(local, lambda setup: FakeTrainer(0), noise=strict)
+        assert open_too.has_error()
+        assert "expected nothing beside an update with local noise" in open_too.error.reason
+        content["setup"][key] = before
     refused = handle_train(central, lambda setup: FakeTrainer(0), noise=strict)
     assert refused.has_error()
     assert "this device's owner demands local noise" in refused.error.reason

@@ -28,7 +28,7 @@ from fedlora.federation.faults import draw_fault, with_faults
 from fedlora.federation.limits import declined_content
 from fedlora.federation.private_sum import NOISE_KEY, CohortSum, PrivateRounds
 from fedlora.federation.quorum import QuorumGrid
-from fedlora.federation.secure.records import KEYS, MASKED, PHASES, SHARES, UNMASK
+from fedlora.federation.secure.records import AGREE, KEYS, MASKED, PHASES, SHARES, UNMASK
 from fedlora.federation.summed import aggregate_mean
 from fedlora.files import write_atomic
 from fedlora.flat import pack, segments_of
@@ -48,6 +48,7 @@ from tests.federation.fakes import (
 )
 from tests.federation.scripted import Link
 
+AFTER = (AGREE, UNMASK)  # whoever is lost in one of these has its update in the sum
 RANGE = 20.0  # no fake moves a number so far
 FACTORS: tuple[Factor, Factor] = ("A", "B")
 
@@ -166,7 +167,7 @@ def test_a_dropout_costs_one_client_whatever_the_phase(kind: str, how: str, tmp_
     grid = FaultyGrid(of("c3", kind, lambda reply: [error(reply)] if how == "fails" else []))
     state, (record,) = run(config, tmp_path, grid=grid)
     # Whose update has come stays in the sum.
-    left = [i for i in range(8) if i != 3 or kind == UNMASK]
+    left = [i for i in range(8) if i != 3 or kind in AFTER]
     expected = mean(config, left)
     assert (np.abs(row(state.adapter) - expected) <= bound(config, expected)).all()
     reason = "node lost" if how == "fails" else "no reply in time"
@@ -175,12 +176,12 @@ def test_a_dropout_costs_one_client_whatever_the_phase(kind: str, how: str, tmp_
     assert numbers == {f"c{i}": int(i in left) for i in range(8)}
     after = PHASES.index(kind)
     assert [phase["clients"] for phase in record.secure.values()] == [
-        8 - (place >= after) for place in range(4)
+        8 - (place >= after) for place in range(5)
     ]
 
 
 def test_a_dropout_in_every_phase(tmp_path: Path) -> None:
-    lost = dict(zip(("c1", "c3", "c5", "c7"), PHASES, strict=True))
+    lost = dict(zip(("c1", "c3", "c5", "c7", "c8"), PHASES, strict=True))
 
     def fault(reply: Message, client: str) -> list[Message]:
         return [] if lost.get(client) == reply.metadata.message_type else [reply]
@@ -188,7 +189,7 @@ def test_a_dropout_in_every_phase(tmp_path: Path) -> None:
     config = secure(secure_aggregation__threshold=0.51, federation__cohort=8)
     state, (record,) = run(config, tmp_path, grid=FaultyGrid(fault, 8))
     assert record.status == "failed"  # 5 of 8 are needed, and 4 are left for the last phase
-    config = secure(federation__cohort=12)
+    config = secure(federation__cohort=12, secure_aggregation__threshold=0.51)
     grid = FaultyGrid(fault, 12)
     state, (record,) = run(config, tmp_path / "more", grid=grid, clients=12)
     expected = mean(config, [0, 2, 4, 6, 7, 8, 9, 10, 11])
@@ -326,6 +327,10 @@ CHANGED: dict[str, tuple[str, Callable[[Message], list[Message]], str, str]] = {
         MASKED, _row(lambda values: values.view(np.float32), honest=False), "c3",
         "masked: client 'c3': expected a masked row of (",
     ),
+    "no tag for c5": (
+        AGREE, lambda reply: [reply.content["tags"].pop("5"), reply][1:], "c3",
+        "agree: tags from client 3: expected one for each of 7 neighbors",
+    ),
     "what it reveals": (
         UNMASK, _change("revealed", "5"), "c3", "unmask: share of client 5 from 3: expected",
     ),
@@ -344,7 +349,16 @@ def test_a_changed_message_costs_one_client_which_is_named(name: str, tmp_path: 
     assert [client for client, _ in told(record)] == [who]
     assert record.dropped[0].reason.startswith(reason)
     out = int(who[1:])
-    expected = mean(config, [i for i in range(8) if i != out or kind == UNMASK])
+    expected = mean(config, [i for i in range(8) if i != out or kind in AFTER])
+    assert (np.abs(row(state.adapter) - expected) <= bound(config, expected)).all()
+
+
+def test_a_changed_tag_costs_nobody_while_enough_others_agree(tmp_path: Path) -> None:
+    config = secure()
+    grid = FaultyGrid(of("c3", AGREE, _change("tags", "5")))
+    state, (record,) = run(config, tmp_path, grid=grid)
+    assert told(record) == []
+    expected = mean(config, range(8))
     assert (np.abs(row(state.adapter) - expected) <= bound(config, expected)).all()
 
 
@@ -419,6 +433,7 @@ def test_nothing_but_the_declared_records_leaves(tmp_path: Path) -> None:
         (MASKED, "masked", ArrayRecord, frozenset({"row"})),
         (MASKED, "masked-digest", ConfigRecord, frozenset({"digest"})),
         (UNMASK, "revealed", ConfigRecord, places),
+        *((AGREE, "tags", ConfigRecord, places - {str(place)}) for place in range(8)),
     }
     # The model goes down with the third phase alone.
     models = {m.metadata.message_type for m in grid.down if "factors" in m.content}
@@ -475,7 +490,7 @@ def test_a_round_that_runs_again_after_a_crash_comes_to_the_same_bits(tmp_path: 
     state, _ = run(config, killed)
     assert state.adapter == whole.adapter
     assert [r.secure.keys() for r in read_rounds(killed)] == [
-        {"keys", "shares", "masked", "unmask"}
+        {"keys", "shares", "masked", "agree", "unmask"}
     ] * 4
 
 
@@ -504,7 +519,7 @@ def test_a_round_that_everyone_declines_comes_again_as_another_one(tmp_path: Pat
 
 def test_injected_faults_hit_every_phase_on_its_own(tmp_path: Path) -> None:
     config = secure(
-        federation__cohort=12, federation__rounds=6, faults__drop=0.02, faults__crash=0.02,
+        federation__cohort=12, federation__rounds=6, faults__drop=0.03, faults__crash=0.02,
         faults__duplicate=0.2,
     )  # fmt: skip
     grid = with_faults(InProcessGrid(fake_app(), 12), config.faults)

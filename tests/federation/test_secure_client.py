@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlora.aggregation import ServerState
 from fedlora.errors import (
@@ -35,13 +36,15 @@ from fedlora.federation.secure.client import (
     ContextSessions,
     Kept,
     MemorySessions,
+    answer_agree,
     answer_keys,
     answer_masked,
     answer_shares,
     answer_unmask,
     require_masking,
 )
-from fedlora.federation.secure.handlers import owners_trusted, read_trusted_keys
+from fedlora.federation.secure.handlers import handle_keys, owners_trusted, read_trusted_keys
+from fedlora.federation.secure.once import answer_once, answers_of
 from fedlora.federation.secure.records import (
     PhaseOrder,
     keys_content,
@@ -60,7 +63,7 @@ from fedlora.flat import pack
 from fedlora.plain import to_plain
 from fedlora.privacy.clipping import norm_of
 from fedlora.privacy.secure import Advertisement, Identity, ServerSession, Terms
-from tests.federation.fakes import experiment, raises, start_adapter
+from tests.federation.fakes import FakeTrainer, experiment, raises, start_adapter
 
 CONFIG = experiment(federation__weights="equal", secure_aggregation__clipping_range=4.0)
 SETUP = to_record(ClientSetup.of(CONFIG))
@@ -130,8 +133,12 @@ class Round:
         length, bits = self.terms.size + 1, self.terms.bits
         self.server.add_masked(place, read_masked(reply, length, bits, "client"))
 
-    def unmask(self, place: int, survivors: tuple[int, ...], dropouts: tuple[int, ...]) -> Any:
+    def agree(self, place: int, survivors: tuple[int, ...], dropouts: tuple[int, ...]) -> Any:
         content = RecordDict({"secure": order(self.terms, survivors=survivors, dropouts=dropouts)})
+        return read_parts(answer_agree(content, self.sessions(place)), "tags", "client")
+
+    def unmask(self, place: int, tags: dict[int, bytes]) -> Any:
+        content = RecordDict({"secure": order(self.terms), "tags": parts_record(tags)})
         return answer_unmask(content, self.sessions(place))
 
 
@@ -152,7 +159,9 @@ def masked_round() -> Round:
 def test_a_round_by_hand_gives_the_sum_of_the_changes() -> None:
     found = masked_round()
     for place in range(4):
-        reply = found.unmask(place, (0, 1, 2, 3), ())
+        found.server.add_agreement(place, found.agree(place, (0, 1, 2, 3), ()))
+    for place in range(4):
+        reply = found.unmask(place, found.server.tags_for(place))
         found.server.add_reveal(place, read_parts(reply, "revealed", "client"))
     total = found.server.total()
     sent = pack(TASK.reply.sent, TASK.reply.segments).astype(np.float64)
@@ -183,8 +192,12 @@ OUT_OF_ORDER: dict[str, tuple[Callable[[Round], Any], type[Exception], str]] = {
         lambda r: answer_keys(keys_content(replace(TERMS, round=0), 0, SETUP), r.sessions(0)),
         FederationError, "message from the server: expected a round after 1, found 0",
     ),
-    "unmasking another round": (
-        lambda r: answer_unmask(
+    "unmasking before the others agree": (
+        lambda r: r.unmask(0, {}), PhaseOrderError,
+        "client 0: expected to be after the phase 'agreed', found it after 'masked'",
+    ),
+    "lists of another round": (
+        lambda r: answer_agree(
             RecordDict({"secure": order(replace(TERMS, round=2), survivors=(0, 1, 2, 3))}),
             r.sessions(0),
         ),
@@ -192,8 +205,8 @@ OUT_OF_ORDER: dict[str, tuple[Callable[[Round], Any], type[Exception], str]] = {
         "message from the server: expected a phase of a round that this client has begun, which is "
         "round 1 of 'run', found one of round 2 of 'run'",
     ),
-    "unmasking another run": (
-        lambda r: answer_unmask(
+    "lists of another run": (
+        lambda r: answer_agree(
             RecordDict({"secure": order(replace(TERMS, run="x"), survivors=(0, 1, 2, 3))}),
             r.sessions(0),
         ),
@@ -202,11 +215,11 @@ OUT_OF_ORDER: dict[str, tuple[Callable[[Round], Any], type[Exception], str]] = {
         "round 1 of 'run', found one of round 1 of 'x'",
     ),
     "a client on both lists": (
-        lambda r: r.unmask(0, (0, 1, 2, 3), (3,)), RevealError, "",
+        lambda r: r.agree(0, (0, 1, 2, 3), (3,)), RevealError, "",
     ),
-    "a client on neither list": (lambda r: r.unmask(0, (0, 1, 2), ()), RevealError, ""),
-    "too few survivors": (lambda r: r.unmask(0, (0, 1), (2, 3)), FederationError, ""),
-    "itself as a dropout": (lambda r: r.unmask(0, (1, 2, 3), (0,)), RevealError, ""),
+    "a client on neither list": (lambda r: r.agree(0, (0, 1, 2), ()), RevealError, ""),
+    "too few survivors": (lambda r: r.agree(0, (0, 1), (2, 3)), FederationError, ""),
+    "itself as a dropout": (lambda r: r.agree(0, (1, 2, 3), (0,)), RevealError, ""),
 }  # fmt: skip
 
 
@@ -221,16 +234,26 @@ def test_what_is_out_of_order_is_refused_and_changes_nothing(name: str) -> None:
     assert dict(found.states[0]["secure-session"]) == before  # type: ignore[arg-type]
 
 
-def test_a_second_unmask_is_refused_even_with_the_same_lists() -> None:
+def test_other_lists_and_a_second_unmask_are_refused() -> None:
     found = masked_round()
-    found.unmask(0, (0, 1, 2), (3,))
-    for lists in (((0, 1, 2), (3,)), ((0, 1, 2, 3), ())):
+    tags = {place: found.agree(place, (0, 1, 2), (3,)) for place in range(3)}
+    with raises(
+        PhaseOrderError,
+        "client 0: expected to be after the phase 'masked', found it after 'agreed'; the phases "
+        "are keys, shares, masked, agreed, revealed, each once",
+    ):
+        found.agree(0, (0, 1, 2, 3), ())
+    mine = {place: tags[place][0] for place in (1, 2)}
+    with pytest.raises(RevealError, match="expected 3 or more clients that were told the same"):
+        found.unmask(0, {1: mine[1]})
+    found.unmask(0, mine)
+    for again in (mine, {}):
         with raises(
             PhaseOrderError,
             "message from the server: expected nothing more of round 1, in which this client has "
             "revealed its shares, found another phase",
         ):
-            found.unmask(0, *lists)
+            found.unmask(0, again)
 
 
 def test_a_client_that_has_begun_nothing_answers_nothing() -> None:
@@ -239,7 +262,7 @@ def test_a_client_that_has_begun_nothing_answers_nothing() -> None:
         "message from the server: expected a phase of a round that this client has begun, which is "
         "no round, found one of round 1 of 'run'",
     ):
-        answer_unmask(
+        answer_agree(
             RecordDict({"secure": order(survivors=(0, 1, 2))}), ContextSessions(RecordDict())
         )
 
@@ -289,6 +312,57 @@ def test_a_norm_without_room_for_rounding_is_refused() -> None:
         answer_masked(
             found.masking(0, clipping_norm=1e-12), found.sessions(0), TASK, rows()[0], "c0"
         )
+
+
+def test_processes_at_the_same_time_answer_one_phase_once(tmp_path: Path) -> None:
+    # A server sends two messages at once: each process has a copy of the context of before.
+    folder = tmp_path / "user" / "device"
+    found = masked_round()
+    reply = "found it answered by another process of this device"
+
+    def copy(state: RecordDict) -> ContextSessions:
+        return ContextSessions(RecordDict(dict(state)), folder)
+
+    before = found.states[0]
+    lists = [RecordDict({"secure": order(survivors=(0, 1, 2), dropouts=(3,))}),
+             RecordDict({"secure": order(survivors=(0, 1, 2, 3))})]  # fmt: skip
+    answer_agree(lists[0], copy(before))
+    with pytest.raises(PhaseOrderError, match=reply):
+        answer_agree(lists[1], copy(before))
+    other = Round()
+    other.share()
+    before, ask = other.states[1], other.masking(1)
+    for number, row in enumerate(rows()[:2]):
+        if number == 0:
+            answer_masked(ask, ContextSessions(RecordDict(dict(before)), folder), TASK, row, "c1")
+        else:
+            with pytest.raises(PhaseOrderError, match=reply):
+                answer_masked(ask, copy(before), TASK, row, "c1")
+    # Nothing is in the files; another round, and another device, are others.
+    assert [path.read_bytes() for path in folder.iterdir()] == [b"", b""]
+    answer_once(folder, "run", 2, "masked")
+    answer_once(tmp_path / "user" / "other", "run", 1, "masked")
+
+
+def test_notes_of_a_week_ago_are_deleted_and_a_strangers_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "user" / "device"
+    answer_once(folder, "run", 1, "keys")
+    (old,) = folder.iterdir()
+    os.utime(old, (0, 0))
+    answer_once(folder, "run", 2, "keys")
+    assert old not in folder.iterdir()
+    folder.parent.chmod(0o755)
+    with pytest.raises(ConfigError, match="expected a folder of this user alone"):
+        answer_once(folder, "run", 3, "keys")
+    assert answers_of(Path("/a")) != answers_of(Path("/b"))
+
+
+def test_a_device_whose_owner_demands_noise_takes_no_part_in_a_secure_sum() -> None:
+    message = Message(keys_content(TERMS, 0, SETUP), 1001, "train.keys")
+    reply = handle_keys(
+        message, lambda setup: FakeTrainer(0), RecordDict(), node_config={"min-noise-multiplier": 1}
+    )
+    assert "this device's owner demands local noise" in reply.error.reason
 
 
 # Identities: who has signed an advertisement, and whom a device trusts.

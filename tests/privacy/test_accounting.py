@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,10 @@ from fedlora.errors import ConfigError
 from fedlora.privacy import PrivacyEvent, accounting
 from fedlora.privacy.accounting import (
     accountant_used,
-    another_round_fits,
     calibrate,
     delta_of,
     epsilon_of,
     grouped,
-    most_rounds,
     neighboring_relation,
 )
 from tests.matching import raises
@@ -227,45 +224,14 @@ def test_a_promise_that_no_noise_keeps_is_refused() -> None:
         calibrate(1e-12, 1e-300, 10_000, everyone, "exact")
 
 
-def test_most_rounds_is_the_last_that_fits() -> None:
-    event, spent = everyone(10), [everyone(5, 3)]
-    most = most_rounds(event, 4.0, 1e-5, limit=1000, spent=spent, accountant="exact")
-    assert 0 < most < 1000
-    assert epsilon_of([*spent, replace(event, count=most)], 1e-5, "exact") <= 4.0
-    assert epsilon_of([*spent, replace(event, count=most + 1)], 1e-5, "exact") > 4.0
-    assert most_rounds(event, 4.0, 1e-5, limit=most - 3, spent=spent, accountant="exact") == (
-        most - 3
-    )
-    assert most_rounds(event, 0.5, 1e-5, limit=9, spent=spent, accountant="exact") == 0
-
-
 def test_a_calibrated_run_never_costs_more_and_has_all_of_its_rounds_and_no_more() -> None:
     found = calibrate(0.2, 1e-5, 20, lambda z: poisson(0.05, z))
     event = poisson(0.05, found)
     assert epsilon_of([replace(event, count=20)], 1e-5) <= 0.2
     assert epsilon_of([poisson(0.05, found / (1 + 1.001e-4), 20)], 1e-5) > 0.2
 
-    def fits(done: int) -> bool:
-        return another_round_fits(event, 0.2, 1e-5, spent=[event] * done, rounds=20)
-
-    assert [fits(done) for done in (0, 1, 19)] == [True, True, True]
-    assert not fits(20)  # a twentieth more rounds cost more than the ten-thousandth of slack
-
-
-def test_asking_before_every_round_computes_once() -> None:
-    event = poisson(0.05, 5.0)
-    another_round_fits(event, 0.4, 1e-5, spent=[], rounds=300)
-    before = accounting._most_rounds.cache_info().misses
-    start = time.process_time()
-    allowed = [
-        another_round_fits(event, 0.4, 1e-5, spent=[replace(event, count=done)], rounds=300)
-        for done in range(300)
-    ]
-    assert accounting._most_rounds.cache_info().misses == before
-    assert time.process_time() - start < 1.0  # measured: 5 ms; a composition each would be 20 s
-    most = allowed.index(False)
-    assert allowed == [done < most for done in range(300)]
-    assert most == most_rounds(event, 0.4, 1e-5, limit=300)
+    # A twentieth more rounds cost more than the ten-thousandth of slack.
+    assert epsilon_of([replace(event, count=21)], 1e-5) > 0.2
 
 
 REFUSED = {

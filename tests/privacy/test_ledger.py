@@ -253,15 +253,6 @@ def test_no_noise_on_one_of_two_is_no_noise() -> None:
     assert both.noise_multiplier == 0
 
 
-def test_the_run_stops_before_it_passes_its_epsilon(tmp_path: Path) -> None:
-    ledger, limit = Ledger.read(tmp_path), 1.5
-    while ledger.fits(EVENT, limit, 1e-5, rounds=50, accountant="exact"):
-        ledger = ledger.append(line(len(ledger.lines) + 1))
-        assert ledger.spent(1e-5, "exact") <= limit
-    assert 1 < len(ledger.lines) < 50
-    assert epsilon_of([*ledger.events(), EVENT], 1e-5, "exact") > limit
-
-
 def test_what_is_appended_makes_sense() -> None:
     with raises(ConfigError, "round"):
         line(0)

@@ -54,7 +54,7 @@ def test_both_engines_lose_the_same_in_the_same_phases(tmp_path: Path) -> None:
         lost.append([sorted((d.client, d.reason) for d in r.dropped) for r in read_rounds(out)])
     assert lost[0] == lost[1]
     assert {reason.partition(":")[0] for found in lost[0] for _, reason in found} >= {
-        "keys", "shares", "masked", "unmask",
+        "keys", "shares", "masked", "agree", "unmask",
     }  # fmt: skip
     one, other = (row(end.state.adapter) for end in ends)
     # float32 sums in another order, and numbers that fall on the other side of a level for it.

@@ -1,4 +1,4 @@
-"""A round of which the server learns a sum alone, as four phases of messages.
+"""A round of which the server learns a sum alone, as five phases of messages.
 
     records    what the phases say to each other
     phase      one phase: sent, awaited, read

@@ -1,4 +1,4 @@
-"""A client's part of a secure sum: its answers in the four phases of a round.
+"""A client's part of a secure sum: its answers in the five phases of a round.
 
 Between two messages a client's secrets lie in its `Sessions`: `Context.state` on a device, which is
 in the memory of its SuperNode and ends with the run, or a dictionary for virtual clients. They are
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol, cast
 
 import numpy as np
@@ -24,7 +25,9 @@ from flwr.app import ConfigRecord, RecordDict
 from fedlora.adapter import Array
 from fedlora.errors import FederationError, PhaseOrderError, SecureTermsError
 from fedlora.federation.guard import check_advertised, check_masked, check_parts
+from fedlora.federation.secure.once import answer_once
 from fedlora.federation.secure.records import (
+    AGREE,
     KEYS,
     MASKED,
     SHARES,
@@ -48,6 +51,7 @@ __all__ = [
     "Kept",
     "MemorySessions",
     "Sessions",
+    "answer_agree",
     "answer_keys",
     "answer_masked",
     "answer_phase",
@@ -80,10 +84,14 @@ class Sessions(Protocol):
 
 
 class ContextSessions:
-    """`Sessions` in a `Context.state`."""
+    """`Sessions` in a `Context.state`.
 
-    def __init__(self, state: RecordDict) -> None:
-        self._state = state
+    answers: where a device notes each phase that it has answered (`answer_once`), since the state
+    may be an old copy; None: it notes nothing.
+    """
+
+    def __init__(self, state: RecordDict, answers: Path | None = None) -> None:
+        self._state, self._answers = state, answers
 
     def read(self) -> Kept | None:
         """See `Sessions`."""
@@ -98,7 +106,10 @@ class ContextSessions:
         )
 
     def write(self, kept: Kept) -> None:
-        """See `Sessions`."""
+        """See `Sessions`. Raises `PhaseOrderError` for a phase that another process has done."""
+        if self._answers is not None:
+            phase = "revealed" if kept.session is None else kept.session.phase
+            answer_once(self._answers, kept.run, kept.round, phase)
         data = b"" if kept.session is None else kept.session.to_bytes()
         self._state[_RECORD] = ConfigRecord({"run": kept.run, "round": kept.round, "session": data})
 
@@ -219,17 +230,31 @@ def answer_masked(
     return reply
 
 
-def answer_unmask(content: RecordDict, sessions: Sessions) -> RecordDict:
-    """Tell what removes the masks from the sum, and forget the round's secrets.
+def answer_agree(content: RecordDict, sessions: Sessions) -> RecordDict:
+    """Tell the neighbors, by tags that the server cannot make, who this client was told is left.
 
     Raises `FederationError` out of order, and what the session raises for lists of survivors and
     dropouts that would uncover a single update.
     """
     order = read_phase(content)
     kept, session = _kept(sessions, order)
-    revealed = session.reveal(order.survivors, order.dropouts)
+    reply = RecordDict({"tags": parts_record(session.agree(order.survivors, order.dropouts))})
+    check_parts(reply, "tags", order.survivors)
+    sessions.write(kept)
+    return reply
+
+
+def answer_unmask(content: RecordDict, sessions: Sessions) -> RecordDict:
+    """Tell what removes the masks from the sum, and forget the round's secrets.
+
+    Raises `FederationError` out of order, and what the session raises where too few others were
+    told what this client was told.
+    """
+    order = read_phase(content)
+    kept, session = _kept(sessions, order)
+    revealed = session.reveal(read_parts(content, "tags", _SERVER))
     reply = RecordDict({"revealed": parts_record(revealed)})
-    check_parts(reply, "revealed", (*order.survivors, *order.dropouts))
+    check_parts(reply, "revealed", session.terms.holders_of(session.index))
     sessions.write(replace(kept, session=None))
     return reply
 
@@ -239,9 +264,12 @@ def answer_phase(kind: str, content: RecordDict, sessions: Sessions) -> RecordDi
 
     Virtual clients are all the caller's own, and need no identities.
     """
-    if kind == KEYS:
-        return answer_keys(content, sessions)
-    return answer_shares(content, sessions) if kind == SHARES else answer_unmask(content, sessions)
+    answers: Mapping[str, Callable[[RecordDict, Sessions], RecordDict]] = {
+        KEYS: answer_keys,
+        SHARES: answer_shares,
+        AGREE: answer_agree,
+    }
+    return answers.get(kind, answer_unmask)(content, sessions)
 
 
 def _kept(sessions: Sessions, order: PhaseOrder) -> tuple[Kept, ClientSession]:

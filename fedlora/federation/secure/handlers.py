@@ -33,14 +33,17 @@ from fedlora.federation.client import (
     trained,
 )
 from fedlora.federation.device_state import DeviceState
+from fedlora.federation.limits import owners_limits
 from fedlora.federation.secure.client import (
     ContextSessions,
+    answer_agree,
     answer_keys,
     answer_masked,
     answer_shares,
     answer_unmask,
     require_masking,
 )
+from fedlora.federation.secure.once import answers_of
 from fedlora.federation.secure.records import read_keys, training_records
 from fedlora.federation.tasks import TrainTask, read_query
 from fedlora.flat import pack
@@ -49,6 +52,7 @@ from fedlora.privacy.secure import Identity
 from fedlora.training import TrainResult
 
 __all__ = [
+    "handle_agree",
     "handle_keys",
     "handle_masked",
     "handle_plain",
@@ -88,9 +92,10 @@ def handle_keys(
             )
         if min_examples and open_trainer(read_query(content)).num_examples < min_examples:
             return declined("examples")
+        owners_limits(node_config).noise.agreed(None)  # nobody puts local noise on a secure sum
         identity = owners_identity(node_config)
         own = None if identity is None else Identity.from_pem_file(identity)
-        return answer_keys(content, ContextSessions(state), own)
+        return answer_keys(content, _sessions(state, node_config), own)
 
     return reply_with(message, build)
 
@@ -103,7 +108,7 @@ def handle_shares(
     def build() -> RecordDict:
         trusted = owners_trusted(node_config)
         known = None if trusted is None else read_trusted_keys(trusted)
-        return answer_shares(message.content, ContextSessions(state), known)
+        return answer_shares(message.content, _sessions(state, node_config), known)
 
     return reply_with(message, build)
 
@@ -115,9 +120,10 @@ def handle_masked(
     device: DeviceState | None = None,
     *,
     min_examples: int = 0,
+    node_config: Mapping[str, object] = NOTHING,
 ) -> Message:
     """Train for one round; the reply holds the update under its masks, and nothing else."""
-    sessions = ContextSessions(state)
+    sessions = _sessions(state, node_config)
 
     def answer(task: TrainTask, trainer: Trainer, result: TrainResult, _: float) -> RecordDict:
         row = pack(result.adapter, task.reply.segments)
@@ -131,9 +137,20 @@ def handle_masked(
     return reply_with(message, build)
 
 
-def handle_unmask(message: Message, state: RecordDict) -> Message:
+def handle_agree(
+    message: Message, state: RecordDict, node_config: Mapping[str, object] = NOTHING
+) -> Message:
+    """Tell the others who this client was told is left, whatever its limits say by now."""
+    return reply_with(message, lambda: answer_agree(message.content, _sessions(state, node_config)))
+
+
+def handle_unmask(
+    message: Message, state: RecordDict, node_config: Mapping[str, object] = NOTHING
+) -> Message:
     """Help to take the masks off the sum; a device does so whatever its limits say by now."""
-    return reply_with(message, lambda: answer_unmask(message.content, ContextSessions(state)))
+    return reply_with(
+        message, lambda: answer_unmask(message.content, _sessions(state, node_config))
+    )
 
 
 def handle_plain(message: Message) -> Message:
@@ -146,6 +163,12 @@ def handle_plain(message: Message) -> Message:
         )
 
     return reply_with(message, build)
+
+
+def _sessions(state: RecordDict, node_config: Mapping[str, object]) -> ContextSessions:
+    """Return where the sessions are kept; a device with an identity of its own answers once."""
+    identity = owners_identity(node_config)
+    return ContextSessions(state, None if identity is None else answers_of(identity))
 
 
 def owners_least(node_config: Mapping[str, object]) -> int:

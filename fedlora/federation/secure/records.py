@@ -7,7 +7,9 @@
     train.masked  down  "secure", "shares"               those that are for this client
                         and all of an ordinary training message (`fedlora.federation.records`)
                   up    "masked", "masked-digest"        its update under masks
-    train.unmask  down  "secure"                         who is in the sum, and who fell out
+    train.agree   down  "secure"                         who is in the sum, and who fell out
+                  up    "tags"                           by which its neighbors see what it was told
+    train.unmask  down  "secure", "tags"                 those that are for this client
                   up    "revealed"                       its part of what removes the masks
 
 The model goes down with "train.masked" alone. Nothing else goes up: no loss, no count, no seconds.
@@ -31,6 +33,7 @@ from fedlora.federation.buffers import array_header
 from fedlora.privacy.secure import Terms
 
 __all__ = [
+    "AGREE",
     "KEYS",
     "MASKED",
     "PHASES",
@@ -52,8 +55,9 @@ __all__ = [
     "training_records",
 ]
 
-KEYS, SHARES, MASKED, UNMASK = "train.keys", "train.shares", "train.masked", "train.unmask"
-PHASES = (KEYS, SHARES, MASKED, UNMASK)
+KEYS, SHARES, MASKED = "train.keys", "train.shares", "train.masked"
+AGREE, UNMASK = "train.agree", "train.unmask"
+PHASES = (KEYS, SHARES, MASKED, AGREE, UNMASK)
 SECURE_RECORDS = frozenset({"secure", "shares"})  # of a masked message, beside the ordinary ones
 MOST_BYTES = 1 << 16  # of one client's part of a phase: an advertisement or a sealed share
 _SERVER = "message from the server"
@@ -73,8 +77,8 @@ class PhaseOrder:
 
     run: str
     round: int
-    survivors: tuple[int, ...] = ()  # masked: of the sharing; unmask: of the masking
-    dropouts: tuple[int, ...] = ()  # unmask: shared, and sent no update
+    survivors: tuple[int, ...] = ()  # masked: of the sharing; agree: of the masking
+    dropouts: tuple[int, ...] = ()  # agree: shared, and sent no update
     clipping_norm: float | None = None  # masked: the most that the update may be long; None: any
 
 

@@ -1,18 +1,19 @@
-"""A round whose server learns the sum of its clients' updates, and none of them: four phases.
+"""A round whose server learns the sum of its clients' updates, and none of them: five phases.
 
     train.keys     every client of the cohort draws keys and advertises the public ones
     train.shares   each deals shares of its secrets to its neighbors, sealed for them
     train.masked   the model goes down; each trains, and sends its update under masks
+    train.agree    those whose update came make sure that all were told the same of who is left
     train.unmask   those whose update came tell what removes the masks from the sum, and only that
 
 The cryptography is that of `fedlora.privacy.secure`; here are the messages. Each phase is an
 exchange of its own through the run's grid, with its deadline and quorum. The masked one is the
 exchange that Flower's strategy does anyway, so the first two belong to its beginning and the last
-to its end.
+two to its end.
 
 A client that fails, declines or is silent in a phase is out of the round, by name and with the
 phase, and the others go on. With fewer than the threshold left the round is given up and nothing is
-revealed. Whoever has sent its update stays in the sum, whatever it does in the last phase.
+revealed. Whoever has sent its update stays in the sum, whatever it does in the last two phases.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fedlora.experiment import ExperimentConfig
 from fedlora.federation.phases import PhaseClock
 from fedlora.federation.secure.phase import Member, Phase
 from fedlora.federation.secure.records import (
+    AGREE,
     KEYS,
     MASKED,
     SHARES,
@@ -155,12 +157,17 @@ class SecureRound:
         masked.read(replies, self._take_masked, self._clock)
         self.phases.append(masked)
         self._require_enough(masked)
-        order = self._order(self._server.survivors, self._server.dropouts)
+        lists = self._order(self._server.survivors, self._server.dropouts)
+
+        def agree(_: Member) -> RecordDict:
+            return RecordDict({"secure": lists.copy()})
 
         def unmask(member: Member) -> RecordDict:
-            return RecordDict({"secure": order.copy()})
+            tags = parts_record(self._server.tags_for(member.place))
+            return RecordDict({"secure": self._order(), "tags": tags})
 
-        self._exchange(UNMASK, masked.right, unmask, self._take_revealed)
+        agreed = self._exchange(AGREE, masked.right, agree, self._take_tags)
+        self._exchange(UNMASK, agreed, unmask, self._take_revealed)
         return None if self.given_up is not None else self._total()
 
     def _total(self) -> SecureTotal | None:
@@ -243,6 +250,9 @@ class SecureRound:
     def _take_masked(self, member: Member, content: RecordDict) -> None:
         row = read_masked(content, self.terms.size + 1, self.terms.bits, _who(member))
         self._server.add_masked(member.place, row)
+
+    def _take_tags(self, member: Member, content: RecordDict) -> None:
+        self._server.add_agreement(member.place, read_parts(content, "tags", _who(member)))
 
     def _take_revealed(self, member: Member, content: RecordDict) -> None:
         self._server.add_reveal(member.place, read_parts(content, "revealed", _who(member)))

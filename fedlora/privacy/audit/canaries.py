@@ -21,7 +21,7 @@ import hashlib
 import hmac
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Canaries:
     """The canaries of a run; their directions are keyed by the run's secret."""
 
     count: int
-    secret: bytes
+    secret: bytes = field(repr=False)
 
     @property
     def ids(self) -> tuple[str, ...]:

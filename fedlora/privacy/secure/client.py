@@ -20,9 +20,11 @@ from fedlora.errors import (
     ShareError,
     ThresholdError,
 )
+from fedlora.privacy.secure.agreement import digest_of_keys, digest_of_lists, is_tag, tag_of
 from fedlora.privacy.secure.keys import (
     Advertisement,
     Identity,
+    agreement_key,
     channel_key,
     commitment_of,
     mask_seed,
@@ -48,15 +50,15 @@ from fedlora.privacy.secure.terms import Terms
 
 __all__ = ["ClientSession"]
 
-_PHASES = ("keys", "shares", "masked", "revealed")
+_PHASES = ("keys", "shares", "masked", "agreed", "revealed")
 
 
 class ClientSession:
     """The secrets of one client in one round, and what it has agreed to so far.
 
-    begin → share → mask → reveal, each once; `reveal` again with the same lists gives the same.
-    Secrets are dropped as soon as a later phase has no use for them. A call that raises leaves the
-    session as it was, but a client should take no further part then.
+    begin → share → mask → agree → reveal, each once. Secrets are dropped as soon as a later phase
+    has no use for them. A call that raises leaves the session as it was, but a client should take
+    no further part then.
 
     Between messages the session is kept as bytes (`to_bytes`). They must be stored *before* what
     the call returned is sent: an older copy would reveal a second time.
@@ -124,6 +126,7 @@ class ClientSession:
         own, private = directory[self.index], opened_key(state["share_secret"])
         messages: dict[int, bytes] = {}
         receiving: dict[int, bytes] = {}
+        agreement: dict[int, bytes] = {}
         for holder in holders:
             theirs = directory[holder]
             shared = shared_secret(private, theirs.share_key, holder)
@@ -131,11 +134,15 @@ class ClientSession:
             key = channel_key(terms, shared, own, theirs)
             messages[holder] = seal_shares(terms, key, self.index, holder, pair)
             receiving[holder] = channel_key(terms, shared, theirs, own)
+            if holder != self.index:
+                agreement[holder] = agreement_key(terms, shared, own, theirs)
         self._state = {
             "mask_secret": state["mask_secret"],
             "seed": state["seed"],
             "receiving": receiving,
             "mask_keys": {neighbor: directory[neighbor].mask_key for neighbor in neighbors},
+            "agreement": agreement,
+            "directory": {holder: directory[holder].digest for holder in holders},
         }
         self.phase = "shares"
         return messages
@@ -215,9 +222,13 @@ class ClientSession:
         masked[:-1] = terms.quantizer.quantize(vector, draws)
         masked[-1] = 1
         apply_masks(masked, add, subtract)
+        # On a sparse graph everyone has other neighbors, and no two the same directory.
+        seen = {c: state["directory"][c] for c in survivors_of_sharing} if terms.complete else {}
         self._state = {
             "sharing": sorted(survivors_of_sharing),
             "held": {owner: pair.self_mask + pair.mask_key for owner, pair in held.items()},
+            "agreement": {other: state["agreement"][other] for other in others},
+            "directory": digest_of_keys(seen),
         }
         self.phase = "masked"
         return masked
@@ -262,26 +273,34 @@ class ClientSession:
             )
         return senders
 
-    def reveal(self, survivors: Collection[int], dropouts: Collection[int]) -> dict[int, bytes]:
-        """Return one share (34 bytes) by owner: of a survivor's own mask, of a dropout's key.
+    def agree(self, survivors: Collection[int], dropouts: Collection[int]) -> dict[int, bytes]:
+        """Settle on whose vectors are in the sum; return a tag (32 bytes) by surviving neighbor.
 
         survivors: whose vectors are in the sum. dropouts: who shared but sent no vector. Together
         they are the survivors of sharing that this client put masks against.
 
-        Raises `RevealError` (a client in both or in neither, or other lists than before),
-        `ThresholdError`, `PhaseOrderError`.
+        Raises `RevealError` (a client in both or in neither), `ThresholdError`, `SecureTermsError`,
+        `PhaseOrderError`.
         """
+        self._require_phase("masked")
         left = _clients(self.terms, survivors, "survivors")
         lost = _clients(self.terms, dropouts, "dropouts")
-        lists = _digest_of_lists(left, lost)
-        if self.phase == "revealed":
-            if lists != self._state["lists"]:
-                raise RevealError(
-                    f"client {self.index}: expected the survivors and dropouts that it revealed "
-                    "shares for already, found others; both shares of a client would unmask it"
-                )
-            return dict(self._state["revealed"])
-        self._require_phase("masked")
+        self._require_lists(left, lost)
+        state = self._state
+        lists = digest_of_lists(left, lost, state["directory"])
+        agreement = {other: key for other, key in state["agreement"].items() if other in left}
+        revealed = {}
+        for owner, both_shares in state["held"].items():
+            kind = SELF if owner in left else KEY
+            pair = PairOfShares(both_shares[:SHARE_BYTES], both_shares[SHARE_BYTES:])
+            revealed[owner] = pack_revealed(kind, pair.of(kind))
+        # The other share of each is forgotten: even a broken check could not reveal it later.
+        self._state = {"lists": lists, "agreement": agreement, "revealed": revealed}
+        self.phase = "agreed"
+        return {other: tag_of(key, self.index, other, lists) for other, key in agreement.items()}
+
+    def _require_lists(self, left: frozenset[int], lost: frozenset[int]) -> None:
+        """Raise for survivors and dropouts that would uncover a single vector."""
         if both := left & lost:
             raise RevealError(
                 f"client {min(both)}: expected it among survivors or dropouts, found it in both; "
@@ -303,15 +322,31 @@ class ClientSession:
                 f"survivors: expected {self.terms.threshold} or more, found {len(left)}; nothing "
                 "is revealed"
             )
-        revealed = {}
-        for owner, both_shares in self._state["held"].items():
-            kind = SELF if owner in left else KEY
-            pair = PairOfShares(both_shares[:SHARE_BYTES], both_shares[SHARE_BYTES:])
-            revealed[owner] = pack_revealed(kind, pair.of(kind))
-        # The other share of each is forgotten: even a broken check could not reveal it later.
-        self._state = {"lists": lists, "revealed": revealed}
+
+    def reveal(self, tags: Mapping[int, bytes]) -> dict[int, bytes]:
+        """Return one share (34 bytes) by owner: of a survivor's own mask, of a dropout's key.
+
+        tags: what neighbors have sent to this client, by sender. A wrong one counts as none.
+
+        Raises `RevealError` when fewer than `Terms.share_threshold` holders, this client included,
+        were told what it was told; `PhaseOrderError`.
+        """
+        self._require_phase("agreed")
+        lists, least = self._state["lists"], self.terms.share_threshold
+        agreed = 1 + sum(
+            is_tag(tags.get(other, b""), key, other, self.index, lists)
+            for other, key in self._state["agreement"].items()
+        )
+        if agreed < least:
+            raise RevealError(
+                f"client {self.index}: expected {least} or more clients that were told the same "
+                f"survivors, dropouts and keys, found {agreed}; the server tells clients "
+                "different things, or too few are left, and nothing is revealed"
+            )
+        revealed: dict[int, bytes] = self._state["revealed"]
+        self._state = {}
         self.phase = "revealed"
-        return dict(revealed)
+        return revealed
 
     def to_bytes(self) -> bytes:
         """Return the session, secrets included: for this device's own storage only."""
@@ -357,11 +392,6 @@ def _clients(terms: Terms, indices: Collection[int], what: str) -> frozenset[int
     for index in everyone:
         terms.require_index(index)
     return everyone
-
-
-def _digest_of_lists(survivors: Collection[int], dropouts: Collection[int]) -> bytes:
-    text = json.dumps([sorted(survivors), sorted(dropouts)])
-    return hashlib.sha256(text.encode()).digest()
 
 
 def _to_plain(value: Any) -> Any:

@@ -31,6 +31,7 @@ from fedlora.privacy.secure.terms import Terms
 __all__ = [
     "Advertisement",
     "Identity",
+    "agreement_key",
     "channel_key",
     "commitment_of",
     "mask_seed",
@@ -254,6 +255,14 @@ def channel_key(
     shared: `shared_secret` of their share keys.
     """
     return _derive(terms, shared, b"channel", sender.digest + recipient.digest)
+
+
+def agreement_key(terms: Terms, shared: bytes, one: Advertisement, other: Advertisement) -> bytes:
+    """Return the key of the tags between two clients, the same whoever asks.
+
+    shared: `shared_secret` of their share keys.
+    """
+    return _derive(terms, shared, b"agreement", b"".join(sorted((one.digest, other.digest))))
 
 
 def _derive(terms: Terms, secret: bytes, purpose: bytes, context: bytes) -> bytes:

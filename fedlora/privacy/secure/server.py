@@ -17,6 +17,7 @@ from fedlora.errors import (
     ShareError,
     ThresholdError,
 )
+from fedlora.privacy.secure.agreement import TAG_BYTES
 from fedlora.privacy.secure.keys import (
     Advertisement,
     commitment_of,
@@ -41,7 +42,7 @@ from fedlora.privacy.secure.terms import Terms
 
 __all__ = ["SecureTotal", "ServerSession"]
 
-_PHASES = ("keys", "shares", "masked", "unmask", "total")
+_PHASES = ("keys", "shares", "masked", "agree", "unmask", "total")
 _AT_ONCE = 64  # masks that are taken off in one pass over the vector
 
 
@@ -58,10 +59,10 @@ class ServerSession:
     """One round at the server: add what arrives, in the order of the phases.
 
     A phase ends when something of the next is asked for or added: `directory`, `shares_for`, the
-    first masked vector, the first revealed shares. What is late is refused with `PhaseOrderError`,
-    as is a second message of a client in a phase. A refused message costs that client only: go on
-    with the others. Read `survivors` and `dropouts` once, when no more vectors are awaited: one
-    that is added later fits no revealed share.
+    first masked vector, the first tags, the first revealed shares. What is late is refused with
+    `PhaseOrderError`, as is a second message of a client in a phase. A refused message costs that
+    client only: go on with the others. Read `survivors` and `dropouts` once, when no more vectors
+    are awaited: one that is added later fits no revealed share.
 
     known: identities' public keys by client, as clients check them; None: none.
     """
@@ -75,6 +76,7 @@ class ServerSession:
         self._sharing: frozenset[int] = frozenset()
         self._masked: set[int] = set()
         self._ring: Ring = np.zeros(terms.size + 1, terms.quantizer.dtype)
+        self._tags: dict[int, dict[int, bytes]] = {}
         self._revealed: dict[int, dict[int, bytes]] = {}
 
     def add_advertisement(self, index: int, advertisement: Advertisement) -> None:
@@ -195,18 +197,45 @@ class ServerSession:
         """Who shared secrets, but whose vector has not arrived."""
         return tuple(sorted(self._sharing - self._masked))
 
-    def add_reveal(self, index: int, revealed: Mapping[int, bytes]) -> None:
-        """Take what a survivor reveals, by owner; the first one ends the phase of vectors.
+    def add_agreement(self, index: int, tags: Mapping[int, bytes]) -> None:
+        """Take a survivor's tags by recipient; the first ones end the phase of vectors.
 
-        Raises `RevealError` when a share is missing, too much, of the wrong secret, or not the one
-        that its owner gave; `ThresholdError` when too few vectors have arrived; `PhaseOrderError`.
+        Raises `RevealError` for tags that are missing, too many or of another length,
+        `ThresholdError` when too few vectors have arrived, `PhaseOrderError`.
         """
         if self._phase == "masked":
             self._require_enough(self._masked, "vectors")
-            self._begin("unmask")
-        self._require(index, "unmask", index in self._revealed)
+            self._begin("agree")
+        self._require(index, "agree", index in self._tags)
         if index not in self._masked:
-            raise RevealError(f"shares from client {index}: expected its vector before, found none")
+            raise RevealError(f"tags from client {index}: expected its vector before, found none")
+        expected = self._masked.intersection(self.terms.neighbors_of(index))
+        if wrong := expected ^ set(tags):
+            raise RevealError(
+                f"tags from client {index}: expected one for each of {len(expected)} neighbors, "
+                f"found {'one too many, for' if min(wrong) in tags else 'none for'} client "
+                f"{min(wrong)}"
+            )
+        if any(len(tag) != TAG_BYTES for tag in tags.values()):
+            raise RevealError(f"tags from client {index}: expected {TAG_BYTES} bytes each")
+        self._tags[index] = {recipient: bytes(tag) for recipient, tag in tags.items()}
+
+    def tags_for(self, index: int) -> dict[int, bytes]:
+        """Return the tags for one client, by sender; raises `ThresholdError` for too few."""
+        self._require_enough(self._tags, "clients that agreed on who is left")
+        neighbors = self.terms.neighbors_of(index)
+        return {sender: self._tags[sender][index] for sender in neighbors if sender in self._tags}
+
+    def add_reveal(self, index: int, revealed: Mapping[int, bytes]) -> None:
+        """Take what a survivor reveals, by owner; the first one ends the phase of tags.
+
+        Raises `RevealError` when a share is missing, too much, of the wrong secret, or not the one
+        that its owner gave; `ThresholdError` when too few have agreed; `PhaseOrderError`.
+        """
+        self._end_agreement()
+        self._require(index, "unmask", index in self._revealed)
+        if index not in self._tags:
+            raise RevealError(f"shares from client {index}: expected its tags before, found none")
         owners = self._sharing.intersection(self._holders(index))
         if wrong := owners ^ set(revealed):
             raise RevealError(
@@ -216,6 +245,13 @@ class ServerSession:
         self._revealed[index] = {
             owner: self._checked(index, owner, data) for owner, data in revealed.items()
         }
+
+    def _end_agreement(self) -> None:
+        if self._phase == "masked":
+            self._require_enough(self._masked, "vectors")
+        if self._phase in ("masked", "agree"):
+            self._require_enough(self._tags, "clients that agreed on who is left")
+            self._begin("unmask")
 
     def _checked(self, holder: int, owner: int, data: bytes) -> bytes:
         """Return a revealed share that is the one its owner gave to the holder."""
@@ -241,9 +277,7 @@ class ServerSession:
         Raises `ThresholdError` when too few clients revealed their shares, `SecureSumError` when a
         client shared other secrets than it used, or the sum cannot be right; `PhaseOrderError`.
         """
-        if self._phase == "masked":
-            self._require_enough(self._masked, "vectors")
-            self._begin("unmask")
+        self._end_agreement()
         if self._phase != "unmask":
             self._refuse("total")
         self._require_enough(self._revealed, "clients that revealed their shares")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -33,8 +33,8 @@ Digests = tuple[bytes, bytes]
 class PairOfShares:
     """A holder's shares (33 bytes each) of both secrets of one client."""
 
-    self_mask: bytes
-    mask_key: bytes
+    self_mask: bytes = field(repr=False)
+    mask_key: bytes = field(repr=False)
 
     def of(self, kind: int) -> bytes:
         """Return the share of one of the two."""

@@ -10,7 +10,7 @@ import numpy as np
 from fedlora.errors import SecureAggregationError
 from fedlora.privacy.secure import Advertisement, ClientSession, Identity, ServerSession, Terms
 
-PHASES = ("keys", "shares", "masked", "unmask")
+PHASES = ("keys", "shares", "masked", "agree", "unmask")
 
 
 def terms_of(clients: int = 5, threshold: int | None = None, **changes: object) -> Terms:
@@ -111,15 +111,29 @@ class Round:
             self.step("masked", index, lambda i=index: work(i))
         return self
 
-    def unmask(self, changed=lambda index, revealed: revealed) -> Round:
+    def agree(self, changed=lambda index, tags: tags) -> Round:
         """Run the fourth."""
         lists = self.server.survivors, self.server.dropouts
 
         def work(index):
-            revealed = changed(index, self.clients[index].reveal(*lists))
-            return lambda: self.server.add_reveal(index, revealed)
+            tags = changed(index, self.clients[index].agree(*lists))
+            return lambda: self.server.add_agreement(index, tags)
 
         for index in lists[0]:
+            self.step("agree", index, lambda i=index: work(i))
+        self.agreed = [i for i in lists[0] if i not in {*self.errors, *self.lost.get("agree", ())}]
+        return self
+
+    def unmask(self, changed=lambda index, revealed: revealed) -> Round:
+        """Run the fifth, after the fourth where that was not run."""
+        if not hasattr(self, "agreed"):
+            self.agree()
+
+        def work(index):
+            revealed = changed(index, self.clients[index].reveal(self.server.tags_for(index)))
+            return lambda: self.server.add_reveal(index, revealed)
+
+        for index in self.agreed:
             self.step("unmask", index, lambda i=index: work(i))
         return self
 

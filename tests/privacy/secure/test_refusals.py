@@ -20,6 +20,7 @@ from fedlora.errors import (
     ThresholdError,
 )
 from fedlora.privacy.secure import ClientSession, Identity, ServerSession
+from fedlora.privacy.secure.agreement import tag_of
 from fedlora.privacy.secure.keys import new_secret
 from fedlora.privacy.secure.shares import KEY, SELF
 from tests.matching import raises
@@ -327,54 +328,167 @@ def test_lists_that_would_unmask_someone_are_refused(row):
     survivors, dropouts, error, *texts = row
     session = after_masked().clients[0]
     if error is None:
-        assert sorted(session.reveal(survivors, dropouts)) == [0, 1, 2, 3, 4]
+        assert sorted(session.agree(survivors, dropouts)) == [1, 2, 3, 4]
         return
     with raises(error, *texts):
-        session.reveal(survivors, dropouts)
+        session.agree(survivors, dropouts)
     assert session.phase == "masked"
 
 
 def test_a_client_that_did_not_share_is_no_dropout_to_reveal_for():
     found = Round(TERMS, {"shares": {4}}).keys().shares().masked(vectors_of(TERMS))
     with raises(RevealError, "client 4", "one more"):
-        found.clients[0].reveal((0, 1, 2, 3), (4,))
+        found.clients[0].agree((0, 1, 2, 3), (4,))
 
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_the_other_share_is_never_revealed_later(stored):
-    session = after_masked().clients[0]
-    first = session.reveal((0, 1, 2, 3, 4), ())
+    found = after_masked().agree()
+    session = found.clients[0]
+    # It is forgotten before anything is revealed, and so is all else once that is done.
+    assert {data[0] for data in session._state["revealed"].values()} == {SELF}
+    assert "held" not in session._state
     if stored:
         session = ClientSession.from_bytes(session.to_bytes())
-    for survivors, dropouts in [((0, 1, 2, 3), (4,)), ((0, 2, 3), (1, 4))]:
-        with raises(RevealError, "client 0", "revealed shares for already"):
-            session.reveal(survivors, dropouts)
-    assert session.reveal([4, 3, 2, 1, 0], []) == first
+    with raises(PhaseOrderError, "after the phase 'masked', found it after 'agreed'"):
+        session.agree((0, 1, 2, 3), (4,))
+    first = session.reveal(found.server.tags_for(0))
     assert {data[0] for data in first.values()} == {SELF}
-    # Nothing of the other secret is left in what is stored.
-    assert "held" not in session._state
+    if stored:
+        session = ClientSession.from_bytes(session.to_bytes())
+    with raises(PhaseOrderError, "after the phase 'agreed', found it after 'revealed'"):
+        session.reveal(found.server.tags_for(0))
+    assert session._state == {}
 
 
-def test_no_lies_to_clients_open_both_secrets_of_one():
-    # Each client is told of client 0 what the server likes, in all ways: one share each, never two.
-    victim = 0
-    for told in itertools.product((SELF, KEY), repeat=4):
-        found = after_masked()
-        shares = {SELF: 1, KEY: 0}  # the victim takes part as a survivor only
-        for index, kind in enumerate(told, start=1):
-            lost = () if kind == SELF else (victim,)
-            left = [i for i in EVERYONE if i not in lost]
-            revealed = found.clients[index].reveal(left, lost)
-            assert revealed[victim][0] == kind
-            shares[kind] += 1
-        assert min(shares.values()) < TERMS.threshold
+# What the clients were told ----------------------------------------------------------------------
+
+
+def told_apart(told, terms=TERMS, sharing=None, lost=()):
+    """Let a server tell every client other lists; return what each reveals, or its refusal.
+
+    told: dropouts by client; the others that shared are told to be left. sharing: who shared, by
+    client. The server passes on whatever tags it has got.
+    """
+    found = after_shares(terms)
+    everyone = set(range(terms.clients))
+    sharing = {i: (sharing or {}).get(i, everyone) for i in everyone}
+    for index in everyone - set(lost):
+        messages = found.server.shares_for(index)
+        shares = {sender: messages[sender] for sender in sharing[index]}
+        found.clients[index].mask(VECTOR, shares, sharing[index], DRAWS)
+    tags = {i: found.clients[i].agree(sharing[i] - told[i], told[i]) for i in told}
+    answers = {}
+    for index in told:
+        mine = {sender: tags[sender][index] for sender in tags if index in tags[sender]}
+        try:
+            answers[index] = found.clients[index].reveal(mine)
+        except RevealError as error:
+            answers[index] = str(error)
+    return answers
+
+
+def test_a_client_that_is_told_of_fewer_others_is_not_opened_alone():
+    # Client 0 hides behind 1 and 2 alone; the others are told that these are lost, as far as the
+    # threshold lets them. Three shares of 0's own mask and of both keys would be revealed.
+    told = {0: set(), 1: {2}, 2: {1}, 3: {1, 2}, 4: {1, 2}}
+    answers = told_apart(told, sharing={0: {0, 1, 2}})
+    assert all(isinstance(answer, str) for answer in answers.values())
+    assert "3 or more clients that were told the same" in answers[0]
+    assert "found 1;" in answers[0]
+    assert "found 2;" in answers[3]
+
+
+def test_told_the_same_they_reveal_and_one_that_was_told_otherwise_does_not():
+    told = {0: {4}, 1: {4}, 2: {4}, 3: set()}
+    answers = told_apart(told, lost={4})
+    assert [isinstance(answers[i], str) for i in range(4)] == [False, False, False, True]
+    assert {answers[i][4][0] for i in range(3)} == {KEY}
+
+
+def test_of_all_lies_about_one_client_no_two_answers_differ():
+    # The others are told what the server likes of client 0, in all ways: those alone reveal that
+    # were told what more than half of all were told.
+    for lies in itertools.product((False, True), repeat=4):
+        told = {i: {0} if lie else set() for i, lie in enumerate(lies, start=1)}
+        answers = told_apart({0: set(), **told})
+        kinds = {answer[0][0] for answer in answers.values() if not isinstance(answer, str)}
+        assert len(kinds) <= 1
+        assert (KEY in kinds) == (sum(lies) >= TERMS.threshold)
+
+
+def test_clients_that_saw_other_keys_of_one_reveal_nothing():
+    # Two clients are at one place, and each half of the others is shown one of them.
+    found = Round(TERMS).keys()
+    twin, ad = ClientSession.begin(TERMS, 4)
+    directories = [found.server.directory(), found.server.directory() | {4: ad}]
+    half = {0: 0, 1: 0, 2: 1, 3: 1}
+    shares = {i: found.clients[i].share(directories[half[i]]) for i in half}
+    of_four = [
+        four.share(seen) for four, seen in zip((found.clients[4], twin), directories, strict=True)
+    ]
+    for i, side in half.items():
+        messages = {sender: shares[sender][i] for sender in half} | {4: of_four[side][i]}
+        found.clients[i].mask(VECTOR, messages, EVERYONE, DRAWS)
+    tags = {i: found.clients[i].agree((0, 1, 2, 3), (4,)) for i in half}
+    for i in half:
+        with raises(RevealError, "the same survivors, dropouts and keys, found 2;"):
+            found.clients[i].reveal({sender: tags[sender][i] for sender in half if sender != i})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tags: {},
+        lambda tags: {i: bytes(32) for i in tags},
+        lambda tags: {1: tags[2], 2: tags[1], 3: tags[4], 4: tags[3]},
+        lambda tags: {i: tag[:-1] for i, tag in tags.items()},
+    ],
+    ids=["none", "zeros", "exchanged", "cut"],
+)
+def test_tags_that_are_not_the_neighbors_count_as_none(change):
+    found = after_masked().agree()
+    with raises(RevealError, "client 0: expected 3 or more", "found 1;"):
+        found.clients[0].reveal(change(found.server.tags_for(0)))
+    assert found.clients[0].phase == "agreed"
+
+
+def test_tags_of_another_round_or_sent_back_count_as_none():
+    one, other = after_masked().agree(), after_masked().agree()
+    reflected = {i: one.clients[0]._state["agreement"][i] for i in (1, 2, 3, 4)}
+    lists = one.clients[0]._state["lists"]
+    sent_back = {i: tag_of(key, 0, i, lists) for i, key in reflected.items()}
+    for tags in (other.server.tags_for(0), sent_back):
+        with raises(RevealError, "found 1;"):
+            one.clients[0].reveal(tags)
+
+
+def test_the_server_refuses_tags_that_are_missing_too_many_or_cut():
+    found = after_masked(lost={4})
+    tags = found.clients[0].agree(found.server.survivors, found.server.dropouts)
+    rows = [
+        ({1: tags[1]}, "none for client 2"),
+        (tags | {4: tags[1]}, "one too many, for client 4"),
+        (tags | {1: b""}, "expected 32 bytes each"),
+    ]
+    for wrong, text in rows:
+        with raises(RevealError, text):
+            found.server.add_agreement(0, wrong)
+    with raises(RevealError, "client 4: expected its vector before"):
+        found.server.add_agreement(4, {})
+    found.server.add_agreement(0, tags)
+    with raises(ThresholdError, "agreed on who is left", "found 1"):
+        found.server.tags_for(0)
+    with raises(ThresholdError, "agreed on who is left", "found 1"):
+        found.server.add_reveal(0, {})
 
 
 def test_the_server_refuses_what_is_not_to_be_revealed():
     found = after_masked(lost={4})
     left, lost = found.server.survivors, found.server.dropouts
     assert (left, lost) == ((0, 1, 2, 3), (4,))
-    revealed = {i: found.clients[i].reveal(left, lost) for i in left}
+    found.agree()
+    revealed = {i: found.clients[i].reveal(found.server.tags_for(i)) for i in left}
     right = revealed[0]
     rows = [
         ({i: d for i, d in right.items() if i != 2}, "none of client 2"),
@@ -391,7 +505,7 @@ def test_the_server_refuses_what_is_not_to_be_revealed():
     for wrong, *texts in rows:
         with raises(RevealError, *texts):
             found.server.add_reveal(0, wrong)
-    with raises(RevealError, "client 4: expected its vector before"):
+    with raises(RevealError, "client 4: expected its tags before"):
         found.server.add_reveal(4, right)
     # The refused client may be lost: three of five are enough.
     for index in (1, 2, 3):
@@ -443,7 +557,9 @@ def test_phases_of_a_client_come_once_and_in_order():
     with raises(PhaseOrderError, "after the phase 'shares', found it after 'keys'"):
         session.mask(VECTOR, {}, EVERYONE, DRAWS)
     with raises(PhaseOrderError, "after the phase 'masked', found it after 'keys'"):
-        session.reveal(EVERYONE, ())
+        session.agree(EVERYONE, ())
+    with raises(PhaseOrderError, "after the phase 'agreed', found it after 'keys'"):
+        session.reveal({})
     found.shares()
     with raises(PhaseOrderError, "after the phase 'keys', found it after 'shares'"):
         session.share(found.server.directory())
