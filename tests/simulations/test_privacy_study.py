@@ -166,7 +166,10 @@ def test_page_says_what_the_rows_say() -> None:
     about = found.difference(1000, "ffa-lora", 3.0, "global")
     assert about is not None
     assert about.interval.mean == pytest.approx(0.1)
-    assert found.lost(1000, "fedit", 3.0, "global") == pytest.approx([0.2] * 3)
+    assert found.lost(1000, "fedit", 3.0, "global") == pytest.approx(dict.fromkeys(range(3), 0.2))
+    spared = found.spared(1000, "ffa-lora", 3.0, "global")
+    assert spared is not None
+    assert spared.interval.mean == pytest.approx(0.1)
     text = page({"watch": found}, {"what follows": "Written."})
     assert "| ffa-lora | +0.0000 (+0.0000 to +0.0000) | **+0.1000" in text
     assert "+0.2000 → +0.1000; 50% back" in text

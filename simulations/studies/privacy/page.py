@@ -74,11 +74,18 @@ class Results:
             return None
         return paired([self.sign * (mine[seed] - theirs[seed]) for seed in both])
 
-    def lost(self, users: int, method: str, epsilon: float, adapter: str) -> list[float]:
-        """Return what privacy has cost, seed by seed, positive where it has cost something."""
+    def lost(self, users: int, method: str, epsilon: float, adapter: str) -> dict[int, float]:
+        """Return what privacy has cost by seed, positive where it has cost something."""
         free = self.scores(users, method, NONE, adapter)
         priced = self.scores(users, method, epsilon, adapter)
-        return [self.sign * (free[s] - priced[s]) for s in sorted(free.keys() & priced.keys())]
+        return {s: self.sign * (free[s] - priced[s]) for s in sorted(free.keys() & priced.keys())}
+
+    def spared(self, users: int, method: str, epsilon: float, adapter: str) -> Paired | None:
+        """Return what privacy has cost the reference more than `method`; None: under 2 seeds."""
+        mine = self.lost(users, method, epsilon, adapter)
+        theirs = self.lost(users, REFERENCE, epsilon, adapter)
+        both = sorted(mine.keys() & theirs.keys())
+        return paired([theirs[seed] - mine[seed] for seed in both]) if len(both) > 1 else None
 
 
 def page(tasks: Mapping[str, Results], kept: Mapping[str, str], *, quick: bool = False) -> str:
@@ -156,17 +163,31 @@ def _utility(found: Results, users: int, adapter: str) -> list[str]:
 
 
 def _contrasts(found: Results, users: int) -> list[str]:
-    def cell(method: str, epsilon: float) -> str:
-        about = found.difference(users, method, epsilon, "global")
-        if about is None:
-            return "–"
-        low, high = about.interval.low, about.interval.high
-        shown = f"{about.interval.mean:+.4f} ({low:+.4f} to {high:+.4f})"
-        return f"**{shown}**" if about.verdict != "no evidence" else shown
-
     methods = [method for method in found.methods if method != REFERENCE]
-    title = f"global adapter: better than {REFERENCE} by (bold: the interval leaves out 0)"
-    return _table(title, found, found.epsilons, cell, methods)
+
+    def table(
+        title: str, epsilons: Sequence[float], about: Callable[..., Paired | None]
+    ) -> list[str]:
+        def cell(method: str, epsilon: float) -> str:
+            pairs = about(users, method, epsilon, "global")
+            if pairs is None:
+                return "–"
+            low, high = pairs.interval.low, pairs.interval.high
+            shown = f"{pairs.interval.mean:+.4f} ({low:+.4f} to {high:+.4f})"
+            return f"**{shown}**" if pairs.verdict != "no evidence" else shown
+
+        return _table(title, found, epsilons, cell, methods)
+
+    return [
+        *table(
+            f"global adapter: better than {REFERENCE} by (bold: the interval leaves out 0)",
+            found.epsilons, found.difference,
+        ),
+        *table(
+            f"global adapter: privacy has cost it less than {REFERENCE} by (bold: as above)",
+            [e for e in found.epsilons if e != NONE], found.spared,
+        ),
+    ]  # fmt: skip
 
 
 def _given_back(found: Results, users: int) -> list[str]:
@@ -175,7 +196,7 @@ def _given_back(found: Results, users: int) -> list[str]:
         after = found.lost(users, method, epsilon, "personal")
         if not before:
             return "–"
-        one, two = interval(before), interval(after)
+        one, two = interval([*before.values()]), interval([*after.values()])
         # Of a loss that may be none, no share can be told.
         share = f"; {1 - two.mean / one.mean:.0%} back" if one.low > 0 else ""
         return f"{one.mean:+.4f} → {two.mean:+.4f}{share}" + " (one seed)" * (len(before) < 2)
