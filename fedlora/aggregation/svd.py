@@ -56,7 +56,7 @@ def fedsvd() -> Method:
         local=LocalRule(trained=ONLY_B),
         exact=True,
         linear=True,
-        summary="tight differential privacy: exact, half the upload, and A is well conditioned",
+        summary="made for tight differential privacy, see the study: exact, half the upload",
         paper="2505.12805",
     )
 

@@ -1,6 +1,6 @@
 """Run the study, or go on with it, and write its page.
 
-    python -m simulations.studies.privacy --out DIR              about two and a half hours
+    python -m simulations.studies.privacy --out DIR              about an hour on two cores
     python -m simulations.studies.privacy --out DIR --quick      under two minutes, in DIR/quick
     python -m simulations.studies.privacy --out DIR --task watch --minutes 20
     python -m simulations.studies.privacy --out DIR --page       no runs: the page again
