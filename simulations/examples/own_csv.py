@@ -40,7 +40,7 @@ def base() -> nn.Module:
 
 def people() -> dict[str, dict[str, np.ndarray]]:
     """Read the file: for each person the features, (n, 4), and the labels, (n,)."""
-    with open(os.environ["OWN_CSV"], newline="") as file:
+    with open(os.environ["OWN_CSV"], newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     found: dict[str, dict[str, np.ndarray]] = {}
     for name in sorted({row["person"] for row in rows}):

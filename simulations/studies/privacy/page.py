@@ -131,8 +131,8 @@ def _head(tasks: Mapping[str, Results], *, quick: bool) -> list[str]:
         "is how methods bear the noise that such a population would need. Each person is evaluated "
         "once, and not each copy.", "",
         "**The search is not paid for**: learning rate and clipping norm were chosen on people's "
-        "validation parts, as the mean over seeds that are not reported, per method and budget, and "
-        "no epsilon here counts that. All methods had the same grids.", "",
+        "validation parts, as the mean over seeds that are not reported, per method and budget, "
+        "and no epsilon here counts that. All methods had the same grids.", "",
         "*own*: personal training alone, without any federation; *personal*: the same steps on top "
         "of the global adapter. Neither costs budget: nothing of it leaves a device. Intervals are "
         "95 % Student over seeds, in pairs where they are differences; they are not adjusted for "
