@@ -47,8 +47,10 @@ PAGE_RULES = (
 )
 WORKER_RULES = "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'"
 CACHE_RULES = "default-src 'none'; connect-src 'self'; script-src 'self'"  # of the service worker
+# A browser looks for a new service worker whenever it likes. For an hour it need not ask for it, so
+# that a page which is loaded sends nothing at all.
+WORKER_KEPT = "max-age=3600"
 HEADERS = {
-    "Cache-Control": "no-cache",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
@@ -80,6 +82,7 @@ class File:
     source: Path | bytes
     type: str
     rules: str = "default-src 'none'"  # its Content-Security-Policy
+    cache: str = "no-cache"
 
     def read(self) -> bytes:
         return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
@@ -246,6 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         headers = {
             **HEADERS,
+            "Cache-Control": file.cache,
             "Content-Type": file.type,
             "Content-Length": str(len(body)),
             "Content-Security-Policy": file.rules,
@@ -270,7 +274,8 @@ def _page_files(page: Path) -> dict[str, File]:
                 "checkout of its repository"
             )
         own = PAGE_RULES if path.suffix == ".html" else rules.get(name, "default-src 'none'")
-        site[f"/{name}"] = File(path, TYPES[path.suffix], own)
+        kept = WORKER_KEPT if name == "sw.js" else "no-cache"
+        site[f"/{name}"] = File(path, TYPES[path.suffix], own, kept)
     return site
 
 

@@ -122,6 +122,8 @@ def test_all_named_files_come_with_their_type(world: World) -> None:
         answer = world.get(path)
         assert (answer.status, answer.headers["Content-Type"]) == (200, kind), path
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        kept = "max-age=3600" if path == "/sw.js" else "no-cache"
+        assert answer.headers["Cache-Control"] == kept
     wasm = world.get("/vendor/ort-wasm-simd-threaded.wasm")
     assert wasm.body == (PAGE / "vendor" / "ort-wasm-simd-threaded.wasm").read_bytes()  # type: ignore[attr-defined]
     head = world.get("/", "HEAD")

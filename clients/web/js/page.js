@@ -107,7 +107,7 @@ async function fetched(path) {
 async function registered() {
   if (!("serviceWorker" in navigator)) return false;
   try {
-    await navigator.serviceWorker.register("sw.js");
+    await navigator.serviceWorker.register("sw.js", { updateViaCache: "all" });
     const late = new Promise((resolve) => { setTimeout(() => resolve(null), 10000); });
     return Boolean(await Promise.race([navigator.serviceWorker.ready, late]));
   } catch {
