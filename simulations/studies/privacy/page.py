@@ -65,6 +65,15 @@ class Results:
             and "failed" not in row
         }
 
+    def noised(self, users: int, method: str, epsilon: float) -> list[Row]:
+        """Return the private runs that have not failed."""
+        wanted = (users, method, epsilon)
+        return [
+            row
+            for row in self.finals
+            if (row["users"], row["method"], _epsilon(row)) == wanted and "noise_length" in row
+        ]
+
     def difference(self, users: int, method: str, epsilon: float, adapter: str) -> Paired | None:
         """Return `method` minus the reference, positive where it is better; None: under 2 seeds."""
         mine = self.scores(users, method, epsilon, adapter)
@@ -212,12 +221,7 @@ def _noise(found: Results, users: int) -> list[str]:
     """Say how much noise a round's mean has, and which settings were found."""
 
     def cell(method: str, epsilon: float) -> str:
-        rows = [
-            row
-            for row in found.finals
-            if (row["users"], row["method"], _epsilon(row)) == (users, method, epsilon)
-            and "noise_length" in row
-        ]
+        rows = found.noised(users, method, epsilon)
         if not rows:
             return "–"
         row = rows[-1]  # of a search that was widened since, the last
@@ -236,12 +240,7 @@ def _product(found: Results, users: int) -> list[str]:
     """Say how much noise is in the product B A, and how much of it was multiplied by noise."""
 
     def cell(method: str, epsilon: float) -> str:
-        rows = [
-            row
-            for row in found.finals
-            if (row["users"], row["method"], _epsilon(row)) == (users, method, epsilon)
-            and "noise_twice" in row
-        ]
+        rows = found.noised(users, method, epsilon)
         if not rows:
             return "–"
         squared = [row["noise_once"] + row["noise_twice"] for row in rows]
