@@ -9,13 +9,14 @@ itself is smaller than its factors: then it is summed up and decomposed whole.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Matrix", "ProductSum", "Spectrum", "svd_of_product"]
+__all__ = ["Matrix", "ProductSum", "Spectrum", "svd_of_product", "svd_of_products", "zero_of"]
 
 Matrix: TypeAlias = npt.NDArray[np.float64]
 
@@ -82,13 +83,34 @@ def svd_of_product(B: npt.NDArray[Any], A: npt.NDArray[Any]) -> Spectrum:
 
     B: (out, n), A: (n, in), any real dtype; computed in float64.
     """
-    B, A = B.astype(np.float64), A.astype(np.float64)
-    if _is_dense(A.shape[0], B.shape[0], A.shape[1]):
-        return _signed(*np.linalg.svd(B @ A, full_matrices=False)).cut(A.shape[0])
-    q_out, r_out = np.linalg.qr(B)
-    q_in, r_in = np.linalg.qr(A.T)
-    left, values, right = np.linalg.svd(r_out @ r_in.T, full_matrices=False)
-    return _signed(q_out @ left, values, right @ q_in.T)
+    return svd_of_products([(B, A)])[0]
+
+
+def svd_of_products(factors: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> list[Spectrum]:
+    """Return `svd_of_product` of every pair of B and A, with the same bits.
+
+    Pairs of one shape share the calls of NumPy: on the factors of an adapter, whose matrices are
+    small, these calls take longer than the arithmetic.
+    """
+    alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for index, (B, A) in enumerate(factors):
+        alike.setdefault((B.shape, A.shape), []).append(index)
+    found: dict[int, Spectrum] = {}
+    for (of_B, of_A), indices in alike.items():
+        left, values, right = _svd_of_stacks(
+            np.stack([factors[k][0] for k in indices], dtype=np.float64),
+            np.stack([factors[k][1] for k in indices], dtype=np.float64),
+            dense=_is_dense(of_A[0], of_B[0], of_A[1]),
+        )
+        for place, index in enumerate(indices):
+            spectrum = Spectrum(left[place], values[place], right[place])
+            found[index] = spectrum.cut(of_A[0])
+    return [found[index] for index in range(len(factors))]
+
+
+def zero_of(shape: tuple[int, int], size: float) -> float:
+    """Return the singular value up to which a matrix made of parts of `size` is zero in float64."""
+    return float(max(shape) * np.finfo(np.float64).eps * size)
 
 
 class ProductSum:
@@ -130,7 +152,7 @@ class ProductSum:
         altogether has rank 0.
         """
         if self._dense is not None:
-            spectrum = _signed(*np.linalg.svd(self._dense / divisor, full_matrices=False))
+            spectrum = Spectrum(*_signed(*_svd(self._dense / divisor)))
         elif self._parts:
             # The root of a weight goes to either side, so that no factor is much larger than it
             # was; its sign goes to B.
@@ -141,8 +163,7 @@ class ProductSum:
             spectrum = svd_of_product(np.concatenate(B, axis=1), np.concatenate(A))
         else:
             return Spectrum(np.zeros((self.shape[0], 0)), np.zeros(0), np.zeros((0, self.shape[1])))
-        rounding = max(self.shape) * np.finfo(np.float64).eps
-        return spectrum.above(rounding * self._size / abs(divisor))
+        return spectrum.above(zero_of(self.shape, self._size / abs(divisor)))
 
 
 def _is_dense(rank: int, out_features: int, in_features: int) -> bool:
@@ -153,9 +174,27 @@ def _norm(array: npt.NDArray[Any]) -> float:
     return float(np.linalg.norm(array.astype(np.float64)))
 
 
-def _signed(left: Matrix, values: Matrix, right: Matrix) -> Spectrum:
-    if not len(values):
-        return Spectrum(left, values, right)
-    largest = np.take_along_axis(right, np.abs(right).argmax(axis=1)[:, None], axis=1)[:, 0]
-    sign = np.where(largest < 0, -1.0, 1.0)
-    return Spectrum(left * sign, values, right * sign[:, None])
+def _svd_of_stacks(B: Matrix, A: Matrix, *, dense: bool) -> tuple[Matrix, Matrix, Matrix]:
+    """B: (k, out, n), A: (k, n, in); the parts of k spectra along axis 0."""
+    if dense:
+        return _signed(*_svd(B @ A))
+    q_out, r_out = np.linalg.qr(B)
+    q_in, r_in = np.linalg.qr(np.swapaxes(A, 1, 2))
+    left, values, right = _svd(r_out @ np.swapaxes(r_in, 1, 2))
+    return _signed(q_out @ left, values, right @ np.swapaxes(q_in, 1, 2))
+
+
+def _svd(matrices: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+    left, values, right = np.linalg.svd(matrices, full_matrices=False)
+    return left, values, right
+
+
+def _signed(left: Matrix, values: Matrix, right: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+    """One spectrum, or several along axis 0, with the signs that `Spectrum` tells; in place."""
+    if not values.size:
+        return left, values, right
+    places = np.abs(right).argmax(axis=-1)[..., None]
+    sign = np.where(np.take_along_axis(right, places, axis=-1) < 0, -1.0, 1.0)
+    left *= np.swapaxes(sign, -1, -2)
+    right *= sign
+    return left, values, right

@@ -43,7 +43,7 @@ __all__ = [
 
 # Rows that are summed together, numbers of each in one block (256 kB, of which three stay in a
 # core's own cache), and groups in one float32 sum. Larger and smaller ones were slower.
-GROUP, BLOCK, FOLD = 16, 65536, 8
+GROUP, BLOCK, FOLD = 32, 65536, 4
 SHORT = 8192  # rows with fewer numbers are summed in float64 one by one
 
 BOTH: frozenset[Factor] = frozenset({"A", "B"})
@@ -90,12 +90,15 @@ class RunningMean:
         self._sums = np.zeros(self._row_of.size)
         self._waiting: list[tuple[Array, float]] = []
         self._partial: Array = np.zeros(0, np.float32)
+        self._blocks: Array = np.zeros((2, 0), np.float32)  # a group's sum, and a row times weight
         self._folded = 0  # groups in `_partial`
-        self._unit = 1.0  # of the weights in `_partial`
+        self._unit = 1.0  # of the weights in the sums: float32 is to see some of about 1
         self.total = 0.0  # of the weights
 
     def add(self, adapter: Adapter, weight: float) -> None:
         """Add ``weight`` times the factors of `adapter`."""
+        if not self.total:
+            self._unit = weight
         self._waiting.append((self._row_of(adapter), weight))
         self.total += weight
         if len(self._sums) < SHORT:
@@ -108,23 +111,22 @@ class RunningMean:
         """The mean as one float64 row. Something must have been added."""
         self._add_waiting()
         self._fold()
-        return self._sums / self.total
+        return self._sums * (self._unit / self.total)
 
     def _add_waiting(self) -> None:
         for row, weight in self._waiting:
-            self._sums += row.astype(np.float64) * weight
+            self._sums += row.astype(np.float64) * (weight / self._unit)
         self._waiting.clear()
 
     def _add_group(self) -> None:
         """Sum a whole group block by block, so that the sum stays in the cache."""
         if not len(self._partial):
             self._partial = np.zeros(len(self._sums), np.float32)
-            self._unit = self._waiting[0][1]  # float32 is to see weights of about 1
+            self._blocks = np.empty((2, min(BLOCK, len(self._sums))), np.float32)
         shares = [np.float32(weight / self._unit) for _, weight in self._waiting]
-        total, scaled = np.empty((2, min(BLOCK, len(self._sums))), np.float32)
         for start in range(0, len(self._sums), BLOCK):
             parts = [row[start : start + BLOCK] for row, _ in self._waiting]
-            total, scaled = total[: len(parts[0])], scaled[: len(parts[0])]
+            total, scaled = self._blocks[:, : len(parts[0])]
             np.multiply(parts[0], shares[0], out=total)
             for part, share in zip(parts[1:], shares[1:], strict=True):
                 # Equal weights need no product: half the work.
@@ -137,10 +139,7 @@ class RunningMean:
 
     def _fold(self) -> None:
         if self._folded:
-            for start in range(0, len(self._sums), BLOCK):
-                part = self._partial[start : start + BLOCK].astype(np.float64)
-                part *= self._unit
-                self._sums[start : start + BLOCK] += part
+            self._sums += self._partial
             self._partial[:] = 0
             self._folded = 0
 

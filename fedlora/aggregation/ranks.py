@@ -86,6 +86,8 @@ def refactored(layer: LoraLayer, B: Matrix, A: Matrix) -> LoraLayer:
     it was. Were that row zero too, neither of the two would ever get a gradient again.
     """
     live = A.shape[0]
+    if live == layer.rank:
+        return rounded(layer, B, A.reshape(layer.A.shape))
     new_B, new_A = np.zeros(layer.B.shape), layer.A.astype(np.float64)
     new_B[:, :live] = B
     new_A[:live] = A.reshape(live, *layer.in_shape)

@@ -12,7 +12,7 @@ whose share stands in the state (`fedlora.aggregation.ranks.DISCARDED`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +29,7 @@ from fedlora.aggregation.ranks import (
     with_rank,
 )
 from fedlora.errors import ConfigError
-from fedlora.low_rank import Matrix, ProductSum
+from fedlora.low_rank import Matrix, svd_of_products, zero_of
 from fedlora.training import LocalRule
 
 __all__ = ["fedsvd", "flexlora", "orthonormal"]
@@ -40,10 +40,13 @@ def fedsvd() -> Method:
 
     def aggregate(state: ServerState, updates: Iterable[Update]) -> ServerState:
         mean = running_mean(state, updates, ONLY_B, "fedsvd")
-        layers = {}
-        for segment, B in mean.factor_rows():
-            layer = state.trainable[segment.path]
-            layers[segment.path] = refactored(layer, *orthonormal(B, _flat(layer)))
+        means = {segment.path: B for segment, B in mean.factor_rows()}
+        old = [state.trainable[path] for path in means]
+        new = orthonormal([(B, _flat(A)) for B, A in zip(means.values(), old, strict=True)])
+        layers = {
+            path: refactored(layer, *factors)
+            for path, layer, factors in zip(means, old, new, strict=True)
+        }
         trainable = replace(state.trainable, layers=layers)
         return replace(state, round=state.round + 1, trainable=trainable)
 
@@ -61,12 +64,14 @@ def fedsvd() -> Method:
     )
 
 
-def orthonormal(B: Matrix, A: Matrix) -> tuple[Matrix, Matrix]:
-    """Return ``U S`` and ``Vᵀ`` of the SVD of ``B @ A``, without directions that are zero."""
-    sums = ProductSum(B.shape[0], A.shape[1])
-    sums.add(B, A)
-    spectrum = sums.svd().cut(A.shape[0])
-    return spectrum.left * spectrum.values, spectrum.right
+def orthonormal(factors: Sequence[tuple[Matrix, Matrix]]) -> list[tuple[Matrix, Matrix]]:
+    """Return ``U S`` and ``Vᵀ`` of the SVD of each ``B @ A``, without directions that are zero."""
+    found = []
+    for (B, A), spectrum in zip(factors, svd_of_products(factors), strict=True):
+        size = float(np.linalg.norm(B) * np.linalg.norm(A))
+        kept = spectrum.above(zero_of((B.shape[0], A.shape[1]), size))
+        found.append((kept.left * kept.values, kept.right))
+    return found
 
 
 def flexlora(rank: int | None = None) -> Method:

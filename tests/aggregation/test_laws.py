@@ -170,7 +170,7 @@ def test_linear_exact_methods_equal_the_mean_of_products_in_float64(
         B = value if factor == "B" else layer.B.astype(float)
         A = (value if factor == "A" else layer.A.astype(float)).reshape(layer.rank, -1)
         if name == "fedsvd":
-            B, A = orthonormal(B, A)
+            [(B, A)] = orthonormal([(B, A)])
             np.testing.assert_allclose(A @ A.T, np.eye(len(A)), rtol=0, atol=1e-12)
         expected = exact[segment.path]
         np.testing.assert_allclose(layer.scaling * B @ A, expected, rtol=0, atol=1e-12 * case.size)
