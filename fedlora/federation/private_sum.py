@@ -42,7 +42,7 @@ from fedlora.federation.summed import aggregate_mean, sent_row
 from fedlora.flat import RowReader
 from fedlora.low_rank import Matrix
 from fedlora.privacy import PrivacyConfig, PrivacyEvent
-from fedlora.privacy.accounting import calibrate, epsilon_of, grouped
+from fedlora.privacy.accounting import calibrate, epsilon_of, grouped, rounded_up
 from fedlora.privacy.audit.canaries import Canaries, Trace
 from fedlora.privacy.central import CentralMechanism, PrivacyState, draw_members, event_of
 from fedlora.privacy.clipping import count_noise
@@ -168,7 +168,8 @@ class PrivateRounds:
         after = self._epsilon([*self._ledger.events(), event])
         if most is not None and after > most:
             raise BudgetSpent(
-                f"round {round} would make epsilon {after:.4f}, over max_epsilon = {most:g}"
+                f"round {round} would make epsilon {rounded_up(after, 4):.4f}, over "
+                f"max_epsilon = {most:g}"
             )
         self._event = event
         if local:
