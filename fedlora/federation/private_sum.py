@@ -122,14 +122,16 @@ class PrivateRounds:
                     "them; what the others cost is not known, and the run cannot go on"
                 )
         else:
-            asked = read_asked(out)
+            asked, told = read_asked(out)
             most, paid = max(asked.values(), default=0), _paid(ledger)
-            # In its first round a run may have been cut off between the two files.
-            if most > paid or (round and paid and not most):
+            lost = set(range(1, round + 1)) - told
+            # A run that was cut off between the two files has paid for a release that nobody made.
+            if lost or not most <= paid <= most + 1:
                 raise RunError(
                     f"{ledger.path}: expected lines for {most} releases of one device as in "
-                    f"{ASKED}, found {paid}; one of the files was changed, what devices have sent "
-                    "is not known, and the run cannot go on"
+                    f"{ASKED}, which has {round - len(lost)} of {round} rounds, found {paid}; one "
+                    "of the files was changed, what devices have sent is not known, and the run "
+                    "cannot go on"
                 )
         return cls(config, privacy, state, ledger, secret, asked)
 
