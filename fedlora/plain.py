@@ -75,7 +75,9 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         raise _wrong_type(key, " or ".join(_type_name(choice) for choice in choices), value)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{key}: expected one of {', '.join(args)}, found {value!r}")
+            raise ConfigError(
+                f"{key}: expected one of {', '.join(map(str, args))}, found {value!r}"
+            )
         return value
     if origin in (tuple, frozenset):
         if not isinstance(value, list | tuple):
@@ -90,7 +92,10 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     accepted = (int, float) if hint is float else (hint,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise _wrong_type(key, _type_name(hint), value)
-    return hint(value)
+    try:
+        return hint(value)
+    except OverflowError:  # a whole number that no float can hold
+        raise ConfigError(f"{key}: expected a number, found one that is too large") from None
 
 
 def _plain(value: Any) -> Any:

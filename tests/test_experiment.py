@@ -96,6 +96,14 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "other bits": (
         {"base.quantize": "int4"}, "base.quantize: expected one of nf4, int8, found 'int4'",
     ),
+    "other bits of a secure sum": (
+        {"secure_aggregation.bits": 16},
+        "secure_aggregation.bits: expected one of 32, 64, found 16",
+    ),
+    "a number that no float can hold": (
+        {"federation.learning_rate": 10**400},
+        "federation.learning_rate: expected a number, found one that is too large",
+    ),
     "a word for true": (
         {"engine.checkpointing": "yes"},
         "engine.checkpointing: expected true or false, found 'yes'",

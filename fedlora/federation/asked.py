@@ -23,31 +23,35 @@ __all__ = ["ASKED", "append_asked", "read_asked"]
 ASKED = "checkpoint/asked.jsonl"
 
 
-def read_asked(out: Path) -> Counter[str]:
-    """Return how often each client was asked; nobody where there is no file.
+def read_asked(out: Path) -> tuple[Counter[str], set[int]]:
+    """Return how often each client was asked, and the rounds; nobody where there is no file.
 
     A last line without its end is cut off: nobody was asked by it. Raises `RunError` for any other
     line that is not one.
     """
-    path, asked = out / ASKED, Counter[str]()
+    path, asked, rounds = out / ASKED, Counter[str](), set[int]()
     if not path.is_file():
-        return asked
+        return asked, rounds
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            cohort = json.loads(line)["cohort"]
+            row = json.loads(line)
+            round, cohort = row["round"], row["cohort"]
             if not isinstance(cohort, list) or not all(isinstance(name, str) for name in cohort):
                 raise ValueError("expected a list of client ids")
+            if type(round) is not int:
+                raise ValueError("expected a round's number")
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{path}, line {number}: not a cohort: {error!r}; the file was changed or damaged, "
                 "and what devices have sent is not known: restore it, or start a new run"
             ) from None
         asked.update(cohort)
+        rounds.add(round)
     if whole != data:
         write_atomic(path, whole)
-    return asked
+    return asked, rounds
 
 
 def append_asked(out: Path, round: int, cohort: Sequence[str]) -> None:

@@ -67,15 +67,16 @@ class DeviceState:
         """Write down that a noised update of this device leaves it now, for its owner to add up.
 
         A line of ``privacy.jsonl``, the same as those of a server; over all runs of this device.
-        Raises as `open` does.
+        Raises as `open` does, and `StoreError` when another process holds the state for long.
         """
-        self.open(base)
+        store = self.open(base)
         event, norm = local_event(noise.noise_multiplier), noise.clipping_norm
-        # The rounds of several runs are in it, so lines are numbered one after another.
-        ledger = Ledger.read(self.folder)
-        number = ledger.lines[-1].round + 1 if ledger.lines else 1
         std = noise.noise_multiplier * norm
-        ledger.append(LedgerLine(number, event, norm, std, "local", (f"round {round}",)))
+        with waiting_lock(store):  # every message has a process of its own
+            # The rounds of several runs are in it, so lines are numbered one after another.
+            ledger = Ledger.read(self.folder)
+            number = ledger.lines[-1].round + 1 if ledger.lines else 1
+            ledger.append(LedgerLine(number, event, norm, std, "local", (f"round {round}",)))
 
     def keep(self, person: Person, base: str | None, provenance: Mapping[str, object]) -> None:
         """Keep the global adapter and the personal one in one commit.

@@ -4,7 +4,7 @@ prepare    draw the cohort, make the messages
 send       hand them to the grid
 wait       for replies; in a simulation the clients' training
 aggregate  read and check the replies, aggregate
-keys, shares, unmask
+keys, shares, agree, unmask
            the phases of a secure sum before and after "wait", where there is one
 save       write the checkpoint of the round before: a round's line is on the disk before its
            own checkpoint is, and this is what the round's start had to wait for
@@ -18,6 +18,7 @@ from statistics import median
 from typing import TypeVar
 
 from fedlora.federation.checkpoint import RoundRecord
+from fedlora.privacy.accounting import rounded_up
 
 __all__ = ["PHASES", "PhaseClock", "round_words", "slowest_and_median"]
 
@@ -75,7 +76,7 @@ def round_words(record: RoundRecord) -> str:
     With privacy no client tells its loss or its time, and the line opens with the epsilon so far.
     wait: seconds for the replies. clients: the median of the clients' own seconds, where they tell.
     """
-    words = [] if record.epsilon is None else [f"epsilon {record.epsilon:.2f}"]
+    words = [] if record.epsilon is None else [f"epsilon {rounded_up(record.epsilon, 2):.2f}"]
     words += [] if record.loss is None else [f"loss {record.loss:.4f}"]
     inside = [f"wait {record.phases['wait']:.1f}"] if "wait" in record.phases else []
     if "median" in record.clients:

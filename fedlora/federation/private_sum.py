@@ -42,7 +42,7 @@ from fedlora.federation.summed import aggregate_mean, sent_row
 from fedlora.flat import RowReader
 from fedlora.low_rank import Matrix
 from fedlora.privacy import PrivacyConfig, PrivacyEvent
-from fedlora.privacy.accounting import calibrate, epsilon_of, grouped
+from fedlora.privacy.accounting import calibrate, epsilon_of, grouped, rounded_up
 from fedlora.privacy.audit.canaries import Canaries, Trace
 from fedlora.privacy.central import CentralMechanism, PrivacyState, draw_members, event_of
 from fedlora.privacy.clipping import count_noise
@@ -122,14 +122,16 @@ class PrivateRounds:
                     "them; what the others cost is not known, and the run cannot go on"
                 )
         else:
-            asked = read_asked(out)
+            asked, told = read_asked(out)
             most, paid = max(asked.values(), default=0), _paid(ledger)
-            # In its first round a run may have been cut off between the two files.
-            if most > paid or (round and paid and not most):
+            lost = set(range(1, round + 1)) - told
+            # A run that was cut off between the two files has paid for a release that nobody made.
+            if lost or not most <= paid <= most + 1:
                 raise RunError(
                     f"{ledger.path}: expected lines for {most} releases of one device as in "
-                    f"{ASKED}, found {paid}; one of the files was changed, what devices have sent "
-                    "is not known, and the run cannot go on"
+                    f"{ASKED}, which has {round - len(lost)} of {round} rounds, found {paid}; one "
+                    "of the files was changed, what devices have sent is not known, and the run "
+                    "cannot go on"
                 )
         return cls(config, privacy, state, ledger, secret, asked)
 
@@ -168,7 +170,8 @@ class PrivateRounds:
         after = self._epsilon([*self._ledger.events(), event])
         if most is not None and after > most:
             raise BudgetSpent(
-                f"round {round} would make epsilon {after:.4f}, over max_epsilon = {most:g}"
+                f"round {round} would make epsilon {rounded_up(after, 4):.4f}, over "
+                f"max_epsilon = {most:g}"
             )
         self._event = event
         if local:

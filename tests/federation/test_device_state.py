@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from fedlora.federation import handle_evaluate, read_checkpoint
 from fedlora.federation.device_state import DeviceState, owners_state, waiting_lock
 from fedlora.federation.own_rows import ContextRows
 from fedlora.flat import segments_of
+from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.local import LocalNoise
 from fedlora.simulation.grid import InProcessGrid
 from fedlora.store import RunRows, Store
 from tests.federation.fakes import FakeTrainer, FaultyGrid, experiment, fake_app, raises, run
@@ -217,6 +220,30 @@ def test_another_process_that_holds_the_state_is_waited_for(tmp_path: Path) -> N
         other.stdin.close()
         with waiting_lock(store):
             pass
+
+
+def test_processes_at_the_same_time_each_note_what_they_send(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, folder = "ba5e" * 16, tmp_path / "state"
+    Store.create_without_bundle(folder, base)
+    read = Ledger.read
+
+    def slowly(out: Path) -> Ledger:
+        found = read(out)
+        time.sleep(0.05)  # so that the others read before this one writes, if they may
+        return found
+
+    monkeypatch.setattr(Ledger, "read", slowly)
+
+    def note(round: int) -> None:
+        DeviceState(folder).note_release(base, round, LocalNoise(0.5, 1.0))
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(note, range(1, 4)))
+    lines = read(folder).lines
+    assert [line.round for line in lines] == [1, 2, 3]
+    assert {line.notes for line in lines} == {("round 1",), ("round 2",), ("round 3",)}
 
 
 def test_the_owner_alone_names_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

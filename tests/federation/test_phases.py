@@ -66,3 +66,6 @@ def test_a_line_says_what_there_is_to_say() -> None:
     record = RoundRecord(3, "failed", ("b",), None, 3.21, 5, 6, lost, phases=phases, late=2)
     assert round_words(record) == "3.2 s (wait 2.6) 1 dropped 2 late"
     assert slowest_and_median([]) == {}
+    # An epsilon that is shown is never less than the round's.
+    record = RoundRecord(3, "updated", ("a",), None, 3.21, 5, 6, epsilon=8.0001)
+    assert round_words(record) == "epsilon 8.01 3.2 s"

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -601,12 +602,56 @@ def test_a_cut_off_local_round_of_others_than_the_busiest_is_not_forgotten(
             file.write(b'{"round": 2, "coh')
         run(config, tmp_path)
     # c1 has sent three times, c0 once.
-    assert read_asked(tmp_path) == {"c0": 1, "c1": 3}
+    assert read_asked(tmp_path) == ({"c0": 1, "c1": 3}, {1, 2, 3})
     lines = Ledger.read(tmp_path).lines
     assert [(line.round, line.event.count) for line in lines] == [(1, 1), (2, 1), (3, 1)]
     (tmp_path / ASKED).unlink()
     with raises(RunError, "what devices have sent is not known"):
         run(config, tmp_path)
+
+
+def test_a_local_run_of_which_a_part_was_lost_or_put_back_does_not_go_on(tmp_path: Path) -> None:
+    config = private(privacy={"mechanism": "local"}, federation__rounds=1, federation__cohort=8)
+    out, before = tmp_path / "run", tmp_path / "before"
+
+    def up_to(rounds: int) -> None:
+        run(replace(config, federation=replace(config.federation, rounds=rounds)), out)
+
+    up_to(1)
+    shutil.copytree(out / "checkpoint", before)
+    up_to(3)
+    lines = (out / ASKED).read_bytes().splitlines(keepends=True)
+    # What is missing would otherwise be sent once more, and charged to nobody.
+    for kept in (lines[:2], lines[1:]):
+        (out / ASKED).write_bytes(b"".join(kept))
+        with raises(RunError, "what devices have sent is not known"):
+            up_to(4)
+    shutil.rmtree(out / "checkpoint")
+    shutil.copytree(before, out / "checkpoint")
+    with raises(RunError, "what devices have sent is not known"):
+        up_to(4)
+
+
+def test_a_local_run_that_was_cut_off_between_its_two_files_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = private(privacy={"mechanism": "local"}, federation__rounds=2, federation__cohort=8)
+    cohorts = iter([[], ["c0"], ["c0"]])  # the last two are of one round
+    monkeypatch.setattr(private_sum, "draw_cohort", lambda *_: tuple(next(cohorts)))
+    append = private_sum.append_asked
+    with monkeypatch.context() as patch:
+
+        def cut(out: Path, round: int, cohort: Sequence[str]) -> None:
+            if round == 2:
+                raise _Stop
+            append(out, round, cohort)
+
+        patch.setattr(private_sum, "append_asked", cut)
+        with pytest.raises(_Stop):
+            run(config, tmp_path)
+    run(config, tmp_path)
+    # Nobody was asked before the end: c0 has sent once, and is charged once.
+    assert [(line.round, line.event.count) for line in Ledger.read(tmp_path).lines] == [(2, 1)]
 
 
 def test_a_device_keeps_its_own_ledger_and_its_owners_limits(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 Before anyone reveals a share, every client tells its neighbors which survivors and dropouts it was
 shown, and whose keys it has seen: by HMAC-SHA256 under a key that only the two have. The server
-passes the tags on and can make none. So two honest clients that each have seen `share_threshold`
-equal ones, their own included, have seen the same lists: more than half of all have told both so.
+passes the tags on and can make none. So where everyone is everyone's neighbor, two honest clients
+that each have seen t = `share_threshold` equal ones, their own included, were told the same:
+2 t - n or more of all n have told both so, and where fewer collude one of these is honest. On a
+sparse graph a client compares with its neighbors alone, and the keys are not in it.
 This is the consistency check of Bonawitz et al. 2017 (round 3), with tags in place of signatures.
 """
 
