@@ -7,6 +7,7 @@
     python -m simulations.bench scale --clients 1000 10000 100000
     python -m simulations.bench device --quick
     python -m simulations.bench federation --nodes 3 --rounds 5
+    python -m simulations.bench aggregation --clients 1000
 
 `simulations.bench.sides` says what is compared, `simulations.bench.work` what is counted;
 `simulations.bench.device` has the device's side, `simulations.bench.federation` a deployed one.
@@ -34,10 +35,22 @@ from simulations.bench.tables import ratio_table, scale_table, time_table
 CASE_SECONDS = 3600.0
 QUICK_CLIENTS = 8
 
+# Benchmarks that read their arguments themselves, in a process of their own.
+ALONE = {
+    "aggregation": "bytes a second that the server sums, and FlexLoRA's SVD",
+    "memory": "quantized bases and gradient checkpointing",
+    "messages": "what a client costs without its training",
+    "quorum": "one straggler of ten",
+    "secure-sum": "what a secure sum costs",
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit code: 1 when a case failed."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in ALONE:
+        return _own(given[0].replace("-", "_"), *given[1:])
+    options = _parser().parse_args(given)
     run = {"cohort": _cohort, "scale": _scale, "device": _device, "federation": _federation}[
         options.benchmark
     ]
@@ -78,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         "--side", nargs="+", choices=["flower", "fedlora"], default=["flower", "fedlora"],
         help="what starts the SuperNodes",
     )  # fmt: skip
+    for name, what in ALONE.items():
+        which.add_parser(name, help=what)
     for command in (cohort, scale, device, federation):
         command.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     return parser

@@ -1,6 +1,6 @@
 """What aggregation costs the server: bytes a second of the linear methods, and FlexLoRA's SVD.
 
-    python -m simulations.bench.aggregation [--clients 1000] [--repeat 5] [--json FILE]
+    python -m simulations.bench aggregation [--clients 1000] [--repeat 5] [--json FILE]
 
 The linear methods read prepared updates of SmolLM2-135M's size (q and v of 30 blocks at rank 8:
 460,800 numbers, 1.84 MB), one after another as a round streams them. Beside each of their turns the
@@ -57,7 +57,7 @@ class Spent:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, and print the table as Markdown."""
     parser = argparse.ArgumentParser(
-        prog="python -m simulations.bench.aggregation", description=__doc__,
+        prog="python -m simulations.bench aggregation", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--clients", type=int, default=1000)

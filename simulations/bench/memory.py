@@ -1,7 +1,7 @@
 """What a quantized base and gradient checkpointing save, and what they cost.
 
-    python -m simulations.bench.memory quantize --base tiny-chat
-    python -m simulations.bench.memory checkpointing --base smollm2-135m --rows 8 --length 128
+    python -m simulations.bench memory quantize --base tiny-chat
+    python -m simulations.bench memory checkpointing --base smollm2-135m --rows 8 --length 128
 
 Memory is that of a process of its own for each case: the bytes that the model holds, how much the
 process has grown once it is open, and the peak of one training step over that (Linux only). Times

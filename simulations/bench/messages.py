@@ -1,6 +1,6 @@
 """What a client costs a federation in one process, its training left out: CPU time and memory.
 
-    python -m simulations.bench.messages [--clients 1000 10000 100000] [--json FILE]
+    python -m simulations.bench messages [--clients 1000 10000 100000] [--json FILE]
 
 One round in which everyone takes part, through Flower's own ServerApp loop, `FederatedLora` and
 messages. The clients are a grid that answers with prepared rows by the functions that an engine of

@@ -1,6 +1,6 @@
 """One straggler among ten clients: a round by Flower's way of waiting, quick looks, and a quorum.
 
-    python -m simulations.bench.quorum [--scale 0.25] [--rounds 3] [--json FILE]
+    python -m simulations.bench quorum [--scale 0.25] [--rounds 3] [--json FILE]
 
 Clients are do-nothing trainers that reply after their seconds; nothing else is slow. The three
 sides take turns round by round. All seconds but those between quick looks are multiplied by

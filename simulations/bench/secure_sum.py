@@ -1,6 +1,6 @@
 """What a secure sum costs beside plain sending: CPU seconds and bytes, phase by phase.
 
-    python -m simulations.bench.secure_sum [--clients 100] [--size 1000000] [--quick] [--json FILE]
+    python -m simulations.bench secure-sum [--clients 100] [--size 1000000] [--quick] [--json FILE]
 
 Everyone runs in this process, without messages: bytes are those of the values that are sent, and
 four for each client's index in a list. Each client sends its numbers plainly as well, right before
