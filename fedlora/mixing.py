@@ -34,8 +34,9 @@ from fedlora.nn import Task, load_adapter_into
 from fedlora.nn.inject import lora_modules
 from fedlora.nn.layers import LoraLinear, LoraModule
 from fedlora.nn.local import evaluating
+from fedlora.nn.outputs import logits_of
 from fedlora.nn.serving import serving
-from fedlora.nn.tasks import logits_of, scored_positions
+from fedlora.nn.tasks import scored_positions
 from fedlora.randomness import rng
 
 __all__ = ["SAMPLES", "evaluate_mixed", "head_inputs"]

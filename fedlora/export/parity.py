@@ -17,7 +17,9 @@ from fedlora.adapter import Adapter, LoraConfig, LoraLayer
 from fedlora.device.manifest import factors_of
 from fedlora.export.trace import Subject
 from fedlora.nn.inject import inject_lora, load_adapter_into, lora_modules, remove_lora
-from fedlora.nn.tasks import NOT_COUNTED, get_task, logits_of
+from fedlora.nn.outputs import logits_of
+from fedlora.nn.rows import NOT_COUNTED
+from fedlora.nn.tasks import get_task
 from fedlora.randomness import rng
 
 __all__ = [

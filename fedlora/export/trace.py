@@ -20,7 +20,8 @@ from fedlora.export.plain import plain_forms
 from fedlora.export.traced import Traced
 from fedlora.nn.inject import layer_specs
 from fedlora.nn.layers import is_bare_linear
-from fedlora.nn.tasks import NOT_COUNTED, hidden_and_head, logits_of
+from fedlora.nn.outputs import hidden_and_head, logits_of
+from fedlora.nn.rows import NOT_COUNTED
 from fedlora.targets import LayerSpec
 
 __all__ = [

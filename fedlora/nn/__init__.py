@@ -20,7 +20,8 @@ from fedlora.nn.inject import (
 )
 from fedlora.nn.load import Base, load_base
 from fedlora.nn.local import train_local
-from fedlora.nn.tasks import Batch, Task, get_task
+from fedlora.nn.rows import Batch
+from fedlora.nn.tasks import Task, get_task
 
 __all__ = [
     "Base",

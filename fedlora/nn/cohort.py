@@ -46,8 +46,9 @@ from fedlora.nn.local import evaluating, train_local
 from fedlora.nn.precision import Precision, computing_in
 from fedlora.nn.prefix import cached_prefix
 from fedlora.nn.probe import find_leak
+from fedlora.nn.rows import Batch
 from fedlora.nn.stack_optimizer import StackOptimizer, settings_of
-from fedlora.nn.tasks import Batch, Task
+from fedlora.nn.tasks import Task
 from fedlora.training import not_finite, require_correction
 
 __all__ = [

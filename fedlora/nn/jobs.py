@@ -15,7 +15,7 @@ from torch import nn
 from fedlora.adapter import Adapter, Array, LoraLayer
 from fedlora.data import Examples, draw_batches
 from fedlora.errors import FedloraError
-from fedlora.nn.tasks import Batch, packs_texts
+from fedlora.nn.rows import Batch, packs_texts
 from fedlora.training import Factor, LocalRule, TrainConfig, TrainResult
 
 __all__ = [

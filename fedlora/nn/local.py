@@ -20,7 +20,8 @@ from fedlora.nn.inject import extract_adapter, lora_modules
 from fedlora.nn.layers import LoraModule
 from fedlora.nn.precision import Precision, computing_in
 from fedlora.nn.prefix import Measure, cached_prefix
-from fedlora.nn.tasks import Batch, Task, get_task
+from fedlora.nn.rows import Batch
+from fedlora.nn.tasks import Task, get_task
 from fedlora.training import (
     Factor,
     LocalRule,

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from fedlora.nn.inject import kept_activations, lora_modules
 from fedlora.nn.layers import LoraModule
-from fedlora.nn.tasks import NOT_COUNTED, Batch
+from fedlora.nn.rows import NOT_COUNTED, Batch
 
 __all__ = ["Measure", "cached_prefix"]
 

@@ -23,7 +23,8 @@ from fedlora.adapter import Adapter, LoraLayer
 from fedlora.nn.batched import LayerStack, batched_layers
 from fedlora.nn.inject import keeping_adapter, load_adapter_into, lora_modules
 from fedlora.nn.local import evaluating, seeded
-from fedlora.nn.tasks import NOT_COUNTED, Batch, Task
+from fedlora.nn.rows import NOT_COUNTED, Batch
+from fedlora.nn.tasks import Task
 from fedlora.nn.traced import (
     Call,
     first_difference,

@@ -78,7 +78,7 @@ class TorchSide:
     def logits(self, inputs: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         import torch
 
-        from fedlora.nn.tasks import logits_of
+        from fedlora.nn.outputs import logits_of
 
         masked = self.base.task == "classification"
         with torch.inference_mode():

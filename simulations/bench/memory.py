@@ -31,7 +31,7 @@ from fedlora.data import draw_batches
 from fedlora.evaluation import evaluate
 from fedlora.experiment import BaseConfig, DataConfig
 from fedlora.nn import extract_adapter, load_adapter_into, train_local
-from fedlora.nn.tasks import Batch
+from fedlora.nn.rows import Batch
 from fedlora.training import TrainConfig
 from fedlora.world import World, open_world
 

@@ -32,8 +32,8 @@ from fedlora.experiment import ExperimentConfig
 from fedlora.files import write_atomic
 from fedlora.formats import load_adapter
 from fedlora.metrics import Gain, auc, gain
+from fedlora.nn.outputs import logits_of
 from fedlora.nn.serving import serving
-from fedlora.nn.tasks import logits_of
 from fedlora.world import World, open_world
 
 __all__ = ["ADAPTERS", "SCORES", "owner_aucs", "page", "person_aucs", "window_scores"]

@@ -19,7 +19,7 @@ from fedlora.export.traced import Traced
 from fedlora.nn import inject_lora, load_adapter_into, load_base, remove_lora
 from fedlora.nn.classifier import Classifier
 from fedlora.nn.inject import lora_modules
-from fedlora.nn.tasks import logits_of
+from fedlora.nn.outputs import logits_of
 from tests.export.models import (
     CASES,
     Case,

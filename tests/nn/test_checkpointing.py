@@ -25,7 +25,7 @@ from fedlora.nn import inject_lora, train_local
 from fedlora.nn.checkpointing import checkpoint_blocks
 from fedlora.nn.classifier import Classifier
 from fedlora.nn.llama import Llama, LlamaConfig
-from fedlora.nn.tasks import Batch
+from fedlora.nn.rows import Batch
 from fedlora.training import TrainConfig
 from fedlora.world import open_world
 from tests.nn.models import Mlp, seeded

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedlora.adapter import LoraConfig
-from fedlora.nn import get_task, inject_lora, tasks
+from fedlora.nn import get_task, inject_lora, outputs
 from fedlora.nn.cross_entropy import head_cross_entropy
 from fedlora.nn.llama import Llama, LlamaConfig
 
@@ -123,5 +123,5 @@ def test_language_models_have_the_loss_of_their_logits(make: object, adapts_head
 
 def test_model_that_scales_its_logits_is_not_taken_apart() -> None:
     ids = torch.tensor([[3, 4]])
-    assert tasks._is_divided(hugging_face(), ids)
-    assert not tasks._is_divided(scaled_logits(), ids)
+    assert outputs._is_divided(hugging_face(), ids)
+    assert not outputs._is_divided(scaled_logits(), ids)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fedlora.adapter import LoraConfig
 from fedlora.errors import ConfigError, UnknownNameError
-from fedlora.nn import Batch, Task, get_task, inject_lora, tasks
+from fedlora.nn import Batch, Task, get_task, inject_lora, rows, tasks
 from fedlora.nn.llama import Llama, LlamaConfig
 from tests.nn.models import Mlp, TiedLm, seeded
 
@@ -249,7 +249,7 @@ def test_texts_in_several_rows_score_as_in_one(width, monkeypatch):
     """Of every width: a row a text, some rows, and one; counts are exact, sums are float32's."""
     model, batch = packing(), sentences()
     whole, loss = NEXT.score(model, batch), NEXT.loss(model, batch)
-    monkeypatch.setattr(tasks, "ROW_TOKENS", width)
+    monkeypatch.setattr(rows, "ROW_TOKENS", width)
     cut = NEXT.score(model, batch)
     assert cut.pop("nats") == pytest.approx(whole.pop("nats"), rel=1e-5)
     assert cut == whole
@@ -257,7 +257,7 @@ def test_texts_in_several_rows_score_as_in_one(width, monkeypatch):
 
 
 def test_a_text_that_does_not_fit_begins_a_row():
-    assert tasks._places([60, 36, 1, 200, 5]) == ([0, 0, 1, 2, 3], [0, 60, 0, 0, 0], 200)
+    assert rows._places([60, 36, 1, 200, 5]) == ([0, 0, 1, 2, 3], [0, 60, 0, 0, 0], 200)
 
 
 def test_scores_without_marked_word_starts_count_none():
