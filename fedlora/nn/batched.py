@@ -37,18 +37,21 @@ class LayerStack:
     def __init__(
         self, layers: Sequence[LoraLayer], trained: frozenset[Factor], device: torch.device
     ) -> None:
-        rank = max(layer.rank for layer in layers)
-        A = torch.zeros(len(layers), rank, *layers[0].in_shape)
-        B = torch.zeros(len(layers), rank, layers[0].out_features)
+        first, rank = layers[0], max(layer.rank for layer in layers)
+        A = torch.zeros(len(layers), rank, *first.in_shape)
+        B = torch.zeros(len(layers), rank, first.out_features)
         into_A, into_B = A.numpy(), B.numpy()
-        for k, layer in enumerate(layers):
-            if layer.A.shape[1:] != A.shape[2:] or len(layer.B) != B.shape[2]:
-                raise ShapeMismatchError(
-                    f"expected {layers[0].in_shape} -> {layers[0].out_features} as of the first "
-                    f"client, found {layer.in_shape} -> {layer.out_features} of client {k}"
-                )
-            into_A[k, : layer.rank] = layer.A
-            into_B[k, : layer.rank] = layer.B.T
+        # In a round all clients begin with one adapter, which is copied to all of them at once.
+        if all(layer is first for layer in layers):
+            into_A[:, : first.rank], into_B[:, : first.rank] = first.A, first.B.T
+        else:
+            for k, layer in enumerate(layers):
+                if layer.A.shape[1:] != A.shape[2:] or len(layer.B) != B.shape[2]:
+                    raise ShapeMismatchError(
+                        f"expected {first.in_shape} -> {first.out_features} as of the first "
+                        f"client, found {layer.in_shape} -> {layer.out_features} of client {k}"
+                    )
+                into_A[k, : layer.rank], into_B[k, : layer.rank] = layer.A, layer.B.T
         self.ranks = [layer.rank for layer in layers]
         self._all: dict[Factor, Tensor] = {"A": A.to(device), "B": B.to(device)}
         self._all_gradients = {
