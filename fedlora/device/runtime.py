@@ -158,7 +158,12 @@ class OpenBundle:
             raise FormatError(f"{path}: ONNX Runtime cannot load it: {one_line(error)}") from None
         # ONNX Runtime keeps pointers only: what they point to must live as long as the session.
         session.fedlora_keeps = (self._base, values)
-        _check_ends(session, self.manifest, name, str(path), outputs, defaults)
+        try:
+            _check_ends(session, self.manifest, name, str(path), outputs, defaults)
+        except UnicodeDecodeError:  # ONNX Runtime takes any bytes for the name of an end or a size
+            raise FormatError(
+                f"{path}: a name in it is not text; export the bundle again"
+            ) from None
         self._base.release(packed)
         return session
 

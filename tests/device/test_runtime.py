@@ -378,6 +378,21 @@ def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
             Session(tmp_path, threads=1).suggest("a")
 
 
+def test_the_name_of_a_size_that_is_no_text(tmp_path: Path) -> None:
+    made = write_classifier(tmp_path)
+    path = tmp_path / "infer.onnx"
+    graph = onnx.load_model(path, load_external_data=False).graph
+    sizes = {d.dim_param for v in graph.input for d in v.type.tensor_type.shape.dim}
+    named = max(sizes, key=len).encode()
+    assert named
+    path.write_bytes(path.read_bytes().replace(named, b"\xa0" + named[1:]))
+    files = dict(made.manifest.files)
+    files[path.name] = FileInfo(sha256_of(path), path.stat().st_size)
+    write_manifest(replace(made.manifest, files=files), tmp_path)
+    with raises(FormatError, "infer.onnx: a name in it is not text", "export the bundle again"):
+        Session(tmp_path, threads=1)
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 def test_damaged_bundles_end_in_a_typed_line(tmp_path: Path, kind: str) -> None:
     """In a process of its own: ONNX Runtime must not be made to end it either."""
