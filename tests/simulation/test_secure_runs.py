@@ -85,5 +85,5 @@ def test_a_cohort_of_a_hundred_with_few_neighbors(tmp_path: Path) -> None:
     checkpoint = run_rounds(config(**SECURE, **more), tmp_path, 120)
     (record,) = read_rounds(tmp_path)
     assert record.status == "updated"
-    assert [phase["clients"] for phase in record.secure.values()] == [100] * 4
+    assert [phase["clients"] for phase in record.secure.values()] == [100] * 5
     assert sum(client.rounds for client in checkpoint.clients) == 100
