@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -100,7 +101,7 @@ def capture(
 
         def record(inputs: Mapping[str, Tensor]) -> fx.GraphModule:
             with enable_python_dispatcher(), mode:
-                recorder = make_fx(flat, decomposition_table=_decompositions())
+                recorder = make_fx(flat, decomposition_table=dict(_decompositions()))
                 return recorder(*(one for _, one in weights), *inputs.values())
 
         module = record(fakes | marked)
@@ -267,6 +268,7 @@ def _clean(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+@cache  # torch looks through all of its operations to make the table, longer than a layer takes
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """To core aten, and further where a plain form is known."""
     table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from fedlora.simulation import compare
+from tests.forked import start_command
 from tests.simulation.small import config
 
 COMMAND = ("compare",)
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = config(federation__rounds=2, personalization__steps=2)
 ARGUMENTS = ("--methods", "fedit,ffa-lora", "--seeds", "2")
 
@@ -110,29 +107,25 @@ def test_another_command_on_its_folder_is_refused_with_the_line_that_resumes_it(
 def test_a_killed_comparison_goes_on_with_what_it_has(small, tmp_path):
     """Killed in its second run, it ends with the numbers of one that never was."""
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "fedlora", "compare"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [*command, small, *ARGUMENTS, "--out", str(out), "--set", "federation.rounds=6"],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    more = ("--out", out, "--set", "federation.rounds=6")
+    process = start_command("compare", small, *ARGUMENTS, *more)
     second = out / "runs" / "ffa-lora" / "seed-0" / "rounds.jsonl"
     end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None and not second.exists():
+    while time.monotonic() < end and process.is_alive() and not second.exists():
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it was over before it could be killed"
     first = out / "runs" / "fedit" / "seed-0" / "result.json"
     written = first.stat().st_mtime_ns
     assert not (out / "comparison.json").exists()
-    done = subprocess.run(
-        [*command, "--resume", str(out), "--json"],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    last = start_command("compare", "--resume", out, "--json", out=tmp_path / "stdout")
+    last.join()
+    assert last.exitcode == 0
     assert first.stat().st_mtime_ns == written
     overrides = {"federation.rounds": 6}
     whole = compare(small, "fedit,ffa-lora", seeds=2, overrides=overrides, out=tmp_path / "whole")
-    found, expected = json.loads(done.stdout), whole.summary()
+    found, expected = json.loads((tmp_path / "stdout").read_text()), whole.summary()
     for mine, other in zip(found["runs"], expected["runs"], strict=True):
         assert {**mine, "seconds": 0} == json.loads(json.dumps({**other, "seconds": 0}))
     for mine, other in zip(found["differences"], expected["differences"], strict=True):

@@ -1,10 +1,7 @@
 """Whole runs on real data, cut short: what a run leaves, and that kill -9 costs nothing."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from fedlora.experiment import ExperimentConfig
 from fedlora.federation.folder import read_rows
 from fedlora.formats import read_info
 from fedlora.simulation import simulate
+from tests.forked import start_command
 
 SHORT = {
     "data.clients": 4,
@@ -130,11 +128,10 @@ def test_a_killed_run_resumes_bit_for_bit(run, tmp_path):
     assert not (out / "summary.json").exists()
     resume = ["simulate", "--resume", str(out)]
     _kill_when(resume, out / "clients.jsonl")
-    done = subprocess.run(
-        [sys.executable, "-m", "fedlora", *resume, "--json"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    summary = json.loads(done.stdout)
+    last = start_command(*resume, "--json", out=tmp_path / "stdout")
+    last.join()
+    assert last.exitcode == 0
+    summary = json.loads((tmp_path / "stdout").read_text())
     assert load_adapter(out / "adapter") == run.adapter
     rows = read_rows(out / "clients.jsonl")
     assert [row["scores"] for row in rows] == [row["scores"] for row in run.clients]
@@ -208,17 +205,15 @@ steps = 10
 
 def _kill_when(arguments: list[str], file: Path) -> None:
     """Start fedlora, and kill it with SIGKILL as soon as `file` has a line."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedlora", *arguments],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"CI": "true"},
-    )  # fmt: skip
+    process = start_command(*arguments)
     end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
+    while time.monotonic() < end and process.is_alive():
         if file.exists() and file.stat().st_size:
             break
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it was over before it could be killed"
 
 
 def test_a_new_head_is_trained_as_low_rank_factors(tmp_path, monkeypatch):

@@ -184,11 +184,8 @@ def test_loss_and_gradients_are_torchs_for_any_rank(name: str, tmp_path: Path) -
 
 
 def test_layers_may_have_different_ranks(tmp_path: Path) -> None:
-    case = CASES["llama with an adapted embedding"]
-    model = case.model()
-    inputs = case.inputs(2, 6)
-    targets = case.labels(model, inputs)
-    running = session(emitted(model, traced_step(model, inputs, targets), tmp_path))
+    model, inputs, targets, traced = training_of("llama with an adapted embedding")
+    running = session(emitted(model, traced, tmp_path))
     names = list(factors(model))
     by_rank = {rank: drawn_factors(model, rank) for rank in (1, 4, 8)}
     layers = sorted({name.rsplit(".", 1)[0] for name in names})
@@ -207,7 +204,14 @@ def test_layers_may_have_different_ranks(tmp_path: Path) -> None:
         assert np.abs(found - gradient.numpy()).max() <= GRADIENT
 
 
-@pytest.mark.parametrize("name", CASES)
+def slow_but(*kept: str) -> list[Any]:
+    """The names of all cases; what the others show is shown by the kept ones by default."""
+    return [n if n in kept else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+
+
+# Each is traced a second time: by default one of ours, with all kinds of factors, and one of
+# convolutions.
+@pytest.mark.parametrize("name", slow_but("llama with an adapted embedding", "watch-cnn"))
 def test_the_same_trace_gives_the_same_bytes(name: str) -> None:
     both = []
     for make in (training_of, training_of.__wrapped__):  # the second traces anew
@@ -269,27 +273,31 @@ QUANTIZED = {
 
 
 @cache
-def _quantized_once(name: str) -> tuple[Training, Traced, dict[str, Tensor]]:
+def _quantized_once(name: str) -> tuple[Training, dict[str, Tensor]]:
     case = QUANTIZED[name]
     model = case.model()
     inputs = case.inputs(2, 6)
     targets = case.labels(model, inputs)
     training = model, inputs, targets, traced_step(model, inputs, targets)
-    first = {key: value.clone() for key, value in model.state_dict().items()}
-    return training, traced_forward(model, case.inputs(3, 5), case.free), first
+    return training, {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@cache
+def _quantized_forward_once(name: str) -> Traced:
+    case = QUANTIZED[name]
+    return traced_forward(quantized_training(name)[0], case.inputs(3, 5), case.free)
 
 
 def quantized_training(name: str) -> Training:
     """A model, inputs, targets and the trace of a step; the model's numbers are as at first."""
-    training, _, first = _quantized_once(name)
+    training, first = _quantized_once(name)
     training[0].load_state_dict(first)  # into the same memory, which the traces read
     return training
 
 
 def quantized_forward(name: str) -> tuple[nn.Module, Traced]:
     """The same model and the trace of its forward pass."""
-    model = quantized_training(name)[0]
-    return model, _quantized_once(name)[1]
+    return quantized_training(name)[0], _quantized_forward_once(name)
 
 
 def rounded_weights(model: nn.Module, stored: set[str]) -> None:

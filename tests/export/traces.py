@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ from fedlora.nn.inject import inject_lora, lora_modules
 
 TRACED_RANK = 11  # no other axis of the models here has it
 Arrays = dict[str, npt.NDArray[Any]]
+
+
+@cache  # torch takes longer to make it than most traces here
+def _table() -> dict[Any, Callable[..., Any]]:
+    return dict(torch._decomp.core_aten_decompositions())
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """torch's decompositions to core aten, as a dict of its own."""
+    return dict(_table())
 
 
 def with_lora(model: nn.Module, targets: Any, rank: int = TRACED_RANK, seed: int = 0) -> nn.Module:
@@ -88,7 +99,7 @@ def traced_forward(
 
     module = make_fx(
         forward,
-        decomposition_table=torch._decomp.core_aten_decompositions(),
+        decomposition_table=decompositions(),
         tracing_mode="symbolic" if symbolic else "real",
         _allow_non_fake_inputs=True,
     )(inputs, *values)
@@ -102,8 +113,7 @@ def traced_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> Traced:
     def step(x: Tensor, y: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         return step_of(model, names, x, y, given)
 
-    table = torch._decomp.core_aten_decompositions()
-    module = make_fx(step, decomposition_table=table)(inputs, targets, *values)
+    module = make_fx(step, decomposition_table=decompositions())(inputs, targets, *values)
     outputs = ("loss", *(f"{name}.grad" for name in names))
     return _traced(model, module, {"inputs": inputs, "targets": targets}, outputs, {})
 
@@ -186,9 +196,8 @@ def emitted_function(
         result = function(*given)
         return result if isinstance(result, tuple) else (result,)
 
-    table = torch._decomp.core_aten_decompositions()
     mode = "symbolic" if symbolic else "real"
-    module = make_fx(flat, decomposition_table=table, tracing_mode=mode)(*arguments)
+    module = make_fx(flat, decomposition_table=decompositions(), tracing_mode=mode)(*arguments)
     names = tuple(f"x{place}" for place in range(len(arguments)))
     axes = {
         name: {axis: f"{name}_{axis}" for axis in range(argument.ndim)}
