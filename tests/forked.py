@@ -52,7 +52,7 @@ def start(
 
 
 def start_command(*arguments: object, out: Path | None = None) -> ForkServerProcess:
-    """Start ``fedlora`` with these arguments."""
+    """Start ``fedlora`` with these arguments; it draws no report at the end."""
     return start(_command, *map(str, arguments), out=out)
 
 
@@ -73,7 +73,10 @@ def _child(
 
 
 def _command(*arguments: str) -> None:
+    import fedlora.report
     from fedlora.cli.main import main
 
+    # As in the tests' own processes: a report takes longer than most runs.
+    fedlora.report.report_at_end = lambda folder: None
     sys.argv = ["fedlora", *arguments]
     main()

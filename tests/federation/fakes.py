@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -196,6 +197,19 @@ def run(
         **options,
     )
     return state, records
+
+
+class SlowTrainer(FakeTrainer):
+    """Takes a while for each training, so that a run can be killed on its way."""
+
+    def train(self, *args: Any) -> TrainResult:
+        time.sleep(0.05)
+        return super().train(*args)
+
+
+def run_slowly(config: ExperimentConfig, out: Path) -> None:
+    """Run a federation that is to be killed, in a process of its own."""
+    run(config, out, {number: SlowTrainer(number, 10 + number) for number in range(8)})
 
 
 class FaultyGrid(InProcessGrid):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +26,8 @@ from fedlora.federation import (
 )
 from fedlora.federation.checkpoint import append_round, resume_run, write_checkpoint
 from fedlora.training import TrainResult
-from tests.federation.fakes import FakeTrainer, experiment, raises, run, start_adapter
+from tests.federation.fakes import FakeTrainer, experiment, raises, run, run_slowly, start_adapter
+from tests.forked import start
 
 SIX = experiment(federation__rounds=6, data__held_out_clients=0.25)
 
@@ -122,27 +121,15 @@ def test_a_crash_at_any_step_of_writing_loses_nothing(
 
 
 def test_a_run_killed_with_sigkill_goes_on_to_the_same_result(whole: Any, tmp_path: Path) -> None:
-    script = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from tests.federation import fakes\n"
-        "train = fakes.FakeTrainer.train\n"
-        "def slow(*args):\n"
-        "    time.sleep(0.05)\n"
-        "    return train(*args)\n"
-        "fakes.FakeTrainer.train = slow\n"
-        "config = fakes.experiment(federation__rounds=6, data__held_out_clients=0.25)\n"
-        f"fakes.run(config, Path({str(tmp_path)!r}))\n"
-    )
-    root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=root, stderr=subprocess.DEVNULL)
+    process = start(run_slowly, SIX, tmp_path)
     end = time.monotonic() + 60
     while time.monotonic() < end and (
         not has_checkpoint(tmp_path) or len(read_rounds(tmp_path)) < 3
     ):
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it was over before it could be killed"
     assert 3 <= read_checkpoint(tmp_path).state.round < 6 or len(read_rounds(tmp_path)) == 3
     run(SIX, tmp_path)
     assert without_time(tmp_path) == whole

@@ -1,12 +1,10 @@
 """A run's folder: who may write to it, and what is left after a crash."""
 
-import subprocess
-import sys
-
 import pytest
 
 from fedlora.errors import RunError
 from fedlora.federation.folder import append_row, claim, free_folder, locked, read_rows
+from tests.forked import start
 
 
 def test_a_claimed_folder_is_refused_with_the_line_that_resumes_it(tmp_path):
@@ -53,14 +51,24 @@ def test_a_row_that_is_not_json_is_named(tmp_path):
 
 
 def test_a_second_process_is_kept_out(tmp_path):
-    code = (
-        "import sys, pathlib; from fedlora.federation.folder import locked\n"
-        "with locked(pathlib.Path(sys.argv[1])): pass"
-    )
+    assert found_elsewhere(tmp_path, tmp_path / "free") == "none"
     with locked(tmp_path):
-        other = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
-        )
-    assert "RunError" in other.stderr
-    assert "another process is running this run" in other.stderr
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+        found = found_elsewhere(tmp_path, tmp_path / "held")
+    assert found.startswith("RunError")
+    assert "another process is running this run" in found
+
+
+def found_elsewhere(folder, said):
+    """What another process says when it wants to write to a folder."""
+    other = start(lock, folder, out=said)
+    other.join()
+    assert other.exitcode == 0
+    return said.read_text()
+
+
+def lock(folder):
+    try:
+        with locked(folder):
+            print("none", end="", flush=True)
+    except RunError as error:
+        print(f"RunError: {error}", end="", flush=True)

@@ -5,10 +5,7 @@ The clients are fakes behind a ClientApp in this process; the messages are the r
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -44,9 +41,11 @@ from tests.federation.fakes import (
     fake_app,
     raises,
     run,
+    run_slowly,
     start_adapter,
 )
 from tests.federation.scripted import Link
+from tests.forked import start
 
 AFTER = (AGREE, UNMASK)  # whoever is lost in one of these has its update in the sum
 RANGE = 20.0  # no fake moves a number so far
@@ -466,26 +465,14 @@ def test_a_client_forgets_its_secrets_with_the_last_phase(tmp_path: Path) -> Non
 def test_a_round_that_runs_again_after_a_crash_comes_to_the_same_bits(tmp_path: Path) -> None:
     config = secure(federation__rounds=4, federation__cohort=5)
     whole, _ = run(config, tmp_path / "whole")
-    script = (
-        "import time\n"
-        "from pathlib import Path\n"
-        "from tests.federation import fakes, test_secure\n"
-        "train = fakes.FakeTrainer.train\n"
-        "def slow(*args):\n"
-        "    time.sleep(0.05)\n"
-        "    return train(*args)\n"
-        "fakes.FakeTrainer.train = slow\n"
-        "config = test_secure.secure(federation__rounds=4, federation__cohort=5)\n"
-        f"fakes.run(config, Path({str(tmp_path / 'killed')!r}))\n"
-    )
     killed = tmp_path / "killed"
-    root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=root, stderr=subprocess.DEVNULL)
+    process = start(run_slowly, config, killed)
     end = time.monotonic() + 60
     while time.monotonic() < end and (not has_checkpoint(killed) or len(read_rounds(killed)) < 2):
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it was over before it could be killed"
     assert 1 <= read_checkpoint(killed).state.round < 4
     state, _ = run(config, killed)
     assert state.adapter == whole.adapter
