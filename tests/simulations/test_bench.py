@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from fedlora.data import load_data
 from fedlora.errors import ConfigError
 from fedlora.nn import get_task, inject_lora
 from fedlora.world import _last_world
+from simulations.bench.__main__ import main
 from simulations.bench.bases import tiny
 from simulations.bench.cases import DEFAULT, LENGTH, Case, case_named
 from simulations.bench.compare import compare
@@ -174,17 +172,24 @@ def test_a_ratio_is_taken_repetition_by_repetition() -> None:
     assert spread([0.0123, 150.0, 15.0]) == "15.0 (0.0123–150)"
 
 
-def bench(*arguments: str) -> str:
-    command = [sys.executable, "-m", "simulations.bench", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def bench(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run the command in this process, which starts one of its own for a case; its stdout."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def run(*arguments: str) -> str:
+        code = main(list(arguments))
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return out
+
+    return run
 
 
-def test_quick_prints_two_tables_and_writes_json(tmp_path: Path) -> None:
+def test_quick_prints_two_tables_and_writes_json(bench: Callable[..., str], tmp_path: Path) -> None:
     file = tmp_path / "quick.json"
     printed = bench("cohort", "--quick", "--no-ray", "--json", str(file))
     assert printed.count("| case |") == 2
@@ -209,7 +214,7 @@ def test_scale_measures_every_round(side: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-def test_flowers_simulation_ends_where_peft_ends(tmp_path: Path) -> None:
+def test_flowers_simulation_ends_where_peft_ends(bench: Callable[..., str], tmp_path: Path) -> None:
     file = tmp_path / "quick.json"
     bench("cohort", "--quick", "--json", str(file))
     (result,) = json.loads(file.read_text())["results"]
