@@ -1,4 +1,7 @@
-"""What the tests of fedlora.export trace: small models of every kind, adapters and batches."""
+"""What the tests of fedlora.export trace: small models of every kind, adapters and batches.
+
+Of a kind of model one case has several blocks, another only one: tracing takes its time by block.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ def gpt2(layers: int = 2) -> nn.Module:
 def hf_llama() -> nn.Module:
     torch.manual_seed(0)
     config = HFLlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
