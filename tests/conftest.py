@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
+import typer.main
+import typer.testing
 from hypothesis import settings
 
 import fedlora.report
@@ -39,4 +42,14 @@ def no_report_at_the_end() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(fedlora.report, "report_at_end", lambda folder: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_tree_of_commands() -> Iterator[None]:
+    """Let typer make the commands of an app once, and not at each call of one: over 0.1 s."""
+    with pytest.MonkeyPatch.context() as patched:
+        made = cache(typer.main.get_command)
+        patched.setattr(typer.main, "get_command", made)
+        patched.setattr(typer.testing, "_get_command", made)
         yield

@@ -225,6 +225,7 @@ def test_a_new_head_is_trained_as_low_rank_factors(tmp_path, monkeypatch):
         "federation.rounds": 1,
         "federation.cohort": 2,
         "personalization.steps": 2,
+        "personalization.cross": 0,
     }
     run = simulate("punctuation", overrides=small, out=tmp_path / "run")
     assert run.adapter["zero_head"].out_features == 5

@@ -37,8 +37,18 @@ def with_product(base: nn.Module, frozen: Adapter) -> nn.Module:
 
 # That the head is tied to the embedding: it stays the base's on both sides.
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.parametrize("optimizer", RATES)
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "minilm"])
+# By default all models by SGD, whose tolerance is far narrower, and one by AdamW.
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        pytest.param(
+            name, optimizer, marks=() if optimizer == "sgd" or name == "llama" else pytest.mark.slow
+        )
+        for name in MODELS
+        if name != "minilm"
+        for optimizer in RATES
+    ],
+)
 def test_clients_beside_a_frozen_adapter_end_where_pefts_do_on_its_sum(
     name: str, optimizer: Any
 ) -> None:

@@ -201,16 +201,18 @@ def test_quick_prints_two_tables_and_writes_json(bench: Callable[..., str], tmp_
 
 
 @pytest.mark.usefixtures("one_case")
-@pytest.mark.parametrize("side", ["engine", "sequential"])
-def test_scale_measures_every_round(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, value in Shape(66, rows=1, test_rows=0).environment().items():
+@pytest.mark.parametrize(("side", "clients"), [("engine", 66), ("sequential", 6)])
+def test_scale_measures_every_round(
+    side: str, clients: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in Shape(clients, rows=1, test_rows=0).environment().items():
         monkeypatch.setenv(variable, value)
-    result = measure(side, 66)
+    result = measure(side, clients)
     assert len(result["wall"]) == len(result["cpu"]) == 2
     assert result["rss_peak"] >= result["rss_before"] > 0
     cells = [cell.strip() for cell in scale_table([result]).splitlines()[-1].split("|")]
-    assert cells[1:3] == [side, "66"]
-    assert cells[6] == f"{66 / result['cpu'][1]:,.0f}"
+    assert cells[1:3] == [side, str(clients)]
+    assert cells[6] == f"{clients / result['cpu'][1]:,.0f}"
 
 
 @pytest.mark.slow
