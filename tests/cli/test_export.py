@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -15,8 +14,6 @@ from fedlora.cli.main import app
 from fedlora.device.manifest import read_manifest
 from fedlora.errors import UsageError
 from fedlora.experiment import ExperimentConfig, find_experiment
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def export(*arguments: str) -> str:
@@ -84,13 +81,9 @@ def test_wrong_usage_is_named(arguments: list[str], text: str) -> None:
         CliRunner().invoke(app, ["export", *arguments], catch_exceptions=False)
 
 
-def test_the_command_line_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fedlora", "export", "no-such-base", "--out", str(tmp_path / "b")],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("fedlora: unknown base 'no-such-base'")
-    assert done.stderr.count("\n") == 1
+def test_the_command_line_ends_with_one_line_and_code_2(run: Any, tmp_path: Path) -> None:
+    code, out, err = run("export", "no-such-base", "--out", tmp_path / "b")
+    assert (code, out) == (2, "")
+    assert err.startswith("fedlora: unknown base 'no-such-base'")
+    assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
