@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -71,9 +72,17 @@ def sources() -> Iterator[tuple[str, Path]]:
             yield folder, path
 
 
+@cache  # several tests look through all files
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Return all nodes of a file that say what it imports and when."""
+    kinds = (ast.Import, ast.ImportFrom, ast.If)
+    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return tuple(node for node in tree if isinstance(node, kinds))
+
+
 def imported(path: Path) -> Iterator[tuple[str, int]]:
     """Yield every imported dotted name, at any depth in the file, with its line."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, node.lineno
@@ -87,7 +96,7 @@ def imported(path: Path) -> Iterator[tuple[str, int]]:
 def only_for_types(path: Path) -> set[int]:
     """Return the lines under ``if TYPE_CHECKING``, which never run."""
     lines: set[int] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             lines |= {n.lineno for n in ast.walk(node) if hasattr(n, "lineno")}
     return lines
@@ -199,7 +208,7 @@ def test_what_a_client_process_adds_to_flower_takes_less_than_a_second() -> None
         "import clients.app, clients.onnx_app\nprint(time.process_time() - start)"
     )
     # Measured: 0.25 to 0.4 s of processor time; the best of three, and room for slow machines.
-    assert min(float(run_python(code)) for _ in range(3)) < 1.0
+    assert any(float(run_python(code)) < 1.0 for _ in range(3))
 
 
 def test_over_the_air_needs_neither_torch_nor_flower_nor_onnx_runtime() -> None:
@@ -227,7 +236,7 @@ def test_importing_fedlora_takes_less_than_half_a_second() -> None:
         "print(time.process_time() - start)"
     )
     # Processor time, the best of three: another process must not fail this test.
-    assert min(float(run_python(code)) for _ in range(3)) < 0.5
+    assert any(float(run_python(code)) < 0.5 for _ in range(3))
 
 
 def test_the_public_names_are_sorted_and_there() -> None:
