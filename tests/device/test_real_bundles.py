@@ -113,7 +113,16 @@ CASES: dict[str, tuple[TrainConfig, bool, LocalRule]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# The rules are the trainer's, not the base's: by default the larger base has two, the rest is slow.
+@pytest.mark.parametrize(
+    ("place", "case"),
+    [
+        *(("watch-cnn", case) for case in CASES),
+        *(("tiny-chat", case) for case in ("adamw", "beside a frozen adapter")),
+        *(pytest.param("tiny-chat", case, marks=pytest.mark.slow) for case in ("sgd", "only B")),
+    ],
+    indirect=["place"],
+)
 def test_twenty_steps_follow_torch(place: Place, case: str) -> None:
     config, with_frozen, rule = CASES[case]
     frozen = place.frozen if with_frozen else None
