@@ -83,7 +83,7 @@ def test_a_secure_sum_in_flowers_simulation_is_that_of_this_process(
     assert ray.clients == here.clients
     for a, b in zip(read_rounds(tmp_path / "here"), read_rounds(tmp_path / "ray"), strict=True):
         assert (a.cohort, a.dropped, a.secure.keys()) == (b.cohort, b.dropped, b.secure.keys())
-        assert [phase["clients"] for phase in b.secure.values()] == [3] * 4
+        assert [phase["clients"] for phase in b.secure.values()] == [3] * 5
         assert a.bytes_up == b.bytes_up
     for path, layer in here.state.adapter.layers.items():
         # As without the sum; a number at the edge of a level may fall on its other side.
