@@ -20,8 +20,6 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy loads its BLAS: impo
 import argparse
 import itertools
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -37,6 +35,7 @@ from fedlora.aggregation import Method, ServerState, Update
 from fedlora.flat import RowForm
 from fedlora.targets import LayerSpec, initial_adapter
 from fedlora.training import Factor
+from simulations.bench.resident import peak_bytes
 from simulations.bench.tables import spread, table
 
 __all__ = ["main", "measure_flexlora", "measure_linear"]
@@ -92,7 +91,7 @@ def measure_linear(clients: int, distinct: int, repeat: int) -> dict[str, Any]:
         rng = np.random.default_rng(0)
         rows = [rng.normal(size=form.size).astype(np.float32).tobytes() for _ in range(distinct)]
         num_bytes = 4 * form.size * clients
-        before = _peak_mb()
+        before = peak_bytes() / 2**20
         sides = _sides(method, form, rows, clients)
         turns: dict[str, list[Spent]] = {side: [] for side in sides}
         for _ in range(repeat):
@@ -101,7 +100,7 @@ def measure_linear(clients: int, distinct: int, repeat: int) -> dict[str, Any]:
         reads = [spent.cpu for spent in turns["read"]]
         found["methods"][name] = {
             "mb_a_client": 4 * form.size / 1e6,
-            "extra_mb": _peak_mb() - before,
+            "extra_mb": peak_bytes() / 2**20 - before,
             "wall": [spent.wall for spent in turns["sum"]],
             **{
                 f"{side}_gb_per_cpu_s": [num_bytes / spent.cpu / 1e9 for spent in spents]
@@ -230,11 +229,6 @@ def _spent(work: Callable[[], object]) -> Spent:
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return Spent(time.perf_counter() - wall, time.process_time() - cpu)
-
-
-def _peak_mb() -> float:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from fedlora.federation import read_checkpoint, run_federation
 from fedlora.federation._flower_private import empty_run, identify_process, set_message_id
 from fedlora.federation.tasks import answer_query, answer_task, read_query, read_task
 from fedlora.targets import LayerSpec, initial_adapter
+from simulations.bench.resident import peak_bytes
 
 __all__ = ["PreparedGrid", "experiment", "main", "measure", "start_adapter"]
 
@@ -159,7 +160,7 @@ def measure(clients: int) -> dict[str, float]:
         began, wall = time.process_time(), time.monotonic()
         run_federation(grid, config, Path(folder), initial=start)
         total, seconds = time.process_time() - began, time.monotonic() - wall
-        extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - memory
+        extra = peak_bytes() - memory
         began = time.process_time()
         read_checkpoint(Path(folder))
         read = time.process_time() - began

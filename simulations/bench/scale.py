@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
 import sys
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from fedlora.experiment import ExperimentConfig
 from simulations.bench.cases import Case, case_named
 from simulations.bench.population import Shape
+from simulations.bench.resident import peak_bytes
 from simulations.bench.rounds import engine_round, grid_rounds, opened_world
 from simulations.bench.spent import Spent, spent
 
@@ -43,7 +43,7 @@ def measure(side: str, clients: int) -> dict[str, Any]:
         "cpu": [time.cpu for time in times],
         "rss_before": before,
         "rss_after": after,
-        "rss_peak": max(_peak(), after),
+        "rss_peak": max(peak_bytes(), after),
     }
 
 
@@ -65,12 +65,6 @@ def _few(config: ExperimentConfig, clients: int, all_clients: int) -> Experiment
         return config
     overrides = {"data.clients": clients, "federation.cohort": clients}
     return ExperimentConfig.from_table(config.to_table(), overrides)
-
-
-def _peak() -> int:
-    """Return this process's largest resident memory so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main() -> None:
