@@ -97,8 +97,6 @@ class RunningMean:
 
     def add(self, adapter: Adapter, weight: float) -> None:
         """Add ``weight`` times the factors of `adapter`."""
-        if not self.total:
-            self._unit = weight
         self._waiting.append((self._row_of(adapter), weight))
         self.total += weight
         if len(self._sums) < SHORT:
@@ -111,7 +109,7 @@ class RunningMean:
         """The mean as one float64 row. Something must have been added."""
         self._add_waiting()
         self._fold()
-        return self._sums * (self._unit / self.total)
+        return self._sums / (self.total / self._unit)
 
     def _add_waiting(self) -> None:
         for row, weight in self._waiting:
@@ -121,6 +119,8 @@ class RunningMean:
     def _add_group(self) -> None:
         """Sum a whole group block by block, so that the sum stays in the cache."""
         if not len(self._partial):
+            self._unit = self._waiting[0][1]
+            self._sums /= self._unit  # zero, unless the mean has been looked at before
             self._partial = np.zeros(len(self._sums), np.float32)
             self._blocks = np.empty((2, min(BLOCK, len(self._sums))), np.float32)
         shares = [np.float32(weight / self._unit) for _, weight in self._waiting]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedlora.adapter import Adapter, LoraConfig, LoraLayer
 from fedlora.aggregation import Method, ServerState, Update, method, methods
+from fedlora.aggregation.averaging import GROUP, SHORT, RunningMean
 from fedlora.errors import (
     ConfigError,
     FederationError,
@@ -325,3 +326,20 @@ def test_the_grouped_sum_of_long_rows_is_the_slow_twin(clients: int) -> None:
         # Sums of 16 and of 8 terms in float32, and the last rounding; values are about 4 at most.
         np.testing.assert_allclose(state.adapter[path].A, a, rtol=0, atol=1e-6)
         np.testing.assert_allclose(state.adapter[path].B, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", [1, GROUP, GROUP + 5])
+def test_a_mean_that_was_looked_at_goes_on(first: int) -> None:
+    """Long rows change their way of summing with the first whole group, whenever it comes."""
+    rng = np.random.default_rng(0)
+    like = Adapter({"fc": LoraLayer(np.zeros((4, SHORT)), np.zeros((8, 4)), 1.0)}, LoraConfig())
+    form = RowForm.of(like, {"A", "B"})
+    rows = rng.normal(size=(2 * GROUP + 7, form.size)).astype(np.float32)
+    weights = rng.integers(1, 100, len(rows)).astype(float)
+    mean = RunningMean(like, frozenset({"A", "B"}))
+    for number, (row, weight) in enumerate(zip(rows, weights, strict=True), 1):
+        mean.add(form.read(row.tobytes()), weight)
+        if number in (first, len(rows)):
+            expected = weights[:number] @ rows[:number].astype(np.float64) / weights[:number].sum()
+            # A few roundings of float32, of numbers of about 1.
+            np.testing.assert_allclose(mean.row, expected, rtol=0, atol=2e-7)
