@@ -37,8 +37,6 @@ PACKAGE_DATA = {
 }  # fmt: skip
 APP = {
     "pyproject.toml",
-    *(f"clients/{name}" for name in ("__init__.py", "app.py", "torch_app.py")),
-    *(f"server/{name}" for name in ("__init__.py", "app.py")),
     *(f"simulations/{path.name}" for path in (PROJECT / "simulations").glob("*.toml")),
 }
 WHERE = """
@@ -78,8 +76,11 @@ def test_the_wheel_holds_the_package_its_data_and_the_app_and_nothing_else(wheel
     modules = {path.relative_to(source).as_posix() for path in source.glob("fedlora/**/*.py")}
     rest = {name for name in names if ".dist-info/" not in name} - modules
     assert modules <= set(names)
+    files = [*source.glob("clients/**/*"), *source.glob("server/**/*")]
+    app = APP | {path.relative_to(source).as_posix() for path in files if path.is_file()}
+    assert {"clients/app.py", "clients/onnx_app.py", "clients/web/index.html"} <= app
     assert rest == {f"fedlora/{name}" for name in PACKAGE_DATA} | {
-        f"fedlora/_app/{name}" for name in APP
+        f"fedlora/_app/{name}" for name in app
     }
 
 
