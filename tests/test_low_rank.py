@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.low_rank import ProductSum, Spectrum, svd_of_product
+from fedlora.low_rank import ProductSum, Spectrum, svd_of_product, svd_of_products
 from tests.reference import low_rank as slow
 
 Part = tuple[np.ndarray, np.ndarray, float]
@@ -114,3 +114,19 @@ def test_a_low_rank_product_never_takes_the_memory_of_the_whole() -> None:
     tracemalloc.stop()
     assert most < 2000 * 2000 * 8 / 10
     np.testing.assert_allclose(spectrum.product, B @ A, rtol=0, atol=1e-11)
+
+
+def test_several_products_have_the_bits_of_each_alone() -> None:
+    """Of two shapes, of one whose factors are larger than the matrix, and of a zero."""
+    rng = np.random.default_rng(0)
+    shapes = [(40, 4, 60), (8, 6, 9), (40, 4, 60), (30, 4, 60), (40, 4, 60)]
+    pairs = [(rng.normal(size=(o, n)), rng.normal(size=(n, i))) for o, n, i in shapes]
+    pairs[2] = (np.zeros_like(pairs[2][0]), pairs[2][1])
+    for (B, A), found in zip(pairs, svd_of_products(pairs), strict=True):
+        alone = svd_of_product(B, A)
+        for one, other in zip(
+            (found.left, found.values, found.right),
+            (alone.left, alone.values, alone.right),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(one, other)
